@@ -1,0 +1,35 @@
+# make demo   train, compare and sample small models on real text (creates its own environment first)
+# make test   format check, lint, types and the whole test suite
+# make format rewrite the sources in the project's style
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format env clean
+.DELETE_ON_ERROR:
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,hf,dev]'
+	touch $@
+
+demo: env
+	$(BIN)/python -m recurformer.demo --out demo
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell src tests docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache

@@ -1,0 +1,246 @@
+"""Every choice a model can be built from, documented where it is declared, and the presets made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+T = TypeVar("T")
+
+LayerKind = Literal["recurrent", "standard"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+Position = Literal["alibi", "rope", "none"]
+AlibiSlopes = Literal["geometric", "interleaved"]
+Norm = Literal["rms", "layer"]
+QKNorm = Literal["head", "full", "none"]
+ResidualScale = Literal["depth", "none"]
+Init = Literal["fan_in", "official"]
+
+
+def setting(default: T, doc: str) -> T:
+    """A dataclass field that carries its documentation: `--help` and the configuration reference are made of it."""
+    return field(default=default, metadata={"doc": doc})  # pyright: ignore[reportReturnType]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'n_layers'?` for the nearest of `known`, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of one language model. Shape letters: L layers, D width, F MLP width, H query heads, G key-value
+    heads, K head width.
+
+    Raises:
+        ValueError: for a value outside its limits or a combination that makes no model; the message names the values.
+    """
+
+    vocab_size: int = setting(256, "Token ids run from 0 to vocab_size - 1.")
+    d_model: int = setting(128, "D, the width of the residual stream.")
+    n_layers: int = setting(4, "L, the number of layers.")
+    n_heads: int = setting(4, "H, the number of query heads.")
+    layers: str | tuple[LayerKind, ...] = setting(
+        "recurrent",
+        'Kind of the layers: "recurrent", "standard", "first:K" (the first K recurrent, the others standard), '
+        "or one entry per layer.",
+    )
+    n_kv_heads: int | None = setting(None, "G, the number of key-value heads; none: n_heads. Must divide n_heads.")
+    head_dim: int | None = setting(None, "K, the width of a head; none: d_model / n_heads.")
+    d_mlp: int | None = setting(None, "F, the MLP's inner width (of each matrix for swiglu); none: 4 * d_model.")
+    activation: Activation = setting("gelu", '"gelu" (exact), "gelu_tanh" or "swiglu".')
+    position: Position = setting("alibi", '"alibi", "rope" (half-split rotation, after QK-norm) or "none".')
+    alibi_slopes: AlibiSlopes = setting(
+        "geometric",
+        '"geometric": 2^(-8h/H) for every H, as the official code; "interleaved": Press et al., which differs when H '
+        "is no power of two.",
+    )
+    rope_theta: float = setting(10000.0, "Base of the rotary wavelengths.")
+    norm: Norm = setting("rms", '"rms" or "layer" (weight, no bias); before each branch and before the output layer.')
+    norm_eps: float = setting(1e-5, "Added to the mean square (or variance) inside every norm.")
+    qk_norm: QKNorm = setting(
+        "head",
+        'Second norm on queries and keys: "head" (one weight of width K, shared by heads), "full" (over the whole '
+        'width, before the split into heads, as the official code) or "none".',
+    )
+    residual_scale: ResidualScale = setting("depth", '"depth": branches times 1/sqrt(L) (paper); "none" (official).')
+    tie_embeddings: bool = setting(False, "Use the embedding matrix as the output layer.")
+    vocab_multiple: int = setting(1, "Pad embedding and output rows to a multiple of this; the padding never shows.")
+    attention_bias: bool = setting(False, "Biases on the q, k, v and o projections.")
+    mlp_bias: bool = setting(False, "Biases on the MLP's projections.")
+    init: Init = setting(
+        "fan_in",
+        '"fan_in": normal, std 1/sqrt(fan_in), embedding and output 1/sqrt(D); "official": normal cut at 3 sigma, '
+        "output projections shrinking with depth.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "vocab_multiple",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            optional = name in ("n_kv_heads", "head_dim", "d_mlp")
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}{suggest(str(value), choices)}"
+                )
+        for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
+            object.__setattr__(self, name, float(value))
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them or set head_dim"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}; "
+                "each key-value head serves an equal group of query heads"
+            )
+        if self.position == "rope" and self.head_width % 2:
+            raise ValueError(
+                f"position 'rope' rotates pairs, but head_dim is {self.head_width}; make it even or choose 'alibi'"
+            )
+        if isinstance(self.layers, list):  # what TOML, YAML and JSON give
+            object.__setattr__(self, "layers", tuple(self.layers))
+        _ = self.layer_kinds
+
+    # --- what follows from the choices -----------------------------------------------------------------------------
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer, first to last."""
+        kinds = get_args(LayerKind)
+        if isinstance(self.layers, tuple):
+            if len(self.layers) != self.n_layers:
+                raise ValueError(
+                    f"layers lists {len(self.layers)} kinds, but n_layers is {self.n_layers}; list one for each layer"
+                )
+            for kind in self.layers:
+                if kind not in kinds:
+                    raise ValueError(f"layers contains {kind!r}; each entry must be 'recurrent' or 'standard'")
+            return self.layers
+        if self.layers in kinds:
+            return (self.layers,) * self.n_layers  # pyright: ignore[reportReturnType]
+        if isinstance(self.layers, str) and self.layers.startswith("first:"):
+            count = self.layers.removeprefix("first:")
+            if not (count.isascii() and count.isdigit()) or int(count) > self.n_layers:
+                raise ValueError(
+                    f"layers is {self.layers!r}; K in 'first:K' must be from 0 to n_layers {self.n_layers}"
+                )
+            return ("recurrent",) * int(count) + ("standard",) * (self.n_layers - int(count))
+        raise ValueError(
+            f"layers is {self.layers!r}; choose 'recurrent', 'standard', 'first:K' or one kind for each layer"
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """G, with its default filled in."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """K, with its default filled in."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """F, with its default filled in."""
+        return 4 * self.d_model if self.d_mlp is None else self.d_mlp
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the output layer."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def branch_scale(self) -> float:
+        """s, the factor of both residual branches (paper section 2.2)."""
+        return self.n_layers**-0.5 if self.residual_scale == "depth" else 1.0
+
+    def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Bytes of cache that one token takes over all layers."""
+        return 2 * self.n_layers * self.kv_heads * self.head_width * bytes_per_element
+
+    # --- dictionaries and presets ----------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field under its own name, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for a key that is no field, with the nearest name.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise ValueError(f"unknown model setting {key!r}{suggest(key, names)}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ModelConfig:
+        """A named shape, e.g. `ModelConfig.preset("300m-6", layers="standard")`.
+
+        Args:
+            name: one of `PRESETS`. The paper's shapes ("150m-12" ... "300m-6") come with the official code's options.
+            overrides: fields to change.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}{suggest(name, PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": get_args(Activation),
+    "position": get_args(Position),
+    "alibi_slopes": get_args(AlibiSlopes),
+    "norm": get_args(Norm),
+    "qk_norm": get_args(QKNorm),
+    "residual_scale": get_args(ResidualScale),
+    "init": get_args(Init),
+}
+
+# The options of the official configuration files (paper section 7 and its code), shared by the paper's shapes.
+OFFICIAL_OPTIONS: dict[str, Any] = {
+    "vocab_size": 32100,
+    "vocab_multiple": 128,
+    "norm": "layer",
+    "qk_norm": "full",
+    "residual_scale": "none",
+    "init": "official",
+}
+
+
+def _paper(width: int, heads: int, layers: int) -> dict[str, Any]:
+    return {**OFFICIAL_OPTIONS, "d_model": width, "n_heads": heads, "n_layers": layers}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"d_model": 128, "n_heads": 4, "n_layers": 4},
+    "tiny": {"d_model": 384, "n_heads": 6, "n_layers": 6},
+    "small": {"d_model": 640, "n_heads": 10, "n_layers": 7},
+    "150m-12": _paper(1024, 16, 12),
+    "150m-6": _paper(1408, 22, 6),
+    "300m-24": _paper(1024, 16, 24),
+    "300m-12": _paper(1408, 22, 12),
+    "300m-6": _paper(2048, 32, 6),
+}

@@ -1,0 +1,30 @@
+"""What every test shares: two workers on two cores, so one thread each; and NaN-poisoned fresh memory on request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `torch.empty*` returns with NaN (integers: their largest value), so that a read of it shows."""
+
+    def poison(make):
+        def wrapped(*args, **kwargs):
+            fresh = make(*args, **kwargs)
+            if fresh.device.type != "meta":
+                with torch.no_grad():
+                    if fresh.is_floating_point():
+                        fresh.fill_(float("nan"))
+                    elif fresh.dtype != torch.bool:
+                        fresh.fill_(torch.iinfo(fresh.dtype).max)
+            return fresh
+
+        return wrapped
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
