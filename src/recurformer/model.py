@@ -1,0 +1,593 @@
+"""The Recurrent Transformer language model, all of it in this one file.
+
+What is unusual about the architecture (paper section 2):
+  - a recurrent layer attends to keys and values made from its own *outputs* at the earlier positions, and to one
+    temporary pair made from its input at the position itself;
+  - both pairs come from the same weights, so a recurrent layer has exactly the parameters of a Transformer layer;
+  - a standard layer is the same maths with the pairs of the inputs throughout, and any mix of the two kinds is a model.
+How a recurrent layer is evaluated (position by position, in tiles, ...) is the business of `recurformer.scan`.
+
+Shape legend, here and everywhere: B batch, N new positions, P past positions (in the cache), M = P + N, L layers,
+D width, F MLP width, H query heads, G key-value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from recurformer.cache import KVCache
+from recurformer.config import LayerKind, ModelConfig
+from recurformer.scan import SCAN_CHOICES, choose_scan, scan_by_name
+
+IGNORE = -100  # the target that counts for nothing
+LOGITS_AT_ONCE = 2**25  # elements; above this the loss without logits works in chunks that are recomputed backward
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: residual stream, norm statistics, softmax and loss (design: precision)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+def alibi_slopes(n_heads: int, scheme: str = "geometric", *, device: Any = None) -> Tensor:
+    """ALiBi slopes (H,), float64, of heads h = 1..H.
+
+    Args:
+        scheme: "geometric" is 2^(-8h/H) for every H, as the official code; "interleaved" is Press et al.: for H no
+            power of two, the slopes of the next smaller power of two, then every other one of the next larger.
+    """
+
+    def geometric(count: int) -> Tensor:
+        return torch.exp2(-8.0 * torch.arange(1, count + 1, dtype=torch.float64, device=device) / count)
+
+    if scheme == "geometric":
+        return geometric(n_heads)
+    power = 2 ** int(math.log2(n_heads))
+    return torch.cat([geometric(power), geometric(2 * power)[0::2][: n_heads - power]])
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary angles, each (B or 1, 1, N, K/2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __getitem__(self, positions: slice) -> Rotation:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Rotation(self.cos[:, :, positions], self.sin[:, :, positions])
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Rotate u (B, heads, N, K): coordinate c and c + K/2 are a pair (the half-split convention)."""
+        cos, sin = tuple.__getitem__(self, 0), tuple.__getitem__(self, 1)
+        first, second = u.to(cos.dtype).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one call stand and who sees whom: the one place for positions, padding and documents.
+
+    Slots are columns of the batch, 0..M-1, the first P of them in the cache. A token's *position* is the number of
+    real tokens before it in its row. A query sees itself and, of the earlier slots, those that hold a real token of
+    its own document.
+    """
+
+    past: int  # P
+    length: int  # N
+    positions: Tensor  # (B or 1, M) int64
+    valid: Tensor | None = None  # (B, M) bool, False at pads; None: no pads
+    documents: Tensor | None = None  # (B, M) int64, non-decreasing; None: one document a row
+    slopes: Tensor | None = None  # (H,) in the accumulation dtype; None: no ALiBi
+    rotation: Rotation | None = None  # of the N new positions; None: no RoPE
+
+    @property
+    def causal_only(self) -> bool:
+        """True when attention is plain causal attention over the new tokens."""
+        return self.past == 0 and self.valid is None and self.documents is None and self.slopes is None
+
+    def visible(self, queries: slice, keys: slice) -> Tensor | None:
+        """(B or 1, 1, q, k) bool, True where a query sees a key; None when every query of the block sees every key.
+
+        Args:
+            queries: range of new positions, 0 <= start < stop <= N.
+            keys: range of slots, 0 <= start < stop <= M.
+        """
+        seen: Tensor | None = None
+        device = self.positions.device
+        i = torch.arange(self.past + queries.start, self.past + queries.stop, device=device)[:, None]
+        j = torch.arange(keys.start, keys.stop, device=device)
+        if keys.stop > self.past + queries.start + 1:
+            seen = (j <= i)[None]
+        if self.valid is not None:
+            real = self.valid[:, None, keys]
+            seen = real if seen is None else seen & real
+        if self.documents is not None:
+            of_query = self.documents[:, self.past + queries.start : self.past + queries.stop, None]
+            same = of_query == self.documents[:, None, keys]
+            seen = same if seen is None else seen & same
+        if seen is None:
+            return None
+        if keys.stop > self.past + queries.start:
+            seen = seen | (j == i)  # a pad sees itself: no row of scores is ever empty
+        return seen[:, None]
+
+    def bias(self, queries: slice, keys: slice) -> Tensor | None:
+        """(B or 1, H or 1, q, k): what is added to the scaled scores, ALiBi and -inf where a key is not seen."""
+        bias: Tensor | None = None
+        if self.slopes is not None:
+            i = self.positions[:, self.past + queries.start : self.past + queries.stop, None]
+            distance = (i - self.positions[:, None, keys]).to(self.slopes.dtype)
+            bias = -self.slopes[:, None, None] * distance[:, None]
+        visible = self.visible(queries, keys)
+        if visible is None:
+            return bias
+        if bias is None:
+            bias = torch.zeros((), dtype=torch.float32, device=visible.device)
+        return torch.where(visible, bias, float("-inf"))
+
+    @cached_property
+    def full_bias(self) -> Tensor | None:
+        """`bias` of all N queries and M keys, made once for all layers."""
+        return self.bias(slice(0, self.length), slice(0, self.past + self.length))
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
+
+
+def normalise(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
+    """RMS or layer norm over the last dimension, in the accumulation dtype."""
+    x = x.to(accumulation_dtype(x.dtype))
+    weight = weight.to(x.dtype)
+    if config.norm == "rms":
+        return F.rms_norm(x, weight.shape, weight, config.norm_eps)
+    return F.layer_norm(x, weight.shape, weight, None, config.norm_eps)
+
+
+def activate(up: Tensor, gate: Tensor | None, config: ModelConfig) -> Tensor:
+    """The MLP's inner activation: GELU of `up`, or SiLU(gate) * up."""
+    if gate is not None:
+        return F.silu(gate) * up
+    return F.gelu(up, approximate="tanh" if config.activation == "gelu_tanh" else "none")
+
+
+@dataclass(frozen=True)
+class LayerMaths:
+    """The maths of one layer (paper section 2.2) as functions of plain tensors; the only place where it is written.
+
+    Matrices and biases are in the compute dtype, norm weights as stored. `Layer.maths()` fills it from parameters.
+    """
+
+    config: ModelConfig
+    attention_norm: Tensor  # (D,)
+    q: Tensor  # (H K, D)
+    k: Tensor  # (G K, D)
+    v: Tensor  # (G K, D)
+    o: Tensor  # (D, H K)
+    mlp_norm: Tensor  # (D,)
+    up: Tensor  # (F, D)
+    down: Tensor  # (D, F)
+    gate: Tensor | None = None  # (F, D), swiglu
+    q_norm: Tensor | None = None  # (K,) or (H K,)
+    k_norm: Tensor | None = None  # (K,) or (G K,)
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.q.dtype
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """h = RMS(x), (B, N, D), in the compute dtype. Of outputs z it gives what the persistent pairs are made of."""
+        return normalise(x, self.attention_norm, self.config).to(self.compute_dtype)
+
+    def queries(self, h: Tensor, rotation: Rotation | None) -> Tensor:
+        """q = RMSq(Q h), rotated; (B, N, D) to (B, H, N, K)."""
+        return self._heads(F.linear(h, self.q, self.q_bias), self.q_norm, rotation)
+
+    def pairs(self, h: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """k = RMSk(K h), rotated, and v = V h; (B, N, D) to two of (B, G, N, K).
+
+        Of RMS(x) these are the temporary pairs k^, v^; of RMS(z) the persistent ones.
+        """
+        keys = self._heads(F.linear(h, self.k, self.k_bias), self.k_norm, rotation)
+        return keys, self._heads(F.linear(h, self.v, self.v_bias), None, None)
+
+    def _heads(self, u: Tensor, norm_weight: Tensor | None, rotation: Rotation | None) -> Tensor:
+        dtype, K = u.dtype, self.config.head_width
+        if norm_weight is not None and self.config.qk_norm == "full":
+            u = normalise(u, norm_weight, self.config)
+        u = u.unflatten(-1, (-1, K))
+        if norm_weight is not None and self.config.qk_norm == "head":
+            u = normalise(u, norm_weight, self.config)
+        u = u.transpose(1, 2)
+        return (u if rotation is None else rotation(u)).to(dtype)
+
+    def outputs(self, x: Tensor, a: Tensor) -> Tensor:
+        """z from the layer's input x (B, N, D) and the attention outputs a (B, H, N, K): both residual branches."""
+        s = self.config.branch_scale
+        y = x + s * F.linear(a.transpose(1, 2).flatten(2), self.o, self.o_bias)
+        return y + s * self.mlp(y)
+
+    def mlp(self, y: Tensor) -> Tensor:
+        """MLP(RMS(y)), (B, N, D)."""
+        h = normalise(y, self.mlp_norm, self.config).to(self.compute_dtype)
+        gate = None if self.gate is None else F.linear(h, self.gate, self.gate_bias)
+        return F.linear(activate(F.linear(h, self.up, self.up_bias), gate, self.config), self.down, self.down_bias)
+
+
+class Norm(nn.Module):
+    """The weight of a norm; `normalise` does the work."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Layer(nn.Module):
+    """One layer, recurrent or standard: the parameters, and the choice between scan and parallel attention."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+        super().__init__()
+        self.config, self.kind = config, kind
+        D, F_, K = config.d_model, config.mlp_width, config.head_width
+        H, G = config.n_heads, config.kv_heads
+        self.attention_norm = Norm(D)
+        self.q_proj = nn.Linear(D, H * K, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, G * K, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * K, D, bias=config.attention_bias)
+        if config.qk_norm != "none":
+            self.q_norm = Norm(H * K if config.qk_norm == "full" else K)
+            self.k_norm = Norm(G * K if config.qk_norm == "full" else K)
+        self.mlp_norm = Norm(D)
+        self.up_proj = nn.Linear(D, F_, bias=config.mlp_bias)
+        if config.activation == "swiglu":
+            self.gate_proj = nn.Linear(D, F_, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(F_, D, bias=config.mlp_bias)
+
+    def maths(self, dtype: torch.dtype | None = None) -> LayerMaths:
+        """The layer's maths over its parameters, matrices cast to the compute dtype (default: as stored)."""
+        tensors: dict[str, Tensor] = {}
+        for module_name, module in self.named_children():
+            name = module_name.removesuffix("_proj")
+            if isinstance(module, nn.Linear):
+                tensors[name] = module.weight if dtype is None else module.weight.to(dtype)
+                if module.bias is not None:
+                    tensors[f"{name}_bias"] = module.bias if dtype is None else module.bias.to(dtype)
+            elif isinstance(module, Norm):
+                tensors[name] = module.weight
+        return LayerMaths(self.config, **tensors)
+
+    def forward(
+        self, x: Tensor, layout: Layout, scan: str = "reference", cache: KVCache | None = None, index: int = 0
+    ) -> Tensor:
+        """The layer's outputs z (B, N, D); appends the new pairs to layer `index` of the cache when there is one."""
+        device = x.device.type
+        maths = self.maths(compute_dtype(self.q_proj.weight))
+        with torch.autocast(device, enabled=False):  # every cast is written out
+            if self.kind == "recurrent":
+                past = None if cache is None else cache.past(index)
+                z, keys, values = scan_by_name(scan)(x, maths, layout, past)
+                if cache is not None:
+                    cache.write(index, keys, values)
+                return z
+            h = maths.attention_input(x)
+            q, (keys, values) = maths.queries(h, layout.rotation), maths.pairs(h, layout.rotation)
+            if cache is not None:
+                keys, values = cache.extend(index, keys, values)
+            return maths.outputs(x, parallel_attention(q, keys, values, layout))
+
+
+def parallel_attention(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
+    """Attention of a standard layer: q (B, H, N, K) over keys and values (B, G, M, K), to (B, H, N, K)."""
+    bias = None if layout.causal_only else layout.full_bias
+    return F.scaled_dot_product_attention(
+        q,
+        keys.to(q.dtype),
+        values.to(q.dtype),
+        attn_mask=None if bias is None else bias.to(q.dtype),
+        is_causal=layout.causal_only and layout.length > 1,
+        enable_gqa=q.shape[1] != keys.shape[1],
+    )
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of matrix products: autocast's where it is on, else the weights'. float64 is never lowered."""
+    device = weight.device.type
+    if device != "meta" and weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+# --- the language model ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    """What a call of the model returns."""
+
+    logits: Tensor | None  # (B, N, V) in the compute dtype; None under return_logits=False
+    loss: Tensor | None = None  # scalar, float32 (float64 for a float64 model), mean nats per real target
+    cache: KVCache | None = field(default=None, repr=False)
+
+
+class LanguageModel(nn.Module):
+    """A language model of recurrent and standard layers.
+
+    Args:
+        config: its shape. Parameters are initialised as `init_weights` says, from torch's global generator.
+
+    Attributes:
+        scan: how recurrent layers are evaluated: "auto", or the name of one exact algorithm of `recurformer.scan`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._scan = "auto"
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_kinds)
+        self.norm = Norm(config.d_model)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.init_weights()
+
+    @property
+    def scan(self) -> str:
+        return self._scan
+
+    @scan.setter
+    def scan(self, name: str) -> None:
+        if name not in SCAN_CHOICES:
+            raise ValueError(f"scan is {name!r}; choose one of {', '.join(map(repr, SCAN_CHOICES))}")
+        self._scan = name
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every parameter anew. Norm weights are 1 and biases 0; matrices are normal with these deviations:
+
+        | matrix                | "fan_in"   | "official" (cut at 3 sigma)                 |
+        |-----------------------|------------|---------------------------------------------|
+        | embedding, output     | 1/sqrt(D)  | 1/sqrt(D)                                   |
+        | q, k, v, up, gate     | 1/sqrt(D)  | 1/sqrt(D)                                   |
+        | o                     | 1/sqrt(HK) | 1/sqrt(2 D (l + 1)), l = 0 the first layer  |
+        | down                  | 1/sqrt(F)  | 1/sqrt(2 F (l + 1))                         |
+        """
+        official, D, F_ = self.config.init == "official", self.config.d_model, self.config.mlp_width
+
+        def draw(weight: Tensor, std: float) -> None:
+            if official:
+                nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+            else:
+                nn.init.normal_(weight, std=std)
+
+        draw(self.embedding.weight, D**-0.5)
+        for l, layer in enumerate(self.layers):
+            for name, module in layer.named_children():
+                if isinstance(module, Norm):
+                    nn.init.ones_(module.weight)
+                elif isinstance(module, nn.Linear):
+                    std = module.in_features**-0.5
+                    if official and name in ("o_proj", "down_proj"):
+                        std = (2 * (D if name == "o_proj" else F_) * (l + 1)) ** -0.5
+                    draw(module.weight, std)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        nn.init.ones_(self.norm.weight)
+        if not self.config.tie_embeddings:
+            draw(self.head.weight, D**-0.5)
+
+    def num_parameters(self, embedding: bool = False) -> int:
+        """Number of parameters; without the embedding and the output layer unless `embedding`."""
+        outside = () if embedding else ("embedding.weight", "head.weight")
+        return sum(p.numel() for name, p in self.named_parameters() if name not in outside)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        use_cache: bool = False,
+        return_logits: bool = True,
+        validate: bool | None = None,
+    ) -> Output:
+        """Logits, and the loss when there are targets.
+
+        Args:
+            tokens: (B, N) integer ids. Ids at pads may be anything.
+            targets: (B, N) integer, the token to predict AT each position (nothing is shifted), -100 to ignore.
+            attention_mask: (B, N) bool or 0/1 of any dtype, 0 = padding, anywhere in a row; with a cache also
+                (B, P + N), whose first P columns must repeat what the cache remembers.
+            document_ids: (B, N) integer, non-decreasing along N: packed documents that do not see each other.
+            cache: continue it; the new tokens are appended in place and the same object is returned.
+            use_cache: start a cache that grows as needed.
+            return_logits: False saves their memory (needs targets) and leaves `logits` None.
+            validate: check token range, targets, mask values and document order. None: on the CPU only, for on other
+                devices the check forces a synchronisation.
+
+        Returns:
+            Output: logits (B, N, V); loss = sum of token losses / number of real targets (0 without any); cache.
+
+        Raises:
+            ValueError: naming the value, the limit and the remedy, before any work.
+        """
+        valid = check_inputs(
+            self, tokens, targets, attention_mask, document_ids, cache, use_cache, return_logits, validate
+        )
+        B, N = tokens.shape
+        weight = self.embedding.weight
+        if cache is None and use_cache:
+            cache = KVCache(self.config, B, dtype=compute_dtype(weight), device=weight.device)
+        layout = self._layout(B, N, valid, document_ids, cache)
+
+        # Pads enter as zeros: nothing of their contents, be it NaN, reaches a real position or a gradient.
+        x = F.embedding(tokens if valid is None else tokens.masked_fill(~valid, 0), weight)
+        x = x.to(accumulation_dtype(x.dtype))
+        if valid is not None:
+            x = torch.where(valid[:, :, None], x, 0.0)
+        scan, _ = choose_scan(self.scan, self.config, tokens.device)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, layout, scan, cache, index)
+        if cache is not None:
+            cache.advance(N, valid)
+
+        x = normalise(x, self.norm.weight, self.config)
+        logits = self._logits(x) if return_logits else None
+        return Output(logits, None if targets is None else self._loss(x, logits, targets), cache)
+
+    def _layout(self, B: int, N: int, valid: Tensor | None, documents: Tensor | None, cache: KVCache | None) -> Layout:
+        config, device = self.config, self.embedding.weight.device
+        P = 0
+        if cache is not None:
+            P = cache.length
+            cache.reserve(N)
+            valid = cache.validity_with(valid, N)
+        if valid is None:
+            positions = torch.arange(P + N, device=device)[None]
+        else:
+            positions = valid.cumsum(1) - valid.long()
+        if documents is not None:  # positions restart in each document
+            begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+            positions = positions - torch.where(begins, positions, 0).cummax(1).values
+        acc = accumulation_dtype(self.embedding.weight.dtype)
+        slopes = rotation = None
+        if config.position == "alibi":
+            slopes = alibi_slopes(config.n_heads, config.alibi_slopes, device=device).to(acc)
+        elif config.position == "rope":
+            K = config.head_width
+            exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+            frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=exact, device=device) / K)
+            angles = positions[:, None, P:, None].to(exact) * frequencies
+            rotation = Rotation(angles.cos().to(acc), angles.sin().to(acc))
+        return Layout(P, N, positions, valid, documents, slopes, rotation)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
+        dtype = compute_dtype(weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), weight.to(dtype))[..., : self.config.vocab_size]
+
+    def _loss(self, x: Tensor, logits: Tensor | None, targets: Tensor) -> Tensor:
+        def total(part: Tensor, wanted: Tensor, made: Tensor | None = None) -> Tensor:
+            made = self._logits(part) if made is None else made
+            made = made.flatten(0, -2).to(accumulation_dtype(made.dtype))
+            return F.cross_entropy(made, wanted.flatten(), ignore_index=IGNORE, reduction="sum")
+
+        targets = targets.long()
+        rows = max(1, LOGITS_AT_ONCE // self.config.padded_vocab_size)
+        if logits is not None or targets.numel() <= rows:
+            loss = total(x, targets, logits)
+        else:
+            # Chunks whose logits are thrown away and made again in the backward: all V * B * N never exist at once.
+            parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+            losses = [
+                checkpoint(total, part, wanted, use_reentrant=False) if torch.is_grad_enabled() else total(part, wanted)
+                for part, wanted in parts
+            ]
+            loss = torch.stack(losses).sum()  # pyright: ignore[reportArgumentType]
+        return loss / (targets != IGNORE).sum().clamp(min=1)
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continue prompts (B, N); `recurformer.generation.generate` has the options. (B * num_samples, N + new)."""
+        from recurformer.generation import generate
+
+        return generate(self, tokens, max_new_tokens, **options)
+
+
+# --- what bad input gets ---------------------------------------------------------------------------------------------
+
+
+def check_inputs(
+    model: LanguageModel,
+    tokens: Tensor,
+    targets: Tensor | None,
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    cache: KVCache | None,
+    use_cache: bool,
+    return_logits: bool,
+    validate: bool | None,
+) -> Tensor | None:
+    """Raise ValueError on what `LanguageModel.forward` can't take; return the new tokens' mask (None: all real)."""
+    config, device = model.config, model.embedding.weight.device
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens must be integer ids of shape (B, N), not {tokens.dtype} of {tuple(tokens.shape)}")
+    B, N = tokens.shape
+    if B == 0 or N == 0:
+        raise ValueError(f"tokens have shape {(B, N)}; at least one row and one position are needed")
+    for name, tensor in {"targets": targets, "document_ids": document_ids}.items():
+        if tensor is not None and (tensor.shape != tokens.shape or tensor.is_floating_point()):
+            raise ValueError(
+                f"{name} must be integers of the tokens' shape {(B, N)}, not {tensor.dtype} of {tuple(tensor.shape)}"
+            )
+    for name, tensor in {
+        "tokens": tokens, "targets": targets, "document_ids": document_ids, "attention_mask": attention_mask,
+    }.items():  # fmt: skip
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} are on {tensor.device}, the model on {device}; move one of them")
+    if not return_logits and targets is None:
+        raise ValueError("return_logits=False without targets would compute nothing; give targets")
+    if document_ids is not None and (cache is not None or use_cache):
+        raise ValueError(
+            "document_ids and a cache do not go together; call without the cache, or one document at a time"
+        )
+    P = 0
+    if cache is not None:
+        cache.check(config, B, N, device)
+        P = cache.length
+    if validate is None:
+        validate = device.type == "cpu"
+
+    valid = attention_mask
+    if attention_mask is not None:
+        if tuple(attention_mask.shape) not in {(B, N), (B, P + N)}:
+            expected = f"{(B, N)}" if P == 0 else f"{(B, N)} for the new tokens or {(B, P + N)} for all"
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {expected}")
+        if (
+            validate
+            and attention_mask.dtype != torch.bool
+            and not ((attention_mask == 0) | (attention_mask == 1)).all()
+        ):
+            raise ValueError("attention_mask holds values other than 0 and 1; 1 marks a real token, 0 padding")
+        valid = attention_mask.bool()
+        if cache is not None and valid.shape[1] == P + N and P > 0:
+            if not torch.equal(valid[:, :P], cache.valid[:, :P]):
+                raise ValueError(
+                    f"attention_mask's first {P} columns disagree with what the cache remembers; "
+                    f"pass the mask of the {N} new tokens alone"
+                )
+            valid = valid[:, P:]
+        if valid.all():  # a mask of ones is no mask, bit for bit
+            valid = None
+    if validate:
+        real = tokens if valid is None else tokens[valid]
+        if real.numel() and (real.min() < 0 or real.max() >= config.vocab_size):
+            worst = real.min() if real.min() < 0 else real.max()
+            raise ValueError(
+                f"token id {int(worst)} is outside the vocabulary of {config.vocab_size} (0 to {config.vocab_size - 1})"
+            )
+        if targets is not None:
+            wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= config.vocab_size))]
+            if wrong.numel():
+                raise ValueError(
+                    f"target {int(wrong[0])} is outside the vocabulary of {config.vocab_size}; -100 means ignore"
+                )
+        if document_ids is not None and (document_ids.diff(dim=1) < 0).any():
+            raise ValueError("document_ids decrease along a row; documents must be contiguous, with non-decreasing ids")
+    return valid
