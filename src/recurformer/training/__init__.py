@@ -1,0 +1,19 @@
+"""Training: one configuration, one loop, runs that continue exactly where they stopped."""
+
+from recurformer.training.checkpoint import resolve_model_folder
+from recurformer.training.config import TrainConfig, load_config
+from recurformer.training.logging import read_metrics
+from recurformer.training.loop import NonFiniteError, TrainingError, TrainResult, train
+from recurformer.training.run import read_run_config
+
+__all__ = [
+    "NonFiniteError",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingError",
+    "load_config",
+    "read_metrics",
+    "read_run_config",
+    "resolve_model_folder",
+    "train",
+]

@@ -1,0 +1,185 @@
+"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard and W&B on request, a progress line on a terminal."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+import uuid
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from recurformer.folders import replacing
+from recurformer.training.config import TrainConfig
+from recurformer.version import __version__
+
+METRICS = "metrics.jsonl"
+
+# What a logger needs, and what to install for it.
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def import_logger(name: str) -> ModuleType:
+    """The module of an optional logger.
+
+    Raises:
+        ValueError: when it is not installed; it says how to get it.
+    """
+    try:
+        return importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        raise ValueError(
+            f"log.loggers names {name!r}, which cannot be imported ({error}); "
+            "pip install 'recurformer[loggers]' or leave it out"
+        ) from None
+
+
+class Metrics:
+    """The records of a run: one JSON object a line, each flushed as it is written.
+
+    Every record has `event` and `step` (updates made by then). Events: "start" and "resume" (device, versions),
+    "train" (loss, lr, grad_norm, tokens, tokens_per_second, seconds), "evaluation" (validation_loss, bits_per_byte,
+    tokens, seconds), "sample" (prompt, text).
+
+    Args:
+        out: the run's folder.
+        step: records beyond it are dropped first, so that a resumed run logs no step twice. TensorBoard is told too.
+    """
+
+    def __init__(self, out: Path, config: TrainConfig, step: int) -> None:
+        self.path = out / METRICS
+        _drop_records_after(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if "tensorboard" in config.log.loggers:
+            writer = import_logger("tensorboard").SummaryWriter
+            self._tensorboard = writer(str(out / "tensorboard"), purge_step=step + 1)
+        if "wandb" in config.log.loggers:
+            self._wandb = import_logger("wandb").init(
+                project=config.log.wandb_project,
+                name=out.resolve().name,
+                id=_wandb_id(out / "wandb-id"),
+                resume="allow",
+                dir=str(out),
+                config=config.to_dict(),
+            )
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Record one event, on every logger."""
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.flush()
+        numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+            if event == "sample":
+                self._tensorboard.add_text("sample", values["text"], step)
+        if self._wandb is not None and numbers:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flush and close every logger."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(out: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
+    records: list[dict[str, Any]] = []
+    path = Path(out) / METRICS
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+    return records
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def _wandb_id(path: Path) -> str:
+    if not path.is_file():
+        with replacing(path) as temporary:
+            temporary.write_text(uuid.uuid4().hex)
+    return path.read_text()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a run ran on: device, threads and versions."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "versions": {"recurformer": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+class Screen:
+    """What a person sees, all of it on stderr: a progress line on a terminal, one line a record elsewhere.
+
+    Args:
+        quiet: show nothing at all.
+    """
+
+    def __init__(self, steps: int, step: int, quiet: bool) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._live = self.console.is_terminal and not quiet
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=4,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("training", total=steps, completed=step, loss="-", speed="-")
+        self._steps = steps
+
+    def __enter__(self) -> Screen:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, message: str) -> None:
+        """A line of text, above the progress line."""
+        self.console.print(message, markup=False)
+
+    def advance(self, step: int) -> None:
+        """One more step is done."""
+        self._progress.update(self._task, completed=step)
+
+    def train(self, step: int, loss: float, speed: float, left: float) -> None:
+        """Numbers of a training record; `left` in seconds."""
+        self._progress.update(self._task, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
+        if not self._live:
+            minutes, seconds = divmod(round(left), 60)
+            self.say(
+                f"step {step}/{self._steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {minutes}:{seconds:02d} left"
+            )
+
+
+def say_on_stderr(message: str) -> None:
+    """For messages before there is a screen."""
+    print(message, file=sys.stderr, flush=True)

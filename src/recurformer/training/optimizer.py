@@ -1,0 +1,95 @@
+"""AdamW's parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from recurformer.training.config import OptimizerConfig, ScheduleConfig
+
+
+def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of the update that leads from `step` to `step + 1` (steps counted from 0).
+
+    Linear from start_fraction * peak to peak over the warm-up, then half a cosine that arrives at final_fraction *
+    peak with the last update; constant beyond it.
+    """
+    warmup = schedule.warmup
+    if step < warmup:
+        return peak * (schedule.start_fraction + (1 - schedule.start_fraction) * step / warmup)
+    progress = min(1.0, (step - warmup) / max(1, schedule.steps - 1 - warmup))
+    return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW in two groups. Matrices inside the layers and the output layer decay; embedding, norms and biases do not:
+    a norm's scale is meant to stay near 1, and the row of a rare token would shrink without evidence."""
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.dim() >= 2 and not name.startswith("embedding.") else kept).append(parameter)
+    groups = [{"params": decayed, "decays": True}, {"params": kept, "decays": False}]
+    # The fused update is one pass over memory, on the CPU too. `set_rates` fills in the numbers before every step.
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+
+
+def set_rates(optimizer: torch.optim.AdamW, step: int, config: OptimizerConfig, schedule: ScheduleConfig) -> float:
+    """Write the numbers of the update at `step` into every group; nothing of an older step or run survives.
+
+    Returns:
+        The learning rate.
+    """
+    rate = learning_rate(step, config.lr, schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["betas"] = (config.beta1, config.beta2)
+        group["eps"] = config.eps
+        group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
+    return rate
+
+
+def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tensor:
+    """Scale the gradients so that their joint norm is at most `largest`; return the norm before (scalar tensor)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], largest, norm)
+    return norm
+
+
+# --- state by name, so that neither order nor wrappers matter ---------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as {"exp_avg/<parameter name>": tensor, ...}."""
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`. Learning rate and the like are not state: `set_rates` recomputes them.
+
+    Raises:
+        ValueError: when the tensors are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if name not in parameters or value.shape not in (parameters[name].shape, torch.Size([])):
+            raise ValueError(f"the optimizer state {key!r} of shape {tuple(value.shape)} fits no parameter of the model")
+        states.setdefault(name, {})[kind] = value
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    if states and states.keys() != trained:
+        raise ValueError(f"the optimizer state lacks {', '.join(sorted(trained ^ states.keys()))}")
+    saved = optimizer.state_dict()
+    numbers = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    saved["state"] = {numbers[id(parameters[name])]: state for name, state in states.items()}
+    optimizer.load_state_dict(saved)

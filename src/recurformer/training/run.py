@@ -1,0 +1,111 @@
+"""A run's folder: one run, one process, and what may change when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from recurformer.config import suggest
+from recurformer.folders import replacing
+from recurformer.training.config import TrainConfig, flatten, names, read_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+CONFIG, LOCK = "config.json", ".lock"
+
+# Settings that no step depends on: free to change whenever a run is resumed. The data may have moved: their
+# fingerprint is checked instead of their path.
+FREE = (
+    "data.train", "data.validation", "data.workers", "evaluation.*", "sample.*", "checkpoint.*", "log.*",
+)  # fmt: skip
+
+# Settings that give the saved weights or the saved place in the data their meaning.
+FIXED = ("model.*", "data.window", "data.packing", "data.seed", "seed", "init_from")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(name == p or (p.endswith(".*") and name.startswith(p[:-1])) for p in patterns)
+
+
+def check_resumable(config: TrainConfig, out: Path, resume: bool, allow_change: Sequence[str]) -> list[str]:
+    """Decide whether `config` may be trained into `out`.
+
+    A new run needs a folder that is missing or empty. A resumed one needs the run's own configuration, but for settings
+    that no step depends on (`FREE`), and for those named in `allow_change`, whose new value holds from the next step
+    on; the schedule is then the new one, as if it had always been. `FIXED` settings never change.
+
+    Returns:
+        The differences, "name: old -> new" each.
+
+    Raises:
+        ValueError: naming each refused difference and the remedy, or the run in the way.
+    """
+    known = list(names())
+    for name in allow_change:
+        if name not in known:
+            raise ValueError(f"--allow-change {name!r} is no setting{suggest(name, known)}")
+        if _matches(name, FIXED):
+            raise ValueError(
+                f"--allow-change {name!r}: it cannot change within a run; start a new one with init_from for its weights"
+            )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out needs a folder")
+    if not resume:
+        if out.exists() and any(path.name != LOCK for path in out.iterdir()):
+            raise ValueError(f"{out} is not empty; --resume continues a run, another --out starts a new one")
+        return []
+    if not (out / CONFIG).is_file():  # killed before its first breath, or never started
+        return []
+    before, now = flatten(read_file(out / CONFIG)), flatten(config.to_dict())
+    changed = {n: f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in now if before.get(n) != now.get(n)}
+    fixed = [text for name, text in changed.items() if _matches(name, FIXED)]
+    if fixed:
+        raise ValueError(
+            f"{out} cannot be resumed with {'; '.join(fixed)}: the saved weights and place in the data depend on it. "
+            "Start a new run, with init_from for its weights"
+        )
+    named = {name: text for name, text in changed.items() if not _matches(name, FREE) and name not in allow_change}
+    if named:
+        options = " ".join(f"--allow-change {name}" for name in named)
+        raise ValueError(f"{out} was started with other settings: {'; '.join(named.values())}. To change them: {options}")
+    return list(changed.values())
+
+
+def read_run_config(out: str | Path) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: when the folder is no run.
+    """
+    file = Path(out) / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{out} is no training run: it has no {CONFIG}; give --config to start one")
+    return TrainConfig.from_dict(read_file(file))
+
+
+def write_run_config(config: TrainConfig, out: Path) -> None:
+    """Record what the run is made of, with every default filled in."""
+    with replacing(out / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold a run's folder (made if missing) for this process; the system lets go of it however the process ends.
+
+    Raises:
+        ValueError: when another process trains into it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"another process is training into {out}; wait for it or stop it") from None
+        yield
