@@ -1,0 +1,330 @@
+"""Checkpoints of the official code (geniucos/recurrent-transformer, a fork of OLMo), read into a `LanguageModel`.
+
+The official code fuses projections (`att_proj` is q, k, v; `kv_proj` is k, v; `ff_proj` of a swiglu is up, gate), lists
+the tensors that its blocks share once for every module that holds them, and prefixes names with whatever wrapped the
+model. `canonical_name` undoes the last two, `parameter_names` the first.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from recurformer.config import ModelConfig, suggest
+from recurformer.model import LanguageModel
+
+WEIGHT_FILES, CONFIG_FILES = ("model.pt", "model.safetensors"), ("config.yaml", "config.json")
+
+# Every option of the official model configuration that changes the function, with the official default.
+DEFAULTS: dict[str, Any] = {
+    "d_model": 768,
+    "n_heads": 12,
+    "n_kv_heads": None,
+    "n_layers": 12,
+    "mlp_ratio": 4,
+    "mlp_hidden_size": None,
+    "vocab_size": 50257,
+    "embedding_size": 50304,
+    "block_type": "sequential",
+    "activation_type": "swiglu",
+    "alibi": False,
+    "alibi_bias_max": 8.0,
+    "rope": False,
+    "rope_theta": 10000,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "layer_norm_type": "default",
+    "layer_norm_with_affine": True,
+    "layer_norm_eps": 1e-5,
+    "include_bias": True,
+    "bias_for_layer_norm": None,
+    "weight_tying": True,
+    "attention_dropout": 0.1,
+    "residual_dropout": 0.1,
+    "embedding_dropout": 0.1,
+    "clip_qkv": None,
+    "multi_query_attention": None,
+    "embedding_layer_norm": False,
+    "scale_logits": False,
+    "norm_after": False,
+}
+# Those that change speed, precision or a fresh initialisation alone.
+IGNORED = (
+    "block_group_size", "bwd_mlp_chunks", "emb_init_std", "eos_token_id", "flash_attention", "init_cutoff_factor",
+    "init_device", "init_fn", "init_std", "max_sequence_length", "pad_token_id", "precision", "rope_full_precision",
+    "scale_emb_init", "tanh_norm_alpha", "tanh_trainable_alpha",
+)  # fmt: skip
+
+# The supported values of options that admit few, as (official value, ours).
+BLOCK_TYPES = {
+    "recurrent": "recurrent",
+    "recurrent_autograd": "recurrent",
+    "sequential": "standard",
+    "llama": "standard",
+}
+ACTIVATIONS = {"gelu": "gelu", "swiglu": "swiglu"}
+NORMS = {"default": "layer", "low_precision": "layer", "rms": "rms"}
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "block_type": tuple(BLOCK_TYPES),
+    "activation_type": tuple(ACTIVATIONS),
+    "layer_norm_type": tuple(NORMS),
+    "attention_layer_norm_with_affine": (True,),
+    "layer_norm_with_affine": (True,),
+    "bias_for_layer_norm": (False,),
+    "alibi_bias_max": (8.0,),
+    "attention_dropout": (0.0,),
+    "residual_dropout": (0.0,),
+    "embedding_dropout": (0.0,),
+    "clip_qkv": (None,),
+    "multi_query_attention": (None, False),
+    "embedding_layer_norm": (False,),
+    "scale_logits": (False,),
+    "norm_after": (False,),
+}
+
+
+def load_official(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
+) -> LanguageModel:
+    """A model from an official checkpoint, in evaluation mode, with parameters in the stored dtype.
+
+    Args:
+        path_or_state_dict: a folder as the official code writes it (`model.pt` or `model.safetensors`, with
+            `config.yaml` or `config.json`), a `.pt` or `.safetensors` file, or a state dict with official names.
+            Pickled files are read with `weights_only=True` alone.
+        config: the official options (a dictionary, or a YAML or JSON file; a whole training configuration has them
+            under `model`), or a ModelConfig. None: the configuration file beside the weights.
+
+    Raises:
+        ValueError: for an option, a tensor or a file that can't be read faithfully; it names what and why.
+    """
+    if isinstance(path_or_state_dict, str | Path):
+        path = Path(path_or_state_dict)
+        if config is None:
+            config = find_file(path if path.is_dir() else path.parent, CONFIG_FILES)
+        tensors = read_tensors(find_file(path, WEIGHT_FILES) if path.is_dir() else path)
+    else:
+        tensors = path_or_state_dict
+    if config is None:
+        raise ValueError("a state dict does not say how many heads a model has; pass config=")
+    if isinstance(config, str | Path):
+        config = read_options(Path(config))
+    if not isinstance(config, ModelConfig):
+        config = model_config(config)
+
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model.load_state_dict(convert(tensors, config, model.state_dict()), assign=True)
+    return model.requires_grad_(True).eval()
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def model_config(options: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of a dictionary of official options; what it leaves out has the official default.
+
+    Raises:
+        ValueError: for an unknown option, or a value that changes the function in a way that we don't have.
+    """
+    options = options.get("model", options)
+    for name in options:
+        if name not in DEFAULTS and name not in IGNORED:
+            raise ValueError(
+                f"unknown option {name!r} in the official configuration{suggest(name, [*DEFAULTS, *IGNORED])}"
+            )
+    given = {**DEFAULTS, **options}
+    for name, value in given.items():  # interpolations of the official YAML files, such as ${model.n_heads}
+        if isinstance(value, str) and (reference := re.fullmatch(r"\$\{model\.(\w+)\}", value)):
+            given[name] = given.get(reference[1], value)
+    if given["bias_for_layer_norm"] is None:
+        given["bias_for_layer_norm"] = given["include_bias"]
+    for name, supported in SUPPORTED.items():
+        if given[name] not in supported:
+            source = "" if name in options else " by default"
+            raise ValueError(
+                f"the official option {name} is {given[name]!r}{source}; supported: {', '.join(map(repr, supported))}"
+            )
+    if given["alibi"] == given["rope"]:
+        both = given["alibi"]
+        raise ValueError(
+            f"the official options alibi and rope are both {both}; supported: one of them"
+            + ("" if both else " (there are no learned position embeddings here)")
+        )
+    if given["include_bias"] and not given["weight_tying"]:
+        raise ValueError(
+            "the official option include_bias is True without weight_tying, which puts a bias on the output layer; "
+            "supported: include_bias false, or weight_tying true"
+        )
+    vocabulary, rows = given["vocab_size"], given["embedding_size"] or given["vocab_size"]
+    if rows < vocabulary:
+        raise ValueError(f"the official option embedding_size {rows} is below vocab_size {vocabulary}")
+    width, swiglu = (
+        given["mlp_hidden_size"] or given["mlp_ratio"] * given["d_model"],
+        given["activation_type"] == "swiglu",
+    )
+    return ModelConfig(
+        vocab_size=vocabulary,
+        vocab_multiple=next(m for m in (1, 128, rows) if -(-vocabulary // m) * m == rows),
+        d_model=given["d_model"],
+        n_layers=given["n_layers"],
+        n_heads=given["n_heads"],
+        n_kv_heads=None if given["n_kv_heads"] in (None, given["n_heads"]) else given["n_kv_heads"],
+        layers=BLOCK_TYPES[given["block_type"]],
+        d_mlp=width // 2 if swiglu else width,
+        activation=ACTIVATIONS[given["activation_type"]],  # pyright: ignore[reportArgumentType]
+        position="alibi" if given["alibi"] else "rope",
+        rope_theta=given["rope_theta"],
+        norm=NORMS[given["layer_norm_type"]],  # pyright: ignore[reportArgumentType]
+        norm_eps=given["layer_norm_eps"],
+        qk_norm="full" if given["attention_layer_norm"] else "none",
+        residual_scale="none",
+        tie_embeddings=given["weight_tying"],
+        attention_bias=given["include_bias"],
+        mlp_bias=given["include_bias"],
+        init="official",
+    )
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def canonical_name(name: str) -> str:
+    """An official parameter's one name, whichever wrapper or sharing module listed it.
+
+    `module.transformer.blocks.0.graphed_callable.block.pre_attention_block.kv_proj.weight` (DDP, one CUDA graph a
+    layer, a module that shares the tensor) is `transformer.blocks.0.kv_proj.weight`.
+    """
+    name = re.sub(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+    name = re.sub(r"\bblocks\.\d+\.graphed_callable\.blocks\.", "blocks.", name)  # one graph for all layers
+    name = re.sub(r"\bgraphed_callable\.(block\.)?", "", name)
+    name = re.sub(r"\b(pre|post)_attention_block\.", "", name)
+    return name if name.startswith("transformer.") else f"transformer.{name}"
+
+
+def parameter_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Canonical official name -> the names of our parameters that it holds, concatenated along dimension 0.
+
+    A checkpoint has some of these: q, k and v come fused as `att_proj`, as `q_proj` and `kv_proj`, or one by one.
+    """
+    parts = {
+        "attn_norm": ("attention_norm",),
+        "q_norm": ("q_norm",),
+        "k_norm": ("k_norm",),
+        "att_proj": ("q_proj", "k_proj", "v_proj"),
+        "q_proj": ("q_proj",),
+        "kv_proj": ("k_proj", "v_proj"),
+        "k_proj": ("k_proj",),
+        "v_proj": ("v_proj",),
+        "attn_out": ("o_proj",),
+        "ff_norm": ("mlp_norm",),
+        "ff_proj": ("up_proj", "gate_proj") if config.activation == "swiglu" else ("up_proj",),
+        "ff_out": ("down_proj",),
+    }
+    names: dict[str, tuple[str, ...]] = {"wte.weight": ("embedding.weight",), "ln_f.weight": ("norm.weight",)}
+    if not config.tie_embeddings:
+        names["ff_out.weight"] = ("head.weight",)
+    for l in range(config.n_layers):
+        for official, ours in parts.items():
+            kinds = ("weight",) if official.endswith("norm") else ("weight", "bias")
+            for kind in kinds:
+                names[f"blocks.{l}.{official}.{kind}"] = tuple(f"layers.{l}.{name}.{kind}" for name in ours)
+    return {f"transformer.{name}": ours for name, ours in names.items()}
+
+
+def convert(tensors: Mapping[str, Any], config: ModelConfig, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict from official tensors.
+
+    Args:
+        expected: the model's own state dict; its shapes say how fused tensors split and what has to be there.
+
+    Raises:
+        ValueError: for a tensor that is unknown, missing, of another shape, or listed twice with different values.
+    """
+    names, found, source = parameter_names(config), dict[str, Tensor](), dict[str, str]()
+    for listed, tensor in flatten_groups(tensors).items():
+        name = canonical_name(listed)
+        ours = [our_name for our_name in names.get(name, ()) if our_name in expected]
+        if not ours:
+            raise ValueError(f"unknown tensor {listed!r} in the official checkpoint{suggest(name, names)}")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{listed!r} in the official checkpoint is a {type(tensor).__name__}, not a tensor")
+        rows = [expected[our_name].shape[0] for our_name in ours]
+        shape = (sum(rows), *expected[ours[0]].shape[1:])
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{listed!r} has shape {tuple(tensor.shape)}; the configuration asks for {shape}")
+        for our_name, part in zip(ours, tensor.detach().split(rows), strict=True):
+            if our_name in found and not torch.equal(found[our_name], part):
+                raise ValueError(
+                    f"{listed!r} and {source[our_name]!r} share one parameter but hold different values; "
+                    "the checkpoint is damaged"
+                )
+            if our_name not in found:
+                found[our_name], source[our_name] = part.clone(), listed
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(
+            f"the official checkpoint lacks the tensors of {len(missing)} parameters, the first {missing[0]!r}; "
+            "it is incomplete or of another configuration"
+        )
+    return found
+
+
+def flatten_groups(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Names with `block_groups.G.I` (blocks wrapped in groups of equal size) as `blocks.N`."""
+    places = [re.search(r"\bblock_groups\.(\d+)\.(\d+)\.", name) for name in tensors]
+    size = 1 + max((int(place[2]) for place in places if place), default=0)
+    return {
+        name.replace(place[0], f"blocks.{int(place[1]) * size + int(place[2])}.") if place else name: tensor
+        for (name, tensor), place in zip(tensors.items(), places, strict=True)
+    }
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def find_file(folder: Path, names: Iterable[str]) -> Path:
+    """The first of `names` that a folder has."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} has no {' or '.join(names)}")
+
+
+def read_tensors(path: Path) -> Mapping[str, Any]:
+    """The state dict in a `.safetensors` or a pickled file; nothing but tensors is ever unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as a state dict: {first_line(error)}") from error
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, not a state dict")
+    return tensors
+
+
+def read_options(path: Path) -> Mapping[str, Any]:
+    """The dictionary in a YAML or JSON file."""
+    try:
+        options = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} can't be read as a configuration: {first_line(error)}") from error
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{path} holds a {type(options).__name__}, not a configuration")
+    return options
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the advice that follows."""
+    return (str(error) or type(error).__name__).splitlines()[0]

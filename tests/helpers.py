@@ -1,0 +1,82 @@
+"""Small models and strict comparisons, shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recurformer import LanguageModel, ModelConfig
+from recurformer.scan import SCANS
+
+FIXTURES = Path(__file__).parent / "fixtures"
+V = 97  # vocabulary of the tiny models
+
+# Every exact algorithm that runs on a CPU, present and future.
+CPU_SCANS = tuple(name for name in SCANS if name != "fused")
+every_scan = pytest.mark.parametrize("scan", CPU_SCANS)
+
+# Largest absolute difference that counts as equal, by dtype.
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def tiny(
+    *, scan: str = "reference", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> LanguageModel:
+    """2 layers, D 32, H 4, V 97, weights drawn with std 0.3: a fresh initialisation is too weak to show errors."""
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"vocab_size": V, "d_model": 32, "n_layers": 2, "n_heads": 4}
+    model = LanguageModel(ModelConfig(**{**shape, **overrides}))
+    model.scan = scan
+    return strong(model).to(dtype).eval()
+
+
+def strong(model: LanguageModel, std: float = 0.3) -> LanguageModel:
+    """Redraw every parameter: normal with `std`, around 1 for norms."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, std)
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 1, vocabulary: int = V) -> Tensor:
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of `loss` for every parameter, by name; zeros where it does not depend on one."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, grads, strict=True)}
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    """Same shape, no NaN or infinity, and a largest absolute difference of at most `tolerance` (default: CLOSE)."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    assert torch.isfinite(expected).all()
+    tolerance = CLOSE[torch.promote_types(actual.dtype, expected.dtype)] if tolerance is None else tolerance
+    difference = (actual - expected).abs().max().item()
+    assert difference <= tolerance, f"differs by {difference:.3g}, more than {tolerance:g}"
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of what is expected."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    assert torch.isfinite(expected).all()
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(min=1e-30)).item()
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None) -> None:
+    """`assert_close` of two dictionaries, entry by entry."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        try:
+            assert_close(actual[name], expected[name], tolerance)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
