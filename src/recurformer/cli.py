@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -25,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message())
-    except (ValueError, FileNotFoundError) as error:
+    except BrokenPipeError:  # `recurformer ... | head`
+        sys.stdout = None
+        sys.exit(0)
+    except (ValueError, OSError) as error:
         _fail(str(error))
     except (click.Abort, KeyboardInterrupt):
         print("recurformer: interrupted", file=sys.stderr)
@@ -39,6 +43,50 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
+@cli.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder to make.")
+@click.option("--tokenizer", default="bytes", metavar="bytes|FILE|train-bpe:N", help="The text's UTF-8 bytes; a "
+              "tokenizer.json, a SentencePiece .model or a saved folder; or a BPE of N tokens, learned here.")  # fmt: skip
+@click.option("--text-field", default="text", metavar="NAME", help="Where a JSON line or a table keeps its text.")
+@click.option("--split", default="train", metavar="NAME", help="Split of a Hugging Face dataset.")
+@click.option("--append-eos/--no-append-eos", default=True, help="End each document with the tokenizer's end token.")
+@click.option("--shard-tokens", type=click.IntRange(min=1), default=100_000_000, metavar="N", help="A shard ends with "
+              "the first document that brings it to N tokens.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes that tokenize.  [default: one a "
+              "core; only one for a small input]")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace DIR when it is a prepared folder.")
+@click.option("--quiet", is_flag=True, help="Show nothing but errors.")
+def prepare(
+    inputs: tuple[str, ...],
+    out: str,
+    tokenizer: str,
+    text_field: str,
+    split: str,
+    append_eos: bool,
+    shard_tokens: int,
+    workers: int | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Tokenize text into DIR, from which runs are trained and evaluated.
+
+    INPUT is a file (.txt, .md, .jsonl, each also .gz or .zst, or .parquet), a folder, a quoted glob, or the name of a
+    Hugging Face dataset, OWNER/NAME or hf:NAME. DIR appears when it is complete, and not before.
+    """
+    from recurformer import data
+
+    made = data.prepare(
+        inputs, out, tokenizer, shard_tokens=shard_tokens, workers=workers, append_eos=append_eos,
+        text_field=text_field, split=split, overwrite=overwrite, progress=not quiet,
+    )  # fmt: skip
+    if not quiet:
+        click.echo(
+            f"{made.folder}: {made.n_tokens:,} tokens of {made.n_documents:,} documents ({made.n_bytes:,} bytes), "
+            f"vocabulary {made.vocab_size:,} as {made.dtype}, {made.n_shards} shard{'s' if made.n_shards > 1 else ''}"
+        )
+
+
 class _DocumentsSettings(click.Command):
     """A command whose help ends with every setting of a training run."""
 
@@ -46,7 +94,7 @@ class _DocumentsSettings(click.Command):
         from recurformer.training.config import reference
 
         for section, summary, entries in reference():
-            with formatter.section(f"Settings: [{section}]" if section else "Settings"):
+            with formatter.section(f"Settings of [{section}]" if section else "Settings"):
                 if summary:
                     formatter.write_text(summary)
                 formatter.write_dl([(e.name, f"{e.doc}  [default: {e.default}]") for e in entries], col_max=26)
@@ -90,6 +138,169 @@ def train(
     except training.TrainingError as error:
         raise click.ClickException(str(error)) from error
     return 0 if result.signal is None else 128 + result.signal
+
+
+def device_option(command):
+    """--device, as every verb that runs a model has it."""
+    return click.option("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1, ...")(
+        command
+    )
+
+
+@cli.command("eval")
+@click.argument("run", type=click.Path())
+@click.option("--data", type=click.Path(), metavar="DIR|FILE", help="Prepared folder, or a text file that is tokenized as "
+              "RUN's text was.  [default: the validation data of RUN]")  # fmt: skip
+@click.option("--window", type=click.IntRange(min=1), metavar="N", help="Positions of one sequence; no token sees "
+              "further back.  [default: the window RUN was trained with, else 512]")  # fmt: skip
+@click.option(
+    "--batch-size", default=16, type=click.IntRange(min=1), help="Sequences at once; does not change the result."
+)
+@click.option(
+    "--max-batches", type=click.IntRange(min=1), metavar="N", help="Stop after N batches.  [default: read all]"
+)
+@click.option("--scan", default="auto", help="How recurrent layers are evaluated.")
+@device_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(
+    run: str,
+    data: str | None,
+    window: int | None,
+    batch_size: int,
+    max_batches: int | None,
+    scan: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Perplexity, and bits per byte of the source text, of the model in RUN (a run's or a model's folder; of a run, its
+    best checkpoint). Every token but a document's first is predicted exactly once."""
+    import json
+
+    from recurformer.evaluation import evaluate, open_data, run_setting
+    from recurformer.text import open_model
+
+    model, tokenizer, folder = open_model(run, device, scan)
+    if (data := data or run_setting(folder, "data", "validation")) is None:
+        raise ValueError(f"{run} names no validation data; give --data")
+    window = window or run_setting(folder, "data", "window") or 512
+    with open_data(data, tokenizer, model.config.vocab_size) as dataset:
+        result = evaluate(
+            model, dataset, window=window, batch_size=batch_size, max_batches=max_batches, progress=not as_json
+        )
+    if as_json:
+        values = {"model": str(folder), "data": data, "window": window, **result.to_dict()}
+        print(json.dumps(values))
+        return
+    print(f"model          {folder}")
+    print(f"data           {data}: {result.tokens:,} tokens predicted, window {window}")
+    print(f"loss           {result.loss:.4f} nats a token")
+    print(f"perplexity     {result.perplexity:.3f}")
+    if result.bits_per_byte == result.bits_per_byte:
+        print(f"bits per byte  {result.bits_per_byte:.4f}")
+    print(f"speed          {result.tokens / result.seconds:,.0f} tokens/s on {model.embedding.weight.device}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path())
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; may be repeated: all prompts "
+              "run as one batch.  [default: the start of a text]")  # fmt: skip
+@click.option("--max-new-tokens", default=200, type=click.IntRange(min=0), help="Tokens generated at most.")
+@click.option("--temperature", default=0.8, type=float, help="0 takes the most probable token.")
+@click.option("--top-k", default=0, type=int, help="Sample among the K most probable tokens; 0: all.")
+@click.option("--top-p", default=1.0, type=float, help="Sample among the fewest tokens of at least this probability.")
+@click.option("--min-p", default=0.0, type=float, help="Leave out tokens less probable than this part of the best one.")
+@click.option("--repetition-penalty", default=1.0, type=float, help="Above 1: tokens seen before become less probable.")
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help=r"End at this token, besides the end of text; \n may "
+              "be spelled out. May be repeated.")  # fmt: skip
+@click.option("--samples", default=1, type=click.IntRange(min=1), help="Continuations of each prompt.")
+@click.option("--seed", type=int, help="Of the sampling.  [default: another one each time]")
+@click.option("--scan", default="auto", help="How recurrent layers read the prompt.")
+@device_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a continuation.")
+def generate(
+    run: str,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    stops: tuple[str, ...],
+    samples: int,
+    scan: str,
+    device: str,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue prompts with the model in RUN (a run's or a model's folder; of a run, its best checkpoint). A single
+    continuation is printed as it comes, several are printed at the end, each under its number."""
+    import json
+    from dataclasses import asdict
+
+    from recurformer.text import complete, open_model, stop_ids
+
+    model, tokenizer, _ = open_model(run, device, scan)
+    prompts = prompts or ("",)
+    single = len(prompts) == 1 and samples == 1 and not as_json
+    ids = stop_ids(tokenizer, stops)
+    options = {"stops": ids, "samples": samples, **sampling}
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    started = False
+
+    def show_after_prompt(text: str) -> None:
+        nonlocal started
+        show(text if started else prompts[0] + text)
+        started = True
+
+    found = complete(model, tokenizer, prompts, max_new_tokens, show=show_after_prompt if single else None, **options)
+    if single:
+        print("" if started else prompts[0])
+        return
+    for number, completion in enumerate(found, 1):
+        if as_json:
+            print(json.dumps(asdict(completion), ensure_ascii=False))
+        else:
+            print(f"--- {number} ---\n{completion.prompt}{completion.text}")
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN...")
+@click.option(
+    "--out", default="compare", type=click.Path(), metavar="DIR", help="Folder for curves.png and report.html."
+)
+def compare(runs: tuple[str, ...], out: str) -> None:
+    """Training runs side by side: a table here, the curves as a picture and one self-contained page in DIR."""
+    from rich.console import Console
+
+    from recurformer.report import load_runs, show, write_report
+
+    loaded = load_runs(runs)
+    show(loaded, Console())
+    curves, page = write_report(loaded, out)
+    print(f"curves: {curves}\npage:   {page}")
+
+
+@cli.command()
+@click.argument("target", required=False, metavar="[FOLDER|PRESET]")
+@click.option("--layers", metavar="KIND", help="Of a preset: recurrent, standard or first:K.  [default: recurrent]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(target: str | None, layers: str | None, as_json: bool) -> None:
+    """What a model is made of, and the scan that would run it here; without an argument, the presets. Then versions,
+    devices and installed extras."""
+    import json
+
+    from recurformer import info
+
+    if target is None and layers is not None:
+        raise ValueError(f"--layers is {layers!r}, but no preset is named; give one of them")
+    facts = None if target is None else info.describe(target, layers)
+    if as_json:
+        print(json.dumps({**(facts or {}), **info.environment()}))
+        return
+    if facts is None:
+        info.show_presets()
+    else:
+        info.show(facts)
+    info.show_environment()
 
 
 if __name__ == "__main__":

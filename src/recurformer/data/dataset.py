@@ -1,0 +1,210 @@
+"""Tokens on disk: a folder that `prepare` made, or raw headless shards as OLMo's `.npy` files are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from recurformer.config import suggest
+from recurformer.data.sidecar import DTYPES, SIDECAR, STARTS_DTYPE, TOKENIZER_FOLDER, Sidecar, token_dtype
+from recurformer.data.tokenizer import Tokenizer, load_tokenizer
+
+NUMPY_MAGIC = b"\x93NUMPY"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens."""
+
+    path: Path
+    n_tokens: int
+    starts: Path | None
+    """Where each document begins; None for a raw shard, whose documents end at the end-of-document token."""
+
+
+class TokenDataset:
+    """Tokens on disk, opened for reading at any place. Nothing is kept in memory, nothing stays open, and an instance
+    can be pickled and shared between threads.
+
+    Args:
+        source: a folder made by `recurformer prepare`; or a raw shard, a list of them or a folder of `.npy` shards,
+            which are read in the order given (a folder: by name). A raw shard is a bare sequence of little-endian
+            integers.
+        vocab_size: of raw shards, required. A prepared folder knows it, as the other two; given all the same, they
+            must agree.
+        dtype: of raw shards, "uint16" or "uint32"; None: the narrowest that holds the vocabulary.
+        eos_id: of raw shards, the token that ends each document; None: every file counts as one document.
+
+    Attributes:
+        n_tokens, n_documents: over all shards; n_documents is None for raw shards.
+        n_bytes: UTF-8 bytes of the text behind the tokens, for bits per byte; None for raw shards.
+        fingerprint: changes when the tokens or their meaning do.
+
+    Raises:
+        ValueError: for a missing, damaged, truncated or foreign file, and for options that do not fit.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        vocab_size: int | None = None,
+        dtype: str | None = None,
+        eos_id: int | None = None,
+    ):
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
+        if isinstance(source, str | os.PathLike) and (Path(source) / SIDECAR).is_file():
+            self._open_prepared(Path(source), {"vocab_size": vocab_size, "dtype": dtype, "eos_id": eos_id})
+        else:
+            self._open_raw(source, vocab_size, dtype, eos_id)
+        self.n_tokens = sum(shard.n_tokens for shard in self.shards)
+
+    def _open_prepared(self, folder: Path, given: dict[str, int | str | None]) -> None:
+        sidecar = Sidecar.read(folder)
+        for name, value in given.items():
+            if value is not None and value != getattr(sidecar, name):
+                raise ValueError(f"{name} {value!r} was asked for, but {folder} holds {getattr(sidecar, name)!r}")
+        self.folder: Path | None = folder
+        self.vocab_size, self.eos_id, self.dtype = sidecar.vocab_size, sidecar.eos_id, sidecar.dtype
+        self.n_bytes, self.n_documents = sidecar.n_bytes, sidecar.n_documents
+        self.fingerprint = sidecar.fingerprint
+        shards: list[Shard] = []
+        for info in sidecar.shards:
+            tokens, starts = folder / info.tokens, folder / info.documents
+            _expect_size(tokens, info.n_tokens, DTYPES[self.dtype])
+            _expect_size(starts, info.n_documents, STARTS_DTYPE)
+            shards.append(Shard(tokens, info.n_tokens, starts))
+        self.shards = tuple(shards)
+
+    def _open_raw(
+        self,
+        source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        vocab_size: int | None,
+        dtype: str | None,
+        eos_id: int | None,
+    ) -> None:
+        paths = _raw_paths(source)
+        if vocab_size is None:
+            raise ValueError(
+                f"{paths[0].parent} holds no {SIDECAR}, so its files are raw shards, which do not say what they hold; "
+                "give vocab_size, or make the folder with `recurformer prepare`"
+            )
+        self.folder, self.n_bytes, self.n_documents = None, None, None
+        self.vocab_size, self.eos_id, self.dtype = vocab_size, eos_id, dtype or token_dtype(vocab_size)
+        if eos_id is not None and not 0 <= eos_id < vocab_size:
+            raise ValueError(f"eos_id {eos_id} is outside the vocabulary; it must be from 0 to {vocab_size - 1}")
+        width = DTYPES[self.dtype].itemsize
+        digest = hashlib.sha256(f"{self.dtype} {vocab_size} {eos_id}".encode())
+        shards: list[Shard] = []
+        for path in paths:
+            n_bytes = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(1 << 16)
+                file.seek(max(0, n_bytes - (1 << 16)))
+                tail = file.read()
+            if head.startswith(NUMPY_MAGIC):
+                raise ValueError(f"{path} has a NumPy header; raw shards have none: write it anew with array.tofile()")
+            if n_bytes == 0 or n_bytes % width:
+                raise ValueError(
+                    f"{path} has {n_bytes} bytes, which is no whole number of {self.dtype} tokens; "
+                    "the file is truncated or holds another dtype"
+                )
+            digest.update(f"\n{path.name} {n_bytes} ".encode() + head + tail)
+            shards.append(Shard(path, n_bytes // width, None))
+        self.shards = tuple(shards)
+        self.fingerprint = digest.hexdigest()
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that made the tokens; None for raw shards."""
+        return None if self.folder is None else load_tokenizer(self.folder / TOKENIZER_FOLDER)
+
+    def read(self, shard: int, start: int, count: int) -> np.ndarray:
+        """Tokens start ... start + count - 1 of a shard, (count,) int64.
+
+        Raises:
+            ValueError: when the file ends before, or holds an id outside the vocabulary.
+        """
+        # A positioned read instead of a lasting memory map: no limit on open files, and a file that was
+        # truncated meanwhile is an error here instead of a crash.
+        path, dtype = self.shards[shard].path, DTYPES[self.dtype]
+        with path.open("rb") as file:
+            file.seek(int(start) * dtype.itemsize)  # Python integers: 2^31 tokens are nothing special
+            tokens = np.fromfile(file, dtype=dtype, count=int(count)).astype(np.int64)
+        if len(tokens) != count:
+            raise ValueError(f"{path} ends before token {start + count}; it was changed, prepare it anew")
+        if count and tokens.max() >= self.vocab_size:
+            at = int(tokens.argmax())
+            raise ValueError(
+                f"{path} holds id {tokens[at]} at token {start + at}, outside the vocabulary of {self.vocab_size}; "
+                "the dtype or the vocabulary size is not the file's"
+            )
+        return tokens
+
+    def document_starts(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """The positions p of a shard, start < p < stop, at which a document begins, (n,) int64 ascending."""
+        starts = self.shards[shard].starts
+        if starts is not None:
+            every = np.memmap(starts, dtype=STARTS_DTYPE, mode="r")
+            first, last = np.searchsorted(every, [start + 1, max(stop, start + 1)])
+            return np.array(every[first:last], dtype=np.int64)
+        if self.eos_id is None or stop - start < 2:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(self.read(shard, start, stop - 1 - start) == self.eos_id) + start + 1
+
+    def documents(self) -> Iterator[tuple[int, int, int]]:
+        """Every document as (shard, start, stop), in order."""
+        stride = 1 << 20
+        for index, shard in enumerate(self.shards):
+            begin = 0
+            for start in range(0, shard.n_tokens, stride):
+                # one further back than the stride begins, so that a document that starts right there is seen
+                for border in self.document_starts(index, max(0, start - 1), min(start + stride, shard.n_tokens)):
+                    yield index, begin, int(border)
+                    begin = int(border)
+            yield index, begin, shard.n_tokens
+
+    def verify(self) -> None:
+        """Read every file of a prepared folder and compare it with the hash that the sidecar records.
+
+        Raises:
+            ValueError: naming the first file that differs.
+        """
+        if self.folder is None:
+            raise ValueError("raw shards record no hashes; only a prepared folder can be verified")
+        for info in Sidecar.read(self.folder).shards:
+            for name, expected in ((info.tokens, info.tokens_sha256), (info.documents, info.documents_sha256)):
+                with (self.folder / name).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                        raise ValueError(f"{self.folder / name} does not match its recorded hash; prepare it anew")
+
+
+def _raw_paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    given = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
+    paths: list[Path] = []
+    for path in given:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path} holds neither {SIDECAR} nor .npy shards; make it with `recurformer prepare`")
+        paths += files
+    if not paths:
+        raise ValueError("no shard; give a prepared folder or at least one raw shard")
+    return paths
+
+
+def _expect_size(path: Path, count: int, dtype: np.dtype) -> None:
+    """The cheapest check that finds a truncated, foreign or differently typed file."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != count * dtype.itemsize:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise ValueError(
+            f"{path} {found}; {count} values of {dtype.name} take {count * dtype.itemsize}: "
+            "the folder is incomplete or was changed, prepare it anew"
+        )

@@ -1,0 +1,151 @@
+"""Writing a prepared folder: shards of tokens, their hashes, and a name that appears when all of it is there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from recurformer.data.sidecar import DTYPES, SIDECAR, STARTS_DTYPE, ShardInfo
+
+
+class _HashedFile:
+    """A new file and the hash of what is written to it."""
+
+    def __init__(self, path: Path):
+        self.name = path.name
+        self._file: BinaryIO = path.open("xb", buffering=1 << 20)
+        self._digest = hashlib.sha256()
+
+    def write(self, values: np.ndarray) -> None:
+        contents = values.tobytes()
+        self._file.write(contents)
+        self._digest.update(contents)
+
+    def finish(self) -> str:
+        """Bring it to the disk; its hash."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ShardWriter:
+    """Lays documents end to end, and begins a new shard with the first one after `shard_tokens`."""
+
+    def __init__(self, folder: Path, dtype: str, eos: int | None, shard_tokens: int):
+        self.shards: list[ShardInfo] = []
+        self._folder, self._dtype, self._shard_tokens = folder, DTYPES[dtype], shard_tokens
+        self._eos = None if eos is None else np.array([eos], dtype=self._dtype)
+        self._tokens: _HashedFile | None = None
+        self._starts: _HashedFile | None = None
+        self._n_tokens = self._n_bytes = self._n_documents = 0  # of the open shard
+        self._begin = self._begin_bytes = 0  # where its last document begins
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(shard.n_tokens for shard in self.shards) + self._n_tokens
+
+    def write(self, tokens: np.ndarray, n_bytes: int) -> None:
+        """More of the current document."""
+        if len(tokens):
+            self._open()[0].write(tokens)
+        self._n_tokens += len(tokens)
+        self._n_bytes += n_bytes
+
+    def end_document(self) -> bool:
+        """End the current document; False when it has no tokens, and leaves no trace."""
+        if self._n_tokens == self._begin:
+            self._n_bytes = self._begin_bytes
+            return False
+        tokens, starts = self._open()
+        if self._eos is not None:
+            tokens.write(self._eos)
+            self._n_tokens += 1
+        starts.write(np.array([self._begin], dtype=STARTS_DTYPE))
+        self._n_documents += 1
+        self._begin, self._begin_bytes = self._n_tokens, self._n_bytes
+        if self._n_tokens >= self._shard_tokens:
+            self.finish()
+        return True
+
+    def finish(self) -> None:
+        """End the open shard, if there is one."""
+        if self._tokens is None or self._starts is None:
+            return
+        self.shards.append(
+            ShardInfo(
+                tokens=self._tokens.name,
+                documents=self._starts.name,
+                n_tokens=self._n_tokens,
+                n_documents=self._n_documents,
+                n_bytes=self._n_bytes,
+                tokens_sha256=self._tokens.finish(),
+                documents_sha256=self._starts.finish(),
+            )
+        )
+        self._tokens = self._starts = None
+        self._n_tokens = self._n_bytes = self._n_documents = self._begin = self._begin_bytes = 0
+
+    def close(self) -> None:
+        """Let go of open files; only `finish` completes them."""
+        for file in (self._tokens, self._starts):
+            if file is not None:
+                file.close()
+
+    def _open(self) -> tuple[_HashedFile, _HashedFile]:
+        if self._tokens is None or self._starts is None:
+            number = f"{len(self.shards):05d}.bin"
+            self._tokens = _HashedFile(self._folder / f"tokens-{number}")
+            self._starts = _HashedFile(self._folder / f"documents-{number}")
+        return self._tokens, self._starts
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise ValueError(f"{out} exists; choose another --out, or replace it with --overwrite")
+    if not (out / SIDECAR).is_file() or out.is_symlink():
+        raise ValueError(f"{out} is not a prepared folder, so --overwrite does not touch it; choose another --out")
+
+
+@contextlib.contextmanager
+def appears_whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name, replacing an older one, when the block succeeds, and is gone when it
+    does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        yield partial
+        _sync_folder(partial)
+        replaced = out.with_name(f".{out.name}.replaced-{secrets.token_hex(4)}") if out.exists() else None
+        if replaced is not None:
+            out.rename(replaced)
+        partial.rename(out)
+        _sync_folder(out.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,334 @@
+"""Text to token ids and back: raw bytes, any `tokenizer.json`, any SentencePiece `.model`, or a BPE trained here."""
+
+from __future__ import annotations
+
+import abc
+import codecs
+import itertools
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from recurformer.data.extras import require
+
+MARKER = "recurformer_tokenizer.json"
+"""Written by `Tokenizer.save` into every folder: names the kind, so that loading never guesses."""
+
+REPLACEMENT = "\ufffd"
+
+EOS_NAMES = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|im_end|>")
+PAD_NAMES = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]")
+
+
+class Tokenizer(abc.ABC):
+    """What the rest of the package asks of a tokenizer. Instances can be pickled.
+
+    Attributes:
+        vocab_size: ids run from 0 to vocab_size - 1.
+        eos_id: ends a document; None when the vocabulary has no such token.
+        pad_id: fills rows up; None when the vocabulary has no such token.
+    """
+
+    kind: ClassVar[str]
+    file: ClassVar[str | None] = None
+    """Name of the file that holds the vocabulary in a saved folder; None when there is nothing to hold."""
+
+    vocab_size: int
+    eos_id: int | None
+    pad_id: int | None
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, nothing added at either end. Text that spells a special token stays ordinary text."""
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """The text of ids that are all inside the vocabulary."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. What is no text, a broken UTF-8 sequence or an id outside the vocabulary (a model's may be
+        padded), shows as U+FFFD."""
+        runs = itertools.groupby(map(int, ids), key=lambda token: 0 <= token < self.vocab_size)
+        return "".join(self._decode(list(run)) if known else REPLACEMENT * len(list(run)) for known, run in runs)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as an integer array (n,)."""
+        return np.array(self.encode(text), dtype=np.int64)
+
+    def stream(self) -> TextStream:
+        """A decoder for ids that arrive one by one, as in generation."""
+        return TextStream(self.decode)
+
+    def contents(self) -> bytes:
+        """The bytes of the vocabulary's file; empty when there is none."""
+        return b""
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files into `folder`, made when it is missing. `load_tokenizer` reads them back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.file is not None:
+            _write(folder / self.file, self.contents())
+        marker = {"kind": self.kind, "file": self.file, "vocab_size": self.vocab_size}
+        marker |= {"eos_id": self.eos_id, "pad_id": self.pad_id}
+        _write(folder / MARKER, (json.dumps(marker, indent=2) + "\n").encode())
+
+
+class TextStream:
+    """Turns successive ids into text without ever showing half a character.
+
+    The texts returned by `feed` and `finish`, joined, are the decoded text of all ids.
+    """
+
+    PATIENCE = 8
+    """Ids held back at most: no character is spread over more, so what still looks unfinished then is no text."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._context: list[int] = []  # already shown; decoders look at the neighbour to place spaces
+        self._held: list[int] = []
+
+    def feed(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is unfinished."""
+        self._held.append(int(token))
+        text = self._pending()
+        if not text or (text.endswith(REPLACEMENT) and len(self._held) < self.PATIENCE):
+            return ""
+        self._context, self._held = self._held, []
+        return text
+
+    def finish(self) -> str:
+        """What is still held back; the stream can then start anew."""
+        text = self._pending() if self._held else ""
+        self._context, self._held = [], []
+        return text
+
+    def _pending(self) -> str:
+        return self._decode(self._context + self._held)[len(self._decode(self._context)) :]
+
+
+# --- the kinds --------------------------------------------------------------------------------------------------------
+
+
+class BytesTokenizer(Tokenizer):
+    """The UTF-8 bytes of the text, vocabulary 256. NUL, which text does not contain, ends a document."""
+
+    kind = "bytes"
+    vocab_size = 256
+    eos_id = 0
+    pad_id = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def stream(self) -> TextStream:
+        return _ByteStream()
+
+
+class _ByteStream(TextStream):
+    """Exact for any bytes, well formed or not: the standard library's incremental decoder."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        if not 0 <= token < BytesTokenizer.vocab_size:
+            return self.finish() + REPLACEMENT
+        return self._decoder.decode(bytes((token,)))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library. Its truncation, padding and post-processing are switched off."""
+
+    kind = "tokenizers"
+    file = "tokenizer.json"
+
+    def __init__(self, raw: bytes, eos_id: int | None, pad_id: int | None):
+        library = require("tokenizers", "a tokenizer.json")
+        try:
+            self._tokenizer = library.Tokenizer.from_str(raw.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"not a tokenizer.json that the tokenizers library can read: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Otherwise a text that happens to spell "<|endoftext|>" would forge the end of a document.
+        self._tokenizer.encode_special_tokens = True
+        self._raw, self.eos_id, self.pad_id = raw, eos_id, pad_id
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+
+    @classmethod
+    def from_file(cls, path: Path) -> JsonTokenizer:
+        """Special ids come from the `tokenizer_config.json` or `special_tokens_map.json` beside it, else by name."""
+        tokenizer = cls(path.read_bytes(), eos_id=None, pad_id=None)
+        added = {token.content: id for id, token in tokenizer._tokenizer.get_added_tokens_decoder().items()}
+        named = _special_names(path.parent)
+        tokenizer.eos_id = _first(added, [named["eos_token"], *EOS_NAMES])
+        tokenizer.pad_id = _first(added, [named["pad_token"], *PAD_NAMES])
+        return tokenizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._raw, self.eos_id, self.pad_id)
+
+    def contents(self) -> bytes:
+        return self._raw
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model`, as T5's; its own end and padding ids count."""
+
+    kind = "sentencepiece"
+    file = "spiece.model"
+
+    def __init__(self, raw: bytes):
+        self._pieces = require("sentencepiece", "a SentencePiece .model").SentencePieceProcessor()
+        try:
+            readable = bool(raw) and self._pieces.LoadFromSerializedProto(raw)
+        except RuntimeError:
+            readable = False
+        if not readable:
+            raise ValueError("not a SentencePiece model")
+        self._raw = raw
+        self.vocab_size = self._pieces.vocab_size()
+        self.eos_id, self.pad_id = (id if id >= 0 else None for id in (self._pieces.eos_id(), self._pieces.pad_id()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._raw,)
+
+    def contents(self) -> bytes:
+        return self._raw
+
+    def encode(self, text: str) -> list[int]:
+        return self._pieces.encode(text, out_type=int, add_bos=False, add_eos=False)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._pieces.decode(ids)
+
+
+# --- making one -------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `source` names: "bytes", a `tokenizer.json`, a SentencePiece `.model`, or a folder, one
+    written by `Tokenizer.save` or one that holds a `tokenizer.json` or a single `.model`.
+
+    Raises:
+        ValueError: when it is none of these, cannot be read, or needs a library that is not installed.
+    """
+    if source == "bytes":
+        return BytesTokenizer()
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return _load_folder(path)
+        if path.is_file() and path.suffix == ".json":
+            return JsonTokenizer.from_file(path)
+        if path.is_file() and path.suffix == ".model":
+            return SentencePieceTokenizer(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"tokenizer {source}: {error}") from error
+    problem = "is neither a .json nor a .model file" if path.is_file() else "does not exist"
+    raise ValueError(f"tokenizer {str(source)!r} {problem}; give 'bytes', a tokenizer.json, a .model or a saved folder")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+    """A byte-level BPE learned from `texts`: lossless, id 0 is `<|endoftext|>`. A small text may give fewer tokens.
+
+    Raises:
+        ValueError: when `vocab_size` is below 257, the 256 bytes and the end of a document.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"a BPE vocabulary of {vocab_size} is too small; it needs 257: 256 bytes and the end token")
+    library = require("tokenizers", "training a BPE")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return JsonTokenizer(tokenizer.to_str().encode(), eos_id=0, pad_id=None)
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    if (folder / MARKER).is_file():
+        return _load_saved(folder)
+    if (folder / "tokenizer.json").is_file():
+        return JsonTokenizer.from_file(folder / "tokenizer.json")
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        return SentencePieceTokenizer(models[0].read_bytes())
+    raise ValueError(f"the folder holds no {MARKER}, no tokenizer.json and {len(models)} .model files")
+
+
+def _load_saved(folder: Path) -> Tokenizer:
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+        kind, eos_id, pad_id = marker["kind"], marker["eos_id"], marker["pad_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{MARKER} is damaged ({error})") from error
+    kinds = {each.kind: each for each in (BytesTokenizer, JsonTokenizer, SentencePieceTokenizer)}
+    if kind not in kinds:
+        raise ValueError(f"{MARKER} names the kind {kind!r}; known are {', '.join(kinds)}")
+    file = kinds[kind].file
+    if file is None:
+        return BytesTokenizer()
+    if not (folder / file).is_file():
+        raise ValueError(f"{file} is missing beside {MARKER}")
+    raw = (folder / file).read_bytes()
+    return JsonTokenizer(raw, eos_id, pad_id) if kind == JsonTokenizer.kind else SentencePieceTokenizer(raw)
+
+
+def _special_names(folder: Path) -> dict[str, str | None]:
+    """The end and padding tokens that the files beside a tokenizer.json name."""
+    names: dict[str, str | None] = {"eos_token": None, "pad_token": None}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            entries = json.loads((folder / file).read_bytes())
+        except (OSError, ValueError):
+            continue
+        for name in names:
+            entry = entries.get(name) if isinstance(entries, dict) else None
+            content = entry.get("content") if isinstance(entry, dict) else entry
+            names[name] = content if isinstance(content, str) else names[name]
+    return names
+
+
+def _first(ids: dict[str, int], names: Sequence[str | None]) -> int | None:
+    found: Iterator[int] = (ids[name] for name in names if name in ids)
+    return next(found, None)
+
+
+def _write(path: Path, contents: bytes) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with partial.open("xb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
