@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,20 +56,25 @@ def alibi_slopes(n_heads: int, scheme: str = "geometric", *, device: Any = None)
     return torch.cat([geometric(power), geometric(2 * power)[0::2][: n_heads - power]])
 
 
-class Rotation(NamedTuple):
+@dataclass(frozen=True)
+class Rotation:
     """Cosines and sines of the rotary angles, each (B or 1, 1, N, K/2)."""
 
     cos: Tensor
     sin: Tensor
 
-    def __getitem__(self, positions: slice) -> Rotation:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, positions: slice) -> Rotation:
         return Rotation(self.cos[:, :, positions], self.sin[:, :, positions])
+
+    def inverse(self) -> Rotation:
+        """The rotation back."""
+        return Rotation(self.cos, -self.sin)
 
     def __call__(self, u: Tensor) -> Tensor:
         """Rotate u (B, heads, N, K): coordinate c and c + K/2 are a pair (the half-split convention)."""
-        cos, sin = tuple.__getitem__(self, 0), tuple.__getitem__(self, 1)
-        first, second = u.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(u.dtype)
+        first, second = u.to(self.cos.dtype).chunk(2, dim=-1)
+        turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
+        return torch.cat(turned, dim=-1).to(u.dtype)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,15 @@ class Layout:
         if bias is None:
             bias = torch.zeros((), dtype=torch.float32, device=visible.device)
         return torch.where(visible, bias, float("-inf"))
+
+    @cached_property
+    def earliest(self) -> list[int] | None:
+        """Per new position, the first slot that a query there sees in any row; None: always slot 0."""
+        if self.documents is None:
+            return None
+        begins = F.pad(self.documents.diff(dim=1) != 0, (1, 0), value=True)
+        slots = torch.arange(self.documents.shape[1], device=begins.device)
+        return torch.where(begins, slots, 0).cummax(1).values.amin(0).tolist()
 
     @cached_property
     def full_bias(self) -> Tensor | None:
@@ -218,15 +232,21 @@ class LayerMaths:
 
     def outputs(self, x: Tensor, a: Tensor) -> Tensor:
         """z from the layer's input x (B, N, D) and the attention outputs a (B, H, N, K): both residual branches."""
-        s = self.config.branch_scale
-        y = x + s * F.linear(a.transpose(1, 2).flatten(2), self.o, self.o_bias)
-        return y + s * self.mlp(y)
+        y = self.attended(x, a.transpose(1, 2).flatten(2))
+        return self.finished(y, *self.mlp_inner(y))
 
-    def mlp(self, y: Tensor) -> Tensor:
-        """MLP(RMS(y)), (B, N, D)."""
+    def attended(self, x: Tensor, a: Tensor) -> Tensor:
+        """y = x + s O a, with the heads of a side by side, (..., H K)."""
+        return x + self.config.branch_scale * F.linear(a, self.o, self.o_bias)
+
+    def mlp_inner(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The MLP's inner values before activation, up and (swiglu) gate, (..., F), from y (..., D)."""
         h = normalise(y, self.mlp_norm, self.config).to(self.compute_dtype)
-        gate = None if self.gate is None else F.linear(h, self.gate, self.gate_bias)
-        return F.linear(activate(F.linear(h, self.up, self.up_bias), gate, self.config), self.down, self.down_bias)
+        return F.linear(h, self.up, self.up_bias), None if self.gate is None else F.linear(h, self.gate, self.gate_bias)
+
+    def finished(self, y: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
+        """z = y + s MLP(RMS(y)), given the MLP's inner values."""
+        return y + self.config.branch_scale * F.linear(activate(up, gate, self.config), self.down, self.down_bias)
 
 
 class Norm(nn.Module):
