@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recurformer import LanguageModel, ModelConfig
+from recurformer.model import Layer
 from recurformer.scan import SCANS
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -44,6 +45,28 @@ def strong(model: LanguageModel, std: float = 0.3) -> LanguageModel:
 
 def random_tokens(*shape: int, seed: int = 1, vocabulary: int = V) -> Tensor:
     return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(model: LanguageModel, index: int) -> Layer:
+    """One layer of a model."""
+    layer = model.layers[index]
+    assert isinstance(layer, Layer)
+    return layer
+
+
+def logits_of(model: LanguageModel, tokens: Tensor, **options: Any) -> Tensor:
+    """The logits of a call."""
+    logits = model(tokens, **options).logits
+    assert logits is not None
+    return logits
+
+
+def loss_of(model: LanguageModel, tokens: Tensor, **options: Any) -> Tensor:
+    """The loss of a call; targets are random unless given."""
+    options.setdefault("targets", random_tokens(*tokens.shape, seed=2))
+    loss = model(tokens, **options).loss
+    assert loss is not None
+    return loss
 
 
 def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:

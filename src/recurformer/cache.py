@@ -39,6 +39,8 @@ class KVCache:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; a cache needs at least 1")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; keys and values are floating-point numbers")
         self.config, self.batch_size, self.max_length = config, batch_size, max_length
         self.length = 0
         self.padded = False  # some filled slot is a pad

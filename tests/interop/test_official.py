@@ -164,11 +164,13 @@ def test_grouped_heads_rope_swiglu_biases_and_tied_embeddings(options: dict[str,
     }  # fmt: skip
     torch.manual_seed(0)
     shapes = {
-        "wte.weight": (96, 96), "ln_f.weight": (96,), "blocks.0.attn_norm.weight": (96,),
-        "blocks.0.ff_norm.weight": (96,), "blocks.0.q_norm.weight": (96,), "blocks.0.k_norm.weight": (32,), "blocks.0.att_proj.weight": (160, 96),
-        "blocks.0.att_proj.bias": (160,), "blocks.0.attn_out.weight": (96, 96), "blocks.0.attn_out.bias": (96,),
-        "blocks.0.ff_proj.weight": (384, 96), "blocks.0.ff_proj.bias": (384,), "blocks.0.ff_out.weight": (96, 192),
-        "blocks.0.ff_out.bias": (96,),
+        "wte.weight": (96, 96), "ln_f.weight": (96,),
+        "blocks.0.attn_norm.weight": (96,), "blocks.0.ff_norm.weight": (96,),
+        "blocks.0.q_norm.weight": (96,), "blocks.0.k_norm.weight": (32,),
+        "blocks.0.att_proj.weight": (160, 96), "blocks.0.att_proj.bias": (160,),
+        "blocks.0.attn_out.weight": (96, 96), "blocks.0.attn_out.bias": (96,),
+        "blocks.0.ff_proj.weight": (384, 96), "blocks.0.ff_proj.bias": (384,),
+        "blocks.0.ff_out.weight": (96, 192), "blocks.0.ff_out.bias": (96,),
     }  # fmt: skip
     w = {f"transformer.{name}": torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     model = load_official(w, changed)
