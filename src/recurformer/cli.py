@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,17 +18,17 @@ def cli() -> None:
     """Train, evaluate, decode and compare Recurrent Transformers."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends in one line on stderr and exit code 2."""
+def main(arguments: Sequence[str] | None = None, command: click.Command = cli, name: str = "recurformer") -> None:
+    """Run a command; bad input ends in one line on stderr and exit code 2."""
     try:
-        code = cli.main(args=arguments, prog_name="recurformer", standalone_mode=False)
+        code = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as help_text:
         print(help_text.format_message())
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message())
-    except BrokenPipeError:  # `recurformer ... | head`
-        sys.stdout = None
+    except BrokenPipeError:  # `recurformer ... | head`: nobody reads on, and the flush at exit must not fail either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as error:
         _fail(str(error))
@@ -46,8 +47,8 @@ def _fail(message: str) -> None:
 @cli.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder to make.")
-@click.option("--tokenizer", default="bytes", metavar="bytes|FILE|train-bpe:N", help="The text's UTF-8 bytes; a "
-              "tokenizer.json, a SentencePiece .model or a saved folder; or a BPE of N tokens, learned here.")  # fmt: skip
+@click.option("--tokenizer", default="bytes", metavar="bytes|FILE|train-bpe:N", help="UTF-8 bytes; a tokenizer.json, "
+              "a SentencePiece .model or a saved folder; or a BPE of N tokens, learned here.")  # fmt: skip
 @click.option("--text-field", default="text", metavar="NAME", help="Where a JSON line or a table keeps its text.")
 @click.option("--split", default="train", metavar="NAME", help="Split of a Hugging Face dataset.")
 @click.option("--append-eos/--no-append-eos", default=True, help="End each document with the tokenizer's end token.")
@@ -149,8 +150,8 @@ def device_option(command):
 
 @cli.command("eval")
 @click.argument("run", type=click.Path())
-@click.option("--data", type=click.Path(), metavar="DIR|FILE", help="Prepared folder, or a text file that is tokenized as "
-              "RUN's text was.  [default: the validation data of RUN]")  # fmt: skip
+@click.option("--data", type=click.Path(), metavar="DIR|FILE", help="Prepared folder, or a text file that is "
+              "tokenized as RUN's text was.  [default: the validation data of RUN]")  # fmt: skip
 @click.option("--window", type=click.IntRange(min=1), metavar="N", help="Positions of one sequence; no token sees "
               "further back.  [default: the window RUN was trained with, else 512]")  # fmt: skip
 @click.option(
@@ -182,7 +183,7 @@ def evaluate(
     model, tokenizer, folder = open_model(run, device, scan)
     if (data := data or run_setting(folder, "data", "validation")) is None:
         raise ValueError(f"{run} names no validation data; give --data")
-    window = window or run_setting(folder, "data", "window") or 512
+    window = int(window or run_setting(folder, "data", "window") or 512)
     with open_data(data, tokenizer, model.config.vocab_size) as dataset:
         result = evaluate(
             model, dataset, window=window, batch_size=batch_size, max_batches=max_batches, progress=not as_json
@@ -202,16 +203,16 @@ def evaluate(
 
 @cli.command()
 @click.argument("run", type=click.Path())
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; may be repeated: all prompts "
-              "run as one batch.  [default: the start of a text]")  # fmt: skip
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; may be repeated: all "
+              "prompts run as one batch.  [default: the start of a text]")  # fmt: skip
 @click.option("--max-new-tokens", default=200, type=click.IntRange(min=0), help="Tokens generated at most.")
 @click.option("--temperature", default=0.8, type=float, help="0 takes the most probable token.")
 @click.option("--top-k", default=0, type=int, help="Sample among the K most probable tokens; 0: all.")
 @click.option("--top-p", default=1.0, type=float, help="Sample among the fewest tokens of at least this probability.")
-@click.option("--min-p", default=0.0, type=float, help="Leave out tokens less probable than this part of the best one.")
+@click.option("--min-p", default=0.0, type=float, help="Leave out tokens below this part of the top probability.")
 @click.option("--repetition-penalty", default=1.0, type=float, help="Above 1: tokens seen before become less probable.")
-@click.option("--stop", "stops", multiple=True, metavar="TEXT", help=r"End at this token, besides the end of text; \n may "
-              "be spelled out. May be repeated.")  # fmt: skip
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help=r"End at this token, besides the end of text; "
+              r"\n may be spelled out. May be repeated.")  # fmt: skip
 @click.option("--samples", default=1, type=click.IntRange(min=1), help="Continuations of each prompt.")
 @click.option("--seed", type=int, help="Of the sampling.  [default: another one each time]")
 @click.option("--scan", default="auto", help="How recurrent layers read the prompt.")
@@ -300,6 +301,7 @@ def info(target: str | None, layers: str | None, as_json: bool) -> None:
         info.show_presets()
     else:
         info.show(facts)
+        print()
     info.show_environment()
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recurformer.model import IGNORE, LanguageModel
 
 if TYPE_CHECKING:
-    from recurformer.data import TokenDataset
+    from recurformer.data import TokenDataset, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Evaluation:
 
     loss: float  # nats a token: the sum over all predicted tokens / their number
     tokens: int  # predicted tokens
-    bytes: float  # of source text that these tokens stand for: the data's average where only a part was read
+    bytes: float  # of source text that these tokens stand for, by the data's average; nan where it is unknown
     seconds: float
 
     @property
@@ -34,19 +37,14 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits spent on each byte of the source text: comparable between tokenizers."""
-        return self.loss * self.tokens / math.log(2) / self.bytes
+        """Bits spent on each byte of the source text: comparable between tokenizers. nan for data without its size."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
-    def to_dict(self) -> dict[str, float]:
-        """Every number under its own name, ready for JSON."""
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "bytes": round(self.bytes),
-            "seconds": self.seconds,
-        }
+    def to_dict(self) -> dict[str, float | None]:
+        """Every number under its own name, ready for JSON: None where it is unknown or not finite."""
+        names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "seconds")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def evaluate(
@@ -58,11 +56,11 @@ def evaluate(
     max_batches: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Mean loss of a model over a dataset, cut into windows that do not see each other.
+    """Mean loss of a model over a dataset, cut into windows of one document each that do not see each other.
 
     Args:
         model: may be in training mode: it is evaluated in evaluation mode and given back as it came.
-        dataset: tokens; every one but the very first is predicted once.
+        dataset: tokens; every one but a document's first is predicted once, from those before it in its window.
         window: N, the positions of one sequence. A longer window gives each token more context.
         batch_size: sequences at once; changes speed and memory, not the result.
         max_batches: stop after this many batches; None: read everything.
@@ -79,7 +77,8 @@ def evaluate(
     check_vocabulary(model.config.vocab_size, dataset)
     device = model.embedding.weight.device
     nats, tokens, began = 0.0, 0, time.perf_counter()
-    with evaluating(model), _counter(dataset.n_tokens, progress) as advance:
+    predictable = dataset.n_tokens - (dataset.n_documents or 0)  # all but each document's first
+    with evaluating(model), _counter(predictable, progress) as advance:
         for batch in islice(evaluation_batches(dataset, window, batch_size), max_batches):
             count = int((batch.targets != IGNORE).sum())
             if count == 0:
@@ -93,14 +92,52 @@ def evaluate(
             nats += float(loss) * count
             tokens += count
             advance(count)
-    if tokens == 0:
-        raise ValueError(f"the data hold {dataset.n_tokens} tokens; at least 2 are needed to predict one")
     return Evaluation(
         loss=nats / tokens,
         tokens=tokens,
-        bytes=max(dataset.n_bytes * tokens / dataset.n_tokens, 1e-9),
+        bytes=math.nan if dataset.n_bytes is None else dataset.n_bytes * tokens / predictable,
         seconds=time.perf_counter() - began,
     )
+
+
+@contextmanager
+def open_data(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Iterator[TokenDataset]:
+    """The tokens that a path means, for as long as they are needed.
+
+    Args:
+        path: a prepared folder; raw `.npy` shards, or a folder of them; or any file that `prepare` reads, whose text is
+            tokenized into a temporary folder.
+        tokenizer: the model's, for text; None: it has none, and text is refused.
+        vocab_size: the model's.
+
+    Raises:
+        ValueError: for a path that is none of these.
+    """
+    from recurformer.data import TokenDataset, prepare
+    from recurformer.data.sidecar import SIDECAR
+
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"the data {str(path)!r} do not exist; give a prepared folder or a text file")
+    if path.is_dir() or path.suffix == ".npy":
+        yield TokenDataset(path) if (path / SIDECAR).is_file() else TokenDataset(path, vocab_size=vocab_size)
+        return
+    if tokenizer is None:
+        raise ValueError(f"{path} is text, but the model's folder has no tokenizer; give a prepared folder")
+    with TemporaryDirectory(prefix="recurformer-") as temporary:
+        folder = Path(temporary) / "data"
+        prepare([path], folder, tokenizer, append_eos=tokenizer.eos_id is not None, progress=False)
+        yield TokenDataset(folder)
+
+
+def run_setting(folder: str | Path, section: str, name: str) -> Any:
+    """A setting of the training run that a folder belongs to (the run, or one of its checkpoints); None without one."""
+    folder = Path(folder).resolve()
+    for candidate in (folder, *list(folder.parents)[:3]):
+        if (candidate / "config.json").is_file() and (candidate / "checkpoints").is_dir():
+            values = json.loads((candidate / "config.json").read_text(encoding="utf-8"))
+            return values.get(section, {}).get(name)
+    return None
 
 
 def check_vocabulary(vocab_size: int, dataset: TokenDataset) -> None:

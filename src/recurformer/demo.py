@@ -1,0 +1,162 @@
+"""`python -m recurformer.demo`: three small models of equal size trained on the text inside the package, compared.
+
+A Recurrent Transformer, the same with only its first layer recurrent, and a Transformer of the same number of matrix
+parameters and twice the layers, on the same tokens in the same order under the same schedule. What comes out is printed
+as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recurformer.training.config import TrainConfig, load_config
+
+STEPS = 200  # what decides how long the demo takes
+WINDOW, BATCH_SIZE = 128, 32  # 4,096 tokens a step
+EVALUATIONS = 5  # besides the one before the first step, each over the whole validation text
+
+# The nano preset, all of it or only the first layer recurrent; and its twin: 12 * 4 * 128^2 = 8 * (4 * 96^2 + 2 * 96 *
+# 320) matrix parameters.
+MODELS: dict[str, dict[str, Any]] = {
+    "recurrent": {"preset": "nano", "layers": "recurrent"},
+    "first-1": {"preset": "nano", "layers": "first:1"},
+    "transformer": {"d_model": 96, "n_heads": 4, "n_layers": 8, "d_mlp": 320, "layers": "standard"},
+}
+PROMPTS = ("The colour of the light ", "Mr. Darcy ")
+
+
+def settings_of(model: dict[str, Any], data: Path, steps: int) -> list[str]:
+    """The training settings of one model, as `--set` takes them."""
+    common = {
+        "data.train": data / "train",
+        "data.validation": data / "validation",
+        "data.window": WINDOW,
+        "batch_size": BATCH_SIZE,
+        "schedule.steps": steps,
+        "optimizer.lr": 3e-3,
+        "evaluation.every": max(1, steps // EVALUATIONS),
+        "evaluation.batches": "none",
+        "evaluation.batch_size": 2 * BATCH_SIZE,
+        "sample.tokens": 0,
+        "log.every": max(1, steps // 20),
+    }
+    return [f"{name}={value}" for name, value in common.items()] + [f"model.{k}={v}" for k, v in model.items()]
+
+
+def quickstart(name: str) -> str:
+    """The path of a file of the text inside the package: "train.jsonl", "validation.jsonl" or "LICENCE.md"."""
+    return str(resources.files("recurformer") / "quickstart" / name)
+
+
+def prepare_text(out: Path) -> None:
+    """The package's text as tokens (its bytes), unless they are there already."""
+    from recurformer.data import TokenDataset, prepare
+
+    for name in ("train", "validation"):
+        try:
+            TokenDataset(out / name)
+        except ValueError:
+            prepare([quickstart(f"{name}.jsonl")], out / name, "bytes", overwrite=True, progress=False)
+
+
+def train_all(out: Path, steps: int, settings: Sequence[str], say: Callable[[str], None]) -> list[Path]:
+    """Train each model into its folder, or continue it; finished ones are left alone. The folders.
+
+    Raises:
+        ValueError: when a folder holds a run with other settings.
+    """
+    from recurformer.training import TrainingError, train
+
+    folders: list[Path] = []
+    for name, model in MODELS.items():
+        folder = out / name
+        config: TrainConfig = load_config(None, [*settings_of(model, out / "data", steps), *settings])
+        say(f"\n{name}: {_shape(config)}")
+        try:
+            result = train(config, folder, resume=True)
+        except ValueError as error:
+            raise ValueError(f"{error} (or give the demo another --out, or delete {folder})") from error
+        except TrainingError as error:
+            raise click.ClickException(str(error)) from error
+        if not result.finished:
+            say("Interrupted; the same command continues.")
+            raise KeyboardInterrupt
+        folders.append(folder)
+    return folders
+
+
+def _shape(config: TrainConfig) -> str:
+    from recurformer.report import kind_of, parameters
+
+    model, outside = config.model, 0
+    matrices = model.n_layers * (
+        model.d_model * model.head_width * (2 * model.n_heads + 2 * model.kv_heads)
+        + (3 if model.activation == "swiglu" else 2) * model.d_model * model.mlp_width
+    )
+    inside = parameters(model)
+    outside = parameters(model, embedding=True) - inside
+    return (
+        f"{model.n_layers} layers ({kind_of(model)}) of width {model.d_model}; {matrices:,} parameters in the layers' "
+        f"matrices,\n  {inside - matrices:,} in norms, {outside:,} in embedding and output layer"
+    )
+
+
+def sample_all(folders: Sequence[Path], seed: int = 0) -> dict[str, list[str]]:
+    """Each model's continuation of the prompts, by the name of its run."""
+    from recurformer.text import complete, open_model, stop_ids
+
+    texts: dict[str, list[str]] = {}
+    for folder in folders:
+        model, tokenizer, _ = open_model(folder, "cpu")
+        made = complete(
+            model, tokenizer, PROMPTS, 150, stops=stop_ids(tokenizer, []), temperature=0.7, top_p=0.95, seed=seed
+        )
+        texts[folder.name] = [completion.prompt + completion.text for completion in made]
+    return texts
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option("--out", default="demo", type=click.Path(path_type=Path), help="Folder of everything the demo makes.")
+@click.option("--steps", default=STEPS, type=click.IntRange(min=1), help="Steps of each model.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a training setting of all models.")
+def demo(out: Path, steps: int, settings: tuple[str, ...]) -> None:
+    """Train, compare and sample three small models. What is finished in OUT is kept, what was interrupted continues."""
+    from rich.console import Console
+
+    from recurformer.report import load_runs, show, write_report
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    began = time.perf_counter()
+    say("Text: novels by Jane Austen, State of the Union addresses, Newton's Opticks (public domain), as bytes.")
+    say(f"Three models of one size, {steps} steps each: the same tokens in the same order, the same schedule.")
+    prepare_text(out / "data")
+    folders = train_all(out, steps, settings, say)
+    runs = load_runs(folders)
+    say("")
+    show(runs, Console())
+    say("One seed and a short run: a demonstration, not a measurement of the architecture.")
+    samples = sample_all(folders)
+    for name, texts in samples.items():
+        for text in texts:
+            say(f"\n{name}: {text}")
+    curves, page = write_report(runs, out, "Three models of one size", samples)
+    say(f"\n{time.perf_counter() - began:.0f} seconds. Curves: {curves}. Page with everything: {page}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the demo; errors end in one line and exit code 2, as the `recurformer` command's do."""
+    from recurformer import cli
+
+    cli.main(arguments, demo, "python -m recurformer.demo")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Prompts in, text out: what `generate` does between the tokenizer and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from recurformer.data.tokenizer import Tokenizer
+    from recurformer.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of one prompt."""
+
+    prompt: str
+    text: str  # without the prompt and without the token that ended it
+    tokens: int  # generated, the one that ended it included
+    ended: bool  # by a stop token, not by the limit
+
+
+def open_model(folder: str | Path, device: str = "auto", scan: str = "auto") -> tuple[LanguageModel, Tokenizer, Path]:
+    """A model, its tokenizer and the folder they were found in.
+
+    Raises:
+        ValueError: for a folder without a model or without a tokenizer, or a device that is not here.
+    """
+    from recurformer.data.tokenizer import load_tokenizer
+    from recurformer.folders import load, resolve
+
+    place = pick_device(device)
+    folder = resolve(folder)
+    model = load(folder, device=place)
+    model.scan = scan
+    return model, load_tokenizer(folder), folder
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: when it is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which cannot be used here ({reason}); choose auto or cpu") from None
+    return device
+
+
+def stop_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> list[int]:
+    r"""The ids that end a text: the tokenizer's end of text, and each of `stops` ("\n" and "\t" may be spelled out).
+
+    Raises:
+        ValueError: for a stop that is not exactly one token.
+    """
+    ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for stop in stops:
+        found = tokenizer.encode(stop.replace("\\n", "\n").replace("\\t", "\t"))
+        if len(found) != 1:
+            raise ValueError(f"the stop {stop!r} is {len(found)} tokens here; a stop must be exactly one")
+        ids += found
+    return ids
+
+
+def complete(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    stops: Sequence[int] = (),
+    samples: int = 1,
+    show: Callable[[str], Any] | None = None,
+    **sampling: Any,
+) -> list[Completion]:
+    """Continue prompts of any lengths at once.
+
+    Args:
+        prompts: texts; an empty one begins at the end-of-text token.
+        stops: ids that end a continuation.
+        samples: continuations of each prompt; those of one prompt are neighbours in the result.
+        show: called with each piece of text as it comes, never half a character; needs a single continuation.
+        sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed as in `generate`.
+    """
+    from recurformer.generation import generate, pad_prompts
+
+    if not prompts:
+        raise ValueError("no prompt; give at least one, which may be empty")
+    if show is not None and (len(prompts) > 1 or samples > 1):
+        raise ValueError(f"{len(prompts)} prompts x {samples} samples cannot be shown as they come; ask for one")
+    encoded = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    for ids in encoded:
+        if not ids:
+            ids.append(tokenizer.eos_id or 0)
+    tokens, mask = pad_prompts(encoded)
+    device = model.embedding.weight.device
+    text_stream = tokenizer.stream()
+
+    def stream(ids: torch.Tensor) -> None:
+        token = int(ids[0])
+        if show is not None and token not in stops and (text := text_stream.feed(token)):
+            show(text)
+
+    out = generate(
+        model,
+        tokens.to(device),
+        max_new_tokens,
+        attention_mask=mask.to(device),
+        num_samples=samples,
+        eos_token_id=list(stops) or None,
+        stream=None if show is None else stream,
+        **sampling,
+    )
+    if show is not None and (text := text_stream.finish()):
+        show(text)
+    completions = []
+    for row, ids in enumerate(out[:, tokens.shape[1] :].tolist()):
+        end = next((n for n, token in enumerate(ids) if token in stops), None)
+        text = tokenizer.decode(ids[:end])
+        completions.append(
+            Completion(prompts[row // samples], text, len(ids) if end is None else end + 1, end is not None)
+        )
+    return completions
