@@ -54,6 +54,15 @@ def layer_of(model: LanguageModel, index: int) -> Layer:
     return layer
 
 
+def logits_and_loss(model: LanguageModel, tokens: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Logits and loss of a call; targets are random unless given."""
+    options.setdefault("targets", random_tokens(*tokens.shape, seed=2))
+    out = model(tokens, **options)
+    assert out.logits is not None
+    assert out.loss is not None
+    return out.logits, out.loss
+
+
 def logits_of(model: LanguageModel, tokens: Tensor, **options: Any) -> Tensor:
     """The logits of a call."""
     logits = model(tokens, **options).logits
@@ -63,10 +72,7 @@ def logits_of(model: LanguageModel, tokens: Tensor, **options: Any) -> Tensor:
 
 def loss_of(model: LanguageModel, tokens: Tensor, **options: Any) -> Tensor:
     """The loss of a call; targets are random unless given."""
-    options.setdefault("targets", random_tokens(*tokens.shape, seed=2))
-    loss = model(tokens, **options).loss
-    assert loss is not None
-    return loss
+    return logits_and_loss(model, tokens, **options)[1]
 
 
 def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
