@@ -93,8 +93,8 @@ def load_config(folder: str | Path) -> ModelConfig:
         found = values.get("model_type") if isinstance(values, dict) else None
         raise ValueError(f"{path} describes model_type {found!r}, not 'recurformer'; convert the model first")
     version = values.get("format_version", FORMAT_VERSION)
-    if version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version}; this version reads up to {FORMAT_VERSION}: upgrade")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version!r}; this version reads up to {FORMAT_VERSION}: upgrade")
     names = [f.name for f in dataclasses.fields(ModelConfig)]
     if missing := [name for name in ("vocab_size", "d_model", "n_layers", "n_heads", "layers") if name not in values]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it is incomplete")
