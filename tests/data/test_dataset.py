@@ -140,9 +140,9 @@ def test_what_a_prepared_folder_knows(folder: Path):
 
 def test_options_that_disagree_with_the_folder_are_refused(folder: Path):
     assert TokenDataset(folder, vocab_size=256, eos_id=0, dtype="uint16").n_tokens == 18
-    with pytest.raises(ValueError, match="vocab_size 257 was asked for, but .* holds 256"):
+    with pytest.raises(ValueError, match=r"vocab_size 257 was asked for, but .* holds 256"):
         TokenDataset(folder, vocab_size=257)
-    with pytest.raises(ValueError, match="eos_id 1 was asked for, but .* holds 0"):
+    with pytest.raises(ValueError, match=r"eos_id 1 was asked for, but .* holds 0"):
         TokenDataset(folder, eos_id=1)
 
 
@@ -199,10 +199,10 @@ def test_foreign_sidecars_are_refused(changes: dict[str, object], place: str, fo
 
 def test_a_sidecar_that_is_no_json_is_refused(folder: Path):
     (folder / "dataset.json").write_text('{"format"')
-    with pytest.raises(ValueError, match="dataset.json is damaged or of another version: the file: "):
+    with pytest.raises(ValueError, match=r"dataset.json is damaged or of another version: the file: "):
         TokenDataset(folder)
     (folder / "dataset.json").unlink()
-    with pytest.raises(ValueError, match="holds no dataset.json; make it with `recurformer prepare`"):
+    with pytest.raises(ValueError, match=r"holds no dataset.json; make it with `recurformer prepare`"):
         Sidecar.read(folder)
 
 

@@ -163,7 +163,7 @@ def test_damaged_folders_are_refused(pieces: Tokenizer, tmp_path: Path):
         load_tokenizer(tmp_path)
     pieces.save(tmp_path)
     (tmp_path / "spiece.model").unlink()
-    with pytest.raises(ValueError, match="spiece.model is missing"):
+    with pytest.raises(ValueError, match=r"spiece.model is missing"):
         load_tokenizer(tmp_path)
     (tmp_path / MARKER).write_text('{"kind": "morse", "eos_id": null, "pad_id": null}')
     with pytest.raises(ValueError, match="the kind 'morse'; known are bytes, tokenizers, sentencepiece"):

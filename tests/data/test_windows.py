@@ -182,7 +182,7 @@ def test_windows_can_be_pickled(numbered: TrainingWindows):
 
 
 def test_a_corpus_of_exactly_one_window_and_of_one_token_less(tmp_path: Path):
-    dataset = raw(tmp_path, range(9), range(9))
+    dataset = raw(tmp_path, np.arange(9), np.arange(9))
     assert len(TrainingWindows(dataset, 8, seed=0)) == 2
     message = r"has 18 tokens, 9 in its longest file, but a window of 9 needs 10 from one file; shorten the window"
     with pytest.raises(ValueError, match=message):

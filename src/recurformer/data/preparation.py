@@ -276,6 +276,8 @@ def _in_order(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer, dtype))
     pending: deque[tuple[_Task, Future[_Encoded]]] = deque()
     try:
+        with _signals_held():
+            pool.submit(_encode_in_worker, [""])  # starts the processes
         for task in tasks:
             pending.append((task, pool.submit(_encode_in_worker, task.texts)))
             if len(pending) >= 2 * workers:
@@ -298,7 +300,6 @@ _worker: tuple[Tokenizer, str] | None = None
 def _start_worker(tokenizer: Tokenizer, dtype: str) -> None:
     global _worker
     _worker = tokenizer, dtype
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -336,6 +337,28 @@ def _stopped_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Put off SIGINT and SIGTERM to the end of the block. Processes started in it never get them: Ctrl-C at a terminal
+    goes to them as well, and is the parent's to answer."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held, came = (signal.SIGINT, signal.SIGTERM), []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in held}
+    if hasattr(signal, "pthread_sigmask"):  # children inherit the mask, not the handlers
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 class _Bar:

@@ -20,7 +20,7 @@ from recurformer.data.extras import require
 PIECE = 1 << 20
 """Characters of a piece at most. A longer document is cut, so that no document has to fit into memory."""
 
-CHUNK = 1 << 16
+CHUNK = 1 << 14
 """Bytes read at a time: small, for one compressed chunk may unpack to hundreds of its size."""
 
 LONGEST_LINE = 1 << 28
