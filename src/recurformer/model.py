@@ -450,14 +450,28 @@ class LanguageModel(nn.Module):
         valid = check_inputs(
             self, tokens, targets, attention_mask, document_ids, cache, use_cache, return_logits, validate
         )
-        B, N = tokens.shape
-        weight = self.embedding.weight
         if cache is None and use_cache:
-            cache = KVCache(self.config, B, dtype=compute_dtype(weight), device=weight.device)
-        layout = self._layout(B, N, valid, document_ids, cache)
+            weight = self.embedding.weight
+            cache = KVCache(self.config, tokens.shape[0], dtype=compute_dtype(weight), device=weight.device)
+        x = self.hidden(tokens.long(), valid, document_ids, cache)
+        logits = self.logits(x) if return_logits else None
+        return Output(logits, None if targets is None else self._loss(x, logits, targets), cache)
 
+    def hidden(
+        self, tokens: Tensor, valid: Tensor | None, documents: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """What the output layer reads, (B, N, D): `forward` without checks, logits and loss.
+
+        Args:
+            tokens: (B, N) int64.
+            valid: (B, N) bool, False at pads; None: no pads.
+            documents: (B, N) int64, as `document_ids`.
+            cache: continued in place.
+        """
+        B, N = tokens.shape
+        layout = self._layout(B, N, valid, documents, cache)
         # Pads enter as zeros: nothing of their contents, be it NaN, reaches a real position or a gradient.
-        x = F.embedding(tokens if valid is None else tokens.masked_fill(~valid, 0), weight)
+        x = F.embedding(tokens if valid is None else tokens.masked_fill(~valid, 0), self.embedding.weight)
         x = x.to(accumulation_dtype(x.dtype))
         if valid is not None:
             x = torch.where(valid[:, :, None], x, 0.0)
@@ -466,10 +480,14 @@ class LanguageModel(nn.Module):
             x = layer(x, layout, scan, cache, index)
         if cache is not None:
             cache.advance(N, valid)
+        return normalise(x, self.norm.weight, self.config)
 
-        x = normalise(x, self.norm.weight, self.config)
-        logits = self._logits(x) if return_logits else None
-        return Output(logits, None if targets is None else self._loss(x, logits, targets), cache)
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., V) in the compute dtype, of what `hidden` returns."""
+        weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
+        dtype = compute_dtype(weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), weight.to(dtype))[..., : self.config.vocab_size]
 
     def _layout(self, B: int, N: int, valid: Tensor | None, documents: Tensor | None, cache: KVCache | None) -> Layout:
         config, device = self.config, self.embedding.weight.device
@@ -497,15 +515,9 @@ class LanguageModel(nn.Module):
             rotation = Rotation(angles.cos().to(acc), angles.sin().to(acc))
         return Layout(P, N, positions, valid, documents, slopes, rotation)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
-        dtype = compute_dtype(weight)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), weight.to(dtype))[..., : self.config.vocab_size]
-
     def _loss(self, x: Tensor, logits: Tensor | None, targets: Tensor) -> Tensor:
         def total(part: Tensor, wanted: Tensor, made: Tensor | None = None) -> Tensor:
-            made = self._logits(part) if made is None else made
+            made = self.logits(part) if made is None else made
             made = made.flatten(0, -2).to(accumulation_dtype(made.dtype))
             return F.cross_entropy(made, wanted.flatten(), ignore_index=IGNORE, reduction="sum")
 
@@ -608,6 +620,6 @@ def check_inputs(
                 raise ValueError(
                     f"target {int(wrong[0])} is outside the vocabulary of {config.vocab_size}; -100 means ignore"
                 )
-        if document_ids is not None and (document_ids.diff(dim=1) < 0).any():
+        if document_ids is not None and (document_ids.long().diff(dim=1) < 0).any():
             raise ValueError("document_ids decrease along a row; documents must be contiguous, with non-decreasing ids")
     return valid
