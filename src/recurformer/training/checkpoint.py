@@ -181,7 +181,7 @@ def _sync(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], list[Path]]:
-    """(complete checkpoints, damaged folders) of RUN/checkpoints, each by rising step. Sizes are checked, not hashes."""
+    """(complete checkpoints, damaged folders) of RUN/checkpoints, each by rising step. Sizes are checked, no hashes."""
     complete: list[Checkpoint] = []
     damaged: list[Path] = []
     for path in sorted(folder.glob("step-*")):
@@ -290,4 +290,3 @@ def restore_rng(state: RngState) -> None:
     for n in range(torch.cuda.device_count()):
         if f"cuda:{n}" in state:
             torch.cuda.set_rng_state(state[f"cuda:{n}"], n)
-

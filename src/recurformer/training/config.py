@@ -1,7 +1,4 @@
-"""Every choice a training run is made of, documented where it is declared; read from TOML, YAML and `--set a.b=c`.
-
-Run as a module it prints `docs/configuration.md`.
-"""
+"""Every choice a training run is made of, documented where it is declared; read from TOML, YAML and `--set a.b=c`."""
 
 from __future__ import annotations
 
@@ -13,12 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from recurformer.config import PRESETS, ModelConfig, setting, suggest
+from recurformer.data.windows import Packing
+
+if TYPE_CHECKING:
+    from recurformer.data import TokenDataset
 
 S = TypeVar("S")
 
@@ -30,9 +31,19 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
-Packing = Literal["concat", "documents"]
 Precision = Literal["fp32", "bf16", "fp64"]
 Logger = Literal["tensorboard", "wandb"]
+
+
+@cache
+def _annotations(section: type) -> dict[str, Any]:
+    hints = get_type_hints(section, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(section)}
+
+
+@cache
+def _checker(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(strict=True))
 
 
 class _Section:
@@ -54,8 +65,10 @@ class _Section:
 class DataConfig(_Section):
     """What is read, and in which order."""
 
-    train: Annotated[str, Field(min_length=1)] = setting("data/train", "Folder of training tokens (`prepare`).")
-    validation: str | None = setting("data/validation", "Folder of held-out tokens; none: no evaluation.")
+    train: Annotated[str, Field(min_length=1)] = setting(
+        "data/train", "Training tokens: a folder made by `recurformer prepare`, or of raw `.npy` shards."
+    )
+    validation: str | None = setting("data/validation", "Held-out tokens, likewise; none: no evaluation.")
     window: Count = setting(256, "N, the positions of one sequence.")
     packing: Packing = setting(
         "concat",
@@ -63,6 +76,9 @@ class DataConfig(_Section):
         "no attention from one to another.",
     )
     seed: Seed = setting(0, "Seed of the order of the windows, drawn anew in each epoch.")
+    vocab_size: Count | None = setting(None, "Of raw shards, which do not say it; none: as prepared.")
+    dtype: Literal["uint16", "uint32"] | None = setting(None, "Of raw shards; none: the narrowest for vocab_size.")
+    eos_id: Natural | None = setting(None, "Of raw shards: the token that ends a document; none: each file is one.")
     workers: Natural = setting(0, "Background processes that read ahead; 0 reads in the training process.")
 
 
@@ -163,7 +179,7 @@ class TrainConfig(_Section):
     precision: Precision = setting(
         "fp32", '"fp32", "bf16" (autocast: weights stay float32) or "fp64" (for checking; CPU).'
     )
-    scan: str = setting("auto", "How recurrent layers are evaluated: \"auto\" or the name of a scan, as `model.scan`.")
+    scan: str = setting("auto", 'How recurrent layers are evaluated: "auto" or the name of a scan, as `model.scan`.')
     compile: bool = setting(False, "Run the model through torch.compile.")
     device: str = setting("auto", '"auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...')
     seed: Seed = setting(0, "Seed of the initial weights.")
@@ -281,17 +297,6 @@ def _scalar(text: str) -> Any:
 # --- building, strictly ---------------------------------------------------------------------------------------------
 
 
-@cache
-def _annotations(section: type) -> dict[str, Any]:
-    hints = get_type_hints(section, include_extras=True)
-    return {f.name: hints[f.name] for f in dataclasses.fields(section)}
-
-
-@cache
-def _checker(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(strict=True))
-
-
 def names(section: type = TrainConfig, prefix: str = "") -> Iterator[str]:
     """The full names of all settings, `model.preset` included."""
     for name, annotation in _annotations(section).items():
@@ -334,11 +339,11 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
 
 def _build(section: type[S], values: Mapping[str, Any], prefix: str) -> S:
     fields: dict[str, Any] = {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.')} is {values!r}; it is a section of settings")
     for name, value in values.items():
         annotation = _annotations(section)[name]
         if dataclasses.is_dataclass(annotation):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{prefix}{name} is {value!r}; it is a section of settings")
             value = _build(annotation, value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
         elif value == "none" and type(None) in get_args(annotation):
             value = None
@@ -372,12 +377,8 @@ def _model(values: Mapping[str, Any], table: Any) -> ModelConfig:
         # A preset's vocabulary is its paper's; the data decide unless the table itself says otherwise.
         table = {**{k: v for k, v in PRESETS[preset].items() if k != "vocab_size"}, **table}
     if "vocab_size" not in table:
-        from recurformer.data import TokenDataset
-
-        data = values.get("data", {})
-        table["vocab_size"] = TokenDataset(
-            data.get("train", DataConfig.train) if isinstance(data, Mapping) else DataConfig.train
-        ).vocab_size
+        data = _build(DataConfig, values.get("data", {}), "data.")
+        table["vocab_size"] = open_tokens(data, data.train).vocab_size
     return _build(ModelConfig, table, "model.")
 
 
@@ -385,6 +386,13 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
+
+
+def open_tokens(data: DataConfig, source: str) -> TokenDataset:
+    """The tokens of `data.train` or `data.validation`."""
+    from recurformer.data import TokenDataset
+
+    return TokenDataset(source, vocab_size=data.vocab_size, dtype=data.dtype, eos_id=data.eos_id)
 
 
 # --- documentation --------------------------------------------------------------------------------------------------
@@ -428,10 +436,10 @@ def markdown() -> str:
     lines = [
         "# Configuration of a training run",
         "",
-        "<!-- Written by `python -m recurformer.training.config > docs/configuration.md`. -->",
+        "<!-- Written by recurformer.training.config.markdown(); a test compares. -->",
         "",
-        "Settings come from a TOML, YAML or JSON file (`recurformer train --config FILE`) and from `--set NAME=VALUE`, ",
-        "which wins. Sections are tables: `optimizer.lr` is `lr` under `[optimizer]`. `none` stands for no value.",
+        "Settings come from a TOML, YAML or JSON file (`recurformer train --config FILE`) and from `--set",
+        "NAME=VALUE`, which wins. Sections are tables: `optimizer.lr` is `lr` under `[optimizer]`. `none` is no value.",
         "An unknown name and a value of the wrong type or outside its limits are errors.",
     ]
     for name, summary, entries in reference():
@@ -440,7 +448,3 @@ def markdown() -> str:
         lines += ["| setting | default | meaning |", "|---|---|---|"]
         lines += [f"| `{e.name}` | `{e.default}` | {e.doc} |" for e in entries]
     return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from recurformer.folders import replacing
+from recurformer.training.checkpoint import TrainingState
 from recurformer.training.config import TrainConfig
 from recurformer.version import __version__
 
@@ -50,18 +51,19 @@ class Metrics:
 
     Args:
         out: the run's folder.
-        step: records beyond it are dropped first, so that a resumed run logs no step twice. TensorBoard is told too.
+        resumed: where the run goes on from, None for a start. Records beyond it are dropped first, so that nothing is
+            logged twice. TensorBoard is told too.
     """
 
-    def __init__(self, out: Path, config: TrainConfig, step: int) -> None:
+    def __init__(self, out: Path, config: TrainConfig, resumed: TrainingState | None) -> None:
         self.path = out / METRICS
-        _drop_records_after(self.path, step)
+        _drop_records_after(self.path, resumed)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard: Any = None
         self._wandb: Any = None
         if "tensorboard" in config.log.loggers:
             writer = import_logger("tensorboard").SummaryWriter
-            self._tensorboard = writer(str(out / "tensorboard"), purge_step=step + 1)
+            self._tensorboard = writer(str(out / "tensorboard"), purge_step=resumed.step + 1 if resumed else 0)
         if "wandb" in config.log.loggers:
             self._wandb = import_logger("wandb").init(
                 project=config.log.wandb_project,
@@ -96,19 +98,19 @@ class Metrics:
 
 def read_metrics(out: str | Path) -> list[dict[str, Any]]:
     """The records of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
-    records: list[dict[str, Any]] = []
     path = Path(out) / METRICS
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-    return records
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _drop_records_after(path: Path, step: int) -> None:
+def _drop_records_after(path: Path, resumed: TrainingState | None) -> None:
+    """Keep what the resumed state knows of. An evaluation at its very step may be younger than it."""
     if not path.is_file():
         return
-    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    kept: list[dict[str, Any]] = []
+    if resumed is not None:
+        known = {"evaluation": resumed.evaluated, "sample": resumed.evaluated}
+        kept = [r for r in read_metrics(path.parent) if r["step"] <= known.get(r["event"], resumed.step)]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
@@ -175,9 +177,7 @@ class Screen:
         self._progress.update(self._task, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
         if not self._live:
             minutes, seconds = divmod(round(left), 60)
-            self.say(
-                f"step {step}/{self._steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {minutes}:{seconds:02d} left"
-            )
+            self.say(f"step {step}/{self._steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {minutes}:{seconds:02d} left")
 
 
 def say_on_stderr(message: str) -> None:

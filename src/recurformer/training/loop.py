@@ -1,4 +1,4 @@
-"""The training loop. `train` reads from top to bottom: prepare, then evaluate / sample / save / step / log until done."""
+"""The training loop. `train` reads from top to bottom: prepare, then evaluate, sample, save, step, log until done."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from recurformer.training.checkpoint import (
     restore_rng,
     write_checkpoint,
 )
-from recurformer.training.config import TrainConfig
+from recurformer.training.config import TrainConfig, open_tokens
 from recurformer.training.logging import Metrics, Screen, import_logger, machine, say_on_stderr
 from recurformer.training.optimizer import (
     clip_gradients,
@@ -43,6 +43,7 @@ from recurformer.training.run import check_resumable, lock, write_run_config
 
 if TYPE_CHECKING:
     from recurformer.data import Batch, TokenDataset
+    from recurformer.data.tokenizer import Tokenizer
 
 
 class TrainingError(RuntimeError):
@@ -111,17 +112,18 @@ def train(
         NonFiniteError: loss or gradient norm is not finite; raised before the optimizer step.
         TrainingError: a checkpoint could not be written.
     """
-    from recurformer.data import TokenDataset, TrainingWindows
+    from recurformer.data import TrainingWindows
 
     out = Path(out)
     say = (lambda message: None) if quiet else say_on_stderr
 
     # --- what can be refused is refused here, before anything is written ---------------------------------------------
     device = pick_device(config)
-    data = TokenDataset(config.data.train)
-    held_out = None if config.data.validation is None else TokenDataset(config.data.validation)
+    data = open_tokens(config.data, config.data.train)
+    held_out = None if config.data.validation is None else open_tokens(config.data, config.data.validation)
     for dataset in filter(None, (data, held_out)):
         check_vocabulary(config.model.vocab_size, dataset)
+    tokenizer = data.tokenizer()
     windows = TrainingWindows(data, config.data.window, config.data.seed, config.data.packing)
     for name in config.log.loggers:
         import_logger(name)
@@ -160,7 +162,7 @@ def train(
             return TrainResult(state.step, True, None, state.validation_loss, checkpoint and checkpoint.path, None)
 
         forward: Callable[..., Any] = torch.compile(model) if config.compile else model
-        metrics = Metrics(out, config, state.step)
+        metrics = Metrics(out, config, state if checkpoint else None)
         stack.callback(metrics.close)
         metrics.write("resume" if checkpoint else "start", state.step, changes=changes, **machine(device))
         parameters = model.num_parameters(embedding=True)
@@ -176,7 +178,7 @@ def train(
 
             # --- evaluate and sample: at the start, every so many steps, at the end; never twice at one step ----------
             due = state.step % config.evaluation.every == 0 or state.step == steps
-            if held_out is not None and due and state.evaluated != state.step and not stopping:
+            if held_out is not None and due and state.evaluated != state.step and not stop.requested:
                 evaluation = evaluate_model(model, held_out, config, device)
                 state.evaluated, state.validation_loss = state.step, evaluation.loss
                 metrics.write(
@@ -187,18 +189,17 @@ def train(
                     tokens=state.tokens,
                     seconds=state.seconds,
                 )
-                screen.say(
-                    f"step {state.step}: validation loss {evaluation.loss:.4f}, "
-                    f"{evaluation.bits_per_byte:.3f} bits per byte"
-                )
-                if config.sample.tokens and (text := sample_text(model, data, config, device)) is not None:
+                bits = evaluation.bits_per_byte  # None for raw shards, which do not know their text
+                bits = "" if bits is None else f", {bits:.3f} bits per byte"
+                screen.say(f"step {state.step}: validation loss {evaluation.loss:.4f}{bits}")
+                if config.sample.tokens and (text := sample_text(model, tokenizer, config, device)) is not None:
                     metrics.write("sample", state.step, prompt=config.sample.prompt, text=text)
                     screen.say(f"  sample: {text!r}")
 
             # --- save ------------------------------------------------------------------------------------------------
             due = (state.step % config.checkpoint_every == 0 and state.step > 0) or state.step == steps or stopping
             if due and (checkpoint is None or checkpoint.step != state.step):
-                checkpoint = save(folder, state, model, optimizer, data, checkpoint)
+                checkpoint = save(folder, state, model, optimizer, tokenizer, checkpoint)
                 # What this process wrote or resumed from, it trusts; a newer folder may have been found damaged.
                 remove_outdated(folder, config.checkpoint.keep_last, [c.path for c in (resumed, checkpoint) if c])
             if state.step == steps or stopping:
@@ -310,12 +311,13 @@ def evaluate_model(model: LanguageModel, dataset: TokenDataset, config: TrainCon
         )
 
 
-def sample_text(model: LanguageModel, data: TokenDataset, config: TrainConfig, device: torch.device) -> str | None:
+def sample_text(
+    model: LanguageModel, tokenizer: Tokenizer | None, config: TrainConfig, device: torch.device
+) -> str | None:
     """A continuation of the prompt; None for data without a tokenizer. Leaves all random states alone."""
-    tokenizer = data.tokenizer()
     if tokenizer is None:
         return None
-    prompt = list(tokenizer.encode(config.sample.prompt)) or [data.eos_id or 0]
+    prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.eos_id or 0]
     was_training = model.training
     model.eval()
     with torch.no_grad(), autocast(config, device):
@@ -372,7 +374,7 @@ def save(
     state: TrainingState,
     model: LanguageModel,
     optimizer: torch.optim.AdamW,
-    data: TokenDataset,
+    tokenizer: Tokenizer | None,
     previous: Checkpoint | None,
 ) -> Checkpoint:
     """Write a checkpoint; a full disk ends the run with the one before intact."""
@@ -380,7 +382,7 @@ def save(
         return write_checkpoint(
             folder,
             state,
-            lambda path: recurformer.save(model, path, tokenizer=data.tokenizer()),
+            lambda path: recurformer.save(model, path, tokenizer=tokenizer),
             optimizer_tensors(optimizer, model),
             read_rng(),
         )

@@ -54,10 +54,10 @@ def set_rates(optimizer: torch.optim.AdamW, step: int, config: OptimizerConfig, 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tensor:
     """Scale the gradients so that their joint norm is at most `largest`; return the norm before (scalar tensor)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    learned = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
     if largest is not None:
-        nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], largest, norm)
+        nn.utils.clip_grads_with_norm_(learned, largest, norm)
     return norm
 
 
@@ -84,7 +84,9 @@ def load_optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module, tenso
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if name not in parameters or value.shape not in (parameters[name].shape, torch.Size([])):
-            raise ValueError(f"the optimizer state {key!r} of shape {tuple(value.shape)} fits no parameter of the model")
+            raise ValueError(
+                f"the optimizer state {key!r} of shape {tuple(value.shape)} fits no parameter of the model"
+            )
         states.setdefault(name, {})[kind] = value
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     if states and states.keys() != trained:

@@ -25,7 +25,17 @@ FREE = (
 )  # fmt: skip
 
 # Settings that give the saved weights or the saved place in the data their meaning.
-FIXED = ("model.*", "data.window", "data.packing", "data.seed", "seed", "init_from")
+FIXED = (
+    "model.*",
+    "data.window",
+    "data.packing",
+    "data.seed",
+    "data.vocab_size",
+    "data.dtype",
+    "data.eos_id",
+    "seed",
+    "init_from",
+)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -50,9 +60,7 @@ def check_resumable(config: TrainConfig, out: Path, resume: bool, allow_change: 
         if name not in known:
             raise ValueError(f"--allow-change {name!r} is no setting{suggest(name, known)}")
         if _matches(name, FIXED):
-            raise ValueError(
-                f"--allow-change {name!r}: it cannot change within a run; start a new one with init_from for its weights"
-            )
+            raise ValueError(f"--allow-change {name!r}: it cannot change within a run; start a new one, with init_from")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out needs a folder")
     if not resume:
@@ -72,7 +80,9 @@ def check_resumable(config: TrainConfig, out: Path, resume: bool, allow_change: 
     named = {name: text for name, text in changed.items() if not _matches(name, FREE) and name not in allow_change}
     if named:
         options = " ".join(f"--allow-change {name}" for name in named)
-        raise ValueError(f"{out} was started with other settings: {'; '.join(named.values())}. To change them: {options}")
+        raise ValueError(
+            f"{out} was started with other settings: {'; '.join(named.values())}. To change them: {options}"
+        )
     return list(changed.values())
 
 

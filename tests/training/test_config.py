@@ -1,0 +1,166 @@
+"""Settings: strict files, `--set`, documentation made of the declarations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import recurformer
+from recurformer import LanguageModel, ModelConfig
+from recurformer.cli import cli
+from recurformer.training import TrainConfig, load_config
+from recurformer.training.config import OptimizerConfig, ScheduleConfig, markdown, names
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+TOML = """
+batch_size = 8
+[model]
+d_model = 16
+n_heads = 2
+n_layers = 2
+vocab_size = 256
+layers = ["recurrent", "standard"]
+[optimizer]
+lr = 1e-3
+grad_clip = "none"
+[log]
+loggers = ["tensorboard"]
+"""
+YAML = """
+batch_size: 8
+model: {d_model: 16, n_heads: 2, n_layers: 2, vocab_size: 256, layers: [recurrent, standard]}
+optimizer:
+  lr: 1e-3
+  grad_clip: null
+log: {loggers: [tensorboard]}
+"""
+
+
+def test_toml_yaml_and_json_say_the_same(tmp_path):
+    (tmp_path / "a.toml").write_text(TOML)
+    (tmp_path / "a.yaml").write_text(YAML)
+    config = load_config(tmp_path / "a.toml")
+    assert config == load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.json").write_text(json.dumps(config.to_dict()))
+    assert config == load_config(tmp_path / "a.json")
+    assert config.optimizer == OptimizerConfig(lr=0.001, grad_clip=None)
+    assert config.model == ModelConfig(
+        d_model=16, n_heads=2, n_layers=2, vocab_size=256, layers=("recurrent", "standard")
+    )
+    assert config.log.loggers == ("tensorboard",)
+
+
+def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
+    (tmp_path / "a.toml").write_text(TOML)
+    settings = [
+        "optimizer.lr=3e-4", "model.layers=first:1", "model.qk_norm=none", "data.validation=none",
+        "sample.prompt=Hello", "model.tie_embeddings=true", "log.loggers=[]", "batch_size=4", "data.train=a=b",
+    ]  # fmt: skip
+    config = load_config(tmp_path / "a.toml", settings)
+    assert (config.optimizer.lr, config.model.layers, config.batch_size) == (3e-4, "first:1", 4)
+    assert config.model.qk_norm == "none"  # a choice of that name, not the absence of one
+    assert config.data.validation is None
+    assert config.data.train == "a=b"
+    assert (config.sample.prompt, config.model.tie_embeddings, config.log.loggers) == ("Hello", True, ())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.weight_deacy=0", "unknown setting 'optimizer.weight_deacy'; did you mean 'optimizer.weight_decay'"),
+        ("model.n_layer=2", "unknown setting 'model.n_layer'; did you mean 'model.n_layers'?"),
+        ("lr=0.1", "unknown setting 'lr'; did you mean 'optimizer.lr'?"),
+        ("batch_sice=4", "unknown setting 'batch_sice'; did you mean 'batch_size'?"),
+        ("optimiser.beta_1=0.9", "unknown setting 'optimiser.beta_1'; did you mean 'optimizer.beta1'?"),
+        ("qqqq=1", "unknown setting 'qqqq'"),
+        ("optimizer=3", "optimizer is 3; it is a section"),
+        ("optimizer.lr.x=3", "unknown setting 'optimizer.lr.x'"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast'; it must be a valid number"),
+        ("optimizer.lr=-1", "optimizer.lr is -1; it must be greater than 0"),
+        ("optimizer.lr=nan", "optimizer.lr is nan; it must be"),
+        ("schedule.steps=1.5", "schedule.steps is 1.5; it must be a valid integer"),
+        ("schedule.steps=true", "schedule.steps is True; it must be a valid integer"),
+        ("schedule.warmup_steps=2000", "schedule.warmup_steps is 2000; it must not exceed steps 1000"),
+        ("schedule.final_fraction=1.5", "schedule.final_fraction is 1.5; it must be less than or equal to 1"),
+        ("precision=fp8", "precision is 'fp8'; it must be 'fp32', 'bf16' or 'fp64'"),
+        ("log.loggers=[\"wand\"]", "log.loggers is ('wand',); it must be 'tensorboard' or 'wandb'"),
+        ("micro_batch_size=32", "micro_batch_size is 32; it must not exceed batch_size 16"),
+        ("model.d_model=130", "model.d_model 130 is not divisible by n_heads 4"),
+        ("model.preset=nanoo", "model.preset is 'nanoo'; choose one of nano"),
+        ("batch_size", "--set 'batch_size' has no '='"),
+        ("compile=1", "compile is 1; it must be a valid boolean"),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_is_named_with_its_value(setting, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(None, ["model.vocab_size=256", setting])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.ini", "", "must end in .toml"),
+        ("a.toml", "a = = 1", "cannot be read"),
+        ("a.yaml", "[1, 2]", "holds a list, not a table"),
+        ("a.yaml", "a: [", "cannot be read"),
+        ("a.json", "{", "cannot be read"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / name)
+    with pytest.raises(ValueError, match="no such file"):
+        load_config(tmp_path / f"missing-{name}".replace(".ini", ".toml"))
+
+
+def test_limits_hold_without_a_file_too():
+    with pytest.raises(ValueError, match=r"beta2 is 1\.0; it must be less than 1"):
+        OptimizerConfig(beta2=1.0)
+    assert ScheduleConfig(steps=30).warmup == 3
+    assert ScheduleConfig(steps=30, warmup_steps=0).warmup == 0
+
+
+def test_a_preset_is_changed_by_the_other_settings_and_the_data_give_the_vocabulary(values):
+    table = values()
+    table["model"] = {"preset": "300m-6", "d_model": 64, "n_heads": 2, "layers": "standard"}
+    model = TrainConfig.from_dict(table).model
+    expected = ModelConfig.preset("300m-6", d_model=64, n_heads=2, layers="standard", vocab_size=256)
+    assert dataclasses.replace(model, vocab_size=256) == expected
+    from recurformer.data import TokenDataset
+
+    assert model.vocab_size == TokenDataset(table["data"]["train"]).vocab_size
+
+
+def test_init_from_gives_the_shape(tmp_path, values):
+    shape = ModelConfig(vocab_size=300, d_model=24, n_heads=3, n_layers=1)
+    recurformer.save(LanguageModel(shape), tmp_path / "start")
+    table = values(init_from=str(tmp_path / "start"))
+    table["model"] = {"layers": "standard"}
+    assert TrainConfig.from_dict(table).model == dataclasses.replace(shape, layers="standard")
+    with pytest.raises(ValueError, match="drop one of them"):
+        TrainConfig.from_dict({**table, "model": {"preset": "nano"}})
+
+
+def test_dictionaries_round_trip(tiny):
+    config = tiny(optimizer__grad_clip=None, log__loggers=("wandb",), micro_batch_size=2)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_docs_and_help_show_every_setting_and_default():
+    assert (DOCS / "configuration.md").read_text() == markdown()
+    result = CliRunner().invoke(cli, ["train", "--help"])
+    assert result.exit_code == 0
+    for name in names():
+        assert re.search(rf"^\s+{re.escape(name)}\s", result.output, re.MULTILINE), name
+    for name in ("--config", "--set", "--out", "--resume", "--allow-change", "--stop-at", "--quiet"):
+        assert name in result.output
+    assert "[default: 0.002]" in " ".join(result.output.split())
