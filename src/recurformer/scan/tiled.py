@@ -254,7 +254,7 @@ class Backward:
             self.gradients[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
 
     def add_product(self, name: str, g: Tensor, h: Tensor) -> None:
-        """Accumulate a matrix's and its bias's gradients from those of its outputs, g, and its inputs h, (n, B, ...)."""
+        """Accumulate the gradients of a matrix and its bias from its outputs' g and its inputs h, (n, B, ...)."""
         g = g.flatten(0, -2)
         if name in self.wanted:
             self.add(name, g.to(self.dtype).T @ h.flatten(0, -2).to(self.dtype))
@@ -373,8 +373,9 @@ class Backward:
         for q, kv in attention.blocks(queries, keys):
             k, v = attention.pairs_at(kv)
             p, ds = self.probabilities(q, kv, k, v, bias)
-            self.gv[:, kv].baddbmm_(p.transpose(1, 2), rows(self.ga, q))
-            self.gk[:, kv].baddbmm_(ds.transpose(1, 2), rows(attention.q, q))
+            # Not baddbmm_: on a strided destination it runs one small product after the other.
+            self.gv[:, kv] += torch.bmm(p.transpose(1, 2), rows(self.ga, q))
+            self.gk[:, kv] += torch.bmm(ds.transpose(1, 2), rows(attention.q, q))
 
     def probabilities(
         self, q: slice, kv: slice, k: Tensor, v: Tensor, bias: Tensor | None = None
