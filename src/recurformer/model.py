@@ -237,7 +237,7 @@ class LayerMaths:
 
     def attended(self, x: Tensor, a: Tensor) -> Tensor:
         """y = x + s O a, with the heads of a side by side, (..., H K)."""
-        return x + self.config.branch_scale * F.linear(a, self.o, self.o_bias)
+        return torch.add(x, F.linear(a, self.o, self.o_bias), alpha=self.config.branch_scale)
 
     def mlp_inner(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The MLP's inner values before activation, up and (swiglu) gate, (..., F), from y (..., D)."""
@@ -246,7 +246,8 @@ class LayerMaths:
 
     def finished(self, y: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
         """z = y + s MLP(RMS(y)), given the MLP's inner values."""
-        return y + self.config.branch_scale * F.linear(activate(up, gate, self.config), self.down, self.down_bias)
+        branch = F.linear(activate(up, gate, self.config), self.down, self.down_bias)
+        return torch.add(y, branch, alpha=self.config.branch_scale)
 
 
 class Norm(nn.Module):

@@ -161,10 +161,11 @@ class Attention:
         if leaf.bias is not None:
             s.view(self.B, self.G, self.R, -1).add_(leaf.bias[..., row, : row + 1])
         s = torch.cat([leaf.lse[:, :, row], s], dim=-1)  # what was met before counts as one more key, of value o
-        lse = s.logsumexp(-1, keepdim=True)
-        p = s.sub_(lse).exp_()
+        m = s.amax(-1, keepdim=True)
+        p = s.sub_(m).exp_()
+        l = p.sum(-1, keepdim=True)
         a = torch.baddbmm(p[..., :1] * leaf.o[:, :, row], p[..., 1:], self.v[:, slots])
-        return a, lse[..., 0]
+        return a.div_(l), (m + l.log())[..., 0]
 
 
 def cut(span: slice, length: int) -> Iterator[slice]:
