@@ -160,9 +160,11 @@ def _write(
 ) -> Sidecar:
     dtype = token_dtype(tokenizer.vocab_size)
     readings = [_Reading(source) for source in sources]
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    encoded_tasks = _in_order(_tasks(readings, bar), tokenizer, folder / TOKENIZER_FOLDER, dtype, workers)
     bar.begin("tokenizing")
     with contextlib.closing(ShardWriter(folder, dtype, tokenizer.eos_id if append_eos else None, shard_tokens)) as out:
-        for task, encoded in _in_order(_tasks(readings, bar), tokenizer, dtype, workers):
+        for task, encoded in encoded_tasks:
             begin = 0
             for text_bytes, count, reading in zip(encoded.n_bytes, encoded.n_tokens, task.ends_of, strict=True):
                 out.write(encoded.tokens[begin : begin + count], text_bytes)
@@ -173,7 +175,6 @@ def _write(
         out.finish()
     if not out.shards:
         raise ValueError(f"no text in {', '.join(source.name for source in sources)}; nothing to prepare")
-    tokenizer.save(folder / TOKENIZER_FOLDER)
     sidecar = Sidecar(
         dtype=dtype,  # pyright: ignore[reportArgumentType]
         vocab_size=tokenizer.vocab_size,
@@ -265,7 +266,7 @@ def _encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> _Encoded:
 
 
 def _in_order(
-    tasks: Iterator[_Task], tokenizer: Tokenizer, dtype: str, workers: int
+    tasks: Iterator[_Task], tokenizer: Tokenizer, saved: Path, dtype: str, workers: int
 ) -> Iterator[tuple[_Task, _Encoded]]:
     """Each task with its tokens, in the order of the tasks, at most two tasks a worker in flight."""
     if workers == 1:
@@ -273,13 +274,12 @@ def _in_order(
         return
     # Fresh processes: a fork of one that runs threads, as torch and the tokenizers do, may hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer, dtype))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(saved, dtype))
     pending: deque[tuple[_Task, Future[_Encoded]]] = deque()
     try:
-        with _signals_held():
-            pool.submit(_encode_in_worker, [""])  # starts the processes
         for task in tasks:
-            pending.append((task, pool.submit(_encode_in_worker, task.texts)))
+            with _signals_held():  # may start a process
+                pending.append((task, pool.submit(_encode_in_worker, task.texts)))
             if len(pending) >= 2 * workers:
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -297,9 +297,9 @@ def _in_order(
 _worker: tuple[Tokenizer, str] | None = None
 
 
-def _start_worker(tokenizer: Tokenizer, dtype: str) -> None:
+def _start_worker(saved: Path, dtype: str) -> None:
     global _worker
-    _worker = tokenizer, dtype
+    _worker = load_tokenizer(saved), dtype  # sent as a path: starting a process waits until what it is sent is read
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

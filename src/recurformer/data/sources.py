@@ -272,7 +272,7 @@ class ParquetFile(_File):
             pass
         try:
             # With a buffer size a column is streamed; without one a whole row group of it is read at once.
-            with parquet.ParquetFile(self.path, buffer_size=1 << 20) as file:
+            with parquet.ParquetFile(self.path, buffer_size=CHUNK) as file:
                 columns = file.schema_arrow.names
                 if self.text_field not in columns:
                     raise ValueError(f"{self.name}: {_missing(self.text_field, columns)}")
