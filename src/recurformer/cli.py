@@ -236,7 +236,9 @@ def generate(
 
     from recurformer.text import complete, open_model, stop_ids
 
-    model, tokenizer, _ = open_model(run, device, scan)
+    model, tokenizer, folder = open_model(run, device, scan)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer beside its model; save one into it (recurformer.save)")
     prompts = prompts or ("",)
     single = len(prompts) == 1 and samples == 1 and not as_json
     ids = stop_ids(tokenizer, stops)
@@ -275,8 +277,8 @@ def compare(runs: tuple[str, ...], out: str) -> None:
     from recurformer.report import load_runs, show, write_report
 
     loaded = load_runs(runs)
-    show(loaded, Console())
     curves, page = write_report(loaded, out)
+    show(loaded, Console())
     print(f"curves: {curves}\npage:   {page}")
 
 

@@ -17,9 +17,9 @@ import click
 
 from recurformer.training.config import TrainConfig, load_config
 
-STEPS = 200  # what decides how long the demo takes
+STEPS = 120  # what decides how long the demo takes
 WINDOW, BATCH_SIZE = 128, 32  # 4,096 tokens a step
-EVALUATIONS = 5  # besides the one before the first step, each over the whole validation text
+EVALUATIONS = 4  # besides the one before the first step, each over the whole validation text
 
 # The nano preset, all of it or only the first layer recurrent; and its twin: 12 * 4 * 128^2 = 8 * (4 * 96^2 + 2 * 96 *
 # 320) matrix parameters.
@@ -113,7 +113,8 @@ def sample_all(folders: Sequence[Path], seed: int = 0) -> dict[str, list[str]]:
 
     texts: dict[str, list[str]] = {}
     for folder in folders:
-        model, tokenizer, _ = open_model(folder, "cpu")
+        model, tokenizer, _ = open_model(folder)
+        assert tokenizer is not None  # the bytes of `prepare_text`
         made = complete(
             model, tokenizer, PROMPTS, 150, stops=stop_ids(tokenizer, []), temperature=0.7, top_p=0.95, seed=seed
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recurformer.generation import evaluating
 from recurformer.model import IGNORE, LanguageModel
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def evaluate(
     device = model.embedding.weight.device
     nats, tokens, began = 0.0, 0, time.perf_counter()
     predictable = dataset.n_tokens - (dataset.n_documents or 0)  # all but each document's first
-    with evaluating(model), _counter(predictable, progress) as advance:
+    with evaluating(model), torch.no_grad(), _counter(predictable, progress) as advance:
         for batch in islice(evaluation_batches(dataset, window, batch_size), max_batches):
             count = int((batch.targets != IGNORE).sum())
             if count == 0:
@@ -147,19 +148,6 @@ def check_vocabulary(vocab_size: int, dataset: TokenDataset) -> None:
             f"the data's vocabulary has {dataset.vocab_size} ids, the model's {vocab_size}; "
             "prepare the text again with the tokenizer of the model's folder"
         )
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

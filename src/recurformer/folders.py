@@ -109,11 +109,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def resolve(folder: str | Path) -> Path:
-    """The model folder meant by a path: itself, or the best checkpoint of a training run."""
+    """The model folder meant by a path: itself, the one inside a checkpoint, or the best checkpoint's of a run."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give a model's or a training run's folder")
-    if (folder / "checkpoints").is_dir():
+    if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
         from recurformer.training.checkpoint import resolve_model_folder
 
         return resolve_model_folder(folder)

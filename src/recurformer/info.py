@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import textwrap
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -164,8 +165,8 @@ def show_presets() -> None:
         numbers = (c.n_layers, c.d_model, c.n_heads, c.mlp_width, c.vocab_size, parameters(c), c.kv_bytes_per_token())
         table.add_row(name, *(f"{number:,}" for number in numbers))
     Console().print(table)
-    print("Parameters: without embedding and output layer. KV bytes: 16-bit keys and values of all layers.\n")
+    print("Parameters: without embedding and output layer.\nKV bytes: 16-bit keys and values of all layers.\n")
 
 
 def _lines(name: str, text: str) -> None:
-    print(f"{name:<14} {text}")
+    print(textwrap.fill(f"{name:<14} {text}", 80, subsequent_indent=" " * 15, break_on_hyphens=False))

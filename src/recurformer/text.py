@@ -24,20 +24,23 @@ class Completion:
     ended: bool  # by a stop token, not by the limit
 
 
-def open_model(folder: str | Path, device: str = "auto", scan: str = "auto") -> tuple[LanguageModel, Tokenizer, Path]:
-    """A model, its tokenizer and the folder they were found in.
+def open_model(
+    folder: str | Path, device: str = "auto", scan: str = "auto"
+) -> tuple[LanguageModel, Tokenizer | None, Path]:
+    """A model, its tokenizer (None when there is none beside it) and the folder they were found in.
 
     Raises:
-        ValueError: for a folder without a model or without a tokenizer, or a device that is not here.
+        ValueError: for a folder without a model, a damaged tokenizer, or a device that is not here.
     """
-    from recurformer.data.tokenizer import load_tokenizer
+    from recurformer.data.tokenizer import MARKER, load_tokenizer
     from recurformer.folders import load, resolve
 
     place = pick_device(device)
     folder = resolve(folder)
     model = load(folder, device=place)
     model.scan = scan
-    return model, load_tokenizer(folder), folder
+    known = [folder / MARKER, folder / "tokenizer.json", *folder.glob("*.model")]
+    return model, load_tokenizer(folder) if any(path.is_file() for path in known) else None, folder
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,6 +101,11 @@ def complete(
         raise ValueError("no prompt; give at least one, which may be empty")
     if show is not None and (len(prompts) > 1 or samples > 1):
         raise ValueError(f"{len(prompts)} prompts x {samples} samples cannot be shown as they come; ask for one")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; "
+            "the two do not belong together"
+        )
     encoded = [list(tokenizer.encode(prompt)) for prompt in prompts]
     for ids in encoded:
         if not ids:

@@ -1,0 +1,283 @@
+"""The command: every verb's help, what the verbs print, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from helpers import tiny
+
+import recurformer
+from recurformer import LanguageModel, ModelConfig, cli
+from recurformer.data import load_tokenizer, prepare
+from recurformer.scan import SCANS
+from recurformer.training import load_config, train
+
+TEXT = "The quick brown fox jumps over the lazy dog, naïve as it is. " * 8
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """text.txt, its tokens in data/ and two runs on them, R and S."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    prepare([folder / "text.txt"], folder / "data", progress=False)
+    for name, layers in (("R", "first:1"), ("S", "standard")):
+        settings = {
+            "data.train": folder / "data", "data.validation": folder / "data", "data.window": 16, "batch_size": 2,
+            "model.d_model": 32, "model.n_layers": 2, "model.layers": layers, "schedule.steps": 2,
+            "evaluation.every": 2, "log.every": 1, "sample.tokens": 0,
+        }  # fmt: skip
+        train(load_config(None, [f"{key}={value}" for key, value in settings.items()]), folder / name, quiet=True)
+    return folder
+
+
+class Outcome:
+    """What one call of the command left behind."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *arguments: object) -> None:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        self.code = stop.value.code
+        self.out, self.err = capsys.readouterr()
+
+    @property
+    def json(self) -> dict:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]):
+    """Run the command in this process."""
+    return lambda *arguments: Outcome(capsys, *arguments)
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+VERBS = sorted(cli.cli.commands)
+
+
+def test_the_verbs_are_there() -> None:
+    assert {"prepare", "train", "eval", "generate", "compare", "info"} <= set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_documents_every_option(call, verb: str) -> None:
+    outcome = call(verb, "--help")
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"Usage: recurformer {verb}")
+    command = cli.cli.commands[verb]
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{verb} {parameter.opts} has no help"
+            assert parameter.opts[0] in outcome.out
+            if isinstance(parameter.default, str | int | float) and not parameter.is_flag:
+                assert f"default: {parameter.default}" in " ".join(outcome.out.split())
+
+
+def test_version_and_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recurformer", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"recurformer, version {recurformer.__version__}\n"
+
+
+def test_light_verbs_do_not_import_torch() -> None:
+    script = "import sys, recurformer.cli as c; assert 'recurformer.training.loop' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# --- eval ------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_of_a_run_and_of_a_text_agree(call, place: Path) -> None:
+    of_run = call("eval", place / "R", "--json").json
+    assert of_run["window"] == 16
+    assert of_run["tokens"] == of_run["bytes"] == len(TEXT.encode())
+    assert of_run["bits_per_byte"] == pytest.approx(of_run["loss"] / math.log(2))
+    of_text = call("eval", place / "R", "--data", place / "text.txt", "--batch-size", 3, "--json").json
+    assert of_text["loss"] == pytest.approx(of_run["loss"], abs=1e-5)
+    recorded = json.loads((place / "R" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert recorded["validation_loss"] == pytest.approx(of_run["loss"], abs=1e-5)
+    wider = call("eval", place / "R", "--window", 64, "--max-batches", 1, "--batch-size", 2, "--json").json
+    assert (wider["tokens"], wider["window"]) == (128, 64)
+
+
+def test_eval_prints_lines_for_people(call, place: Path) -> None:
+    outcome = call("eval", place / "S" / "checkpoints" / "step-00000002", "--data", place / "data")
+    assert outcome.code == 0
+    names = [line.split("  ")[0] for line in outcome.out.splitlines()]
+    assert names == ["model", "data", "loss", "perplexity", "bits per byte", "speed"]
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_streams_one_continuation(call, place: Path) -> None:
+    arguments = ("generate", place / "R", "--prompt", "The naïve ", "--max-new-tokens", 12, "--seed", 3)
+    outcome = call(*arguments)
+    assert outcome.code == 0
+    assert outcome.out.startswith("The naïve ")
+    assert outcome.out.endswith("\n")
+    assert outcome.out == call(*arguments).out
+    assert outcome.out.rstrip("\n") == "".join(call(*arguments, "--json").json[part] for part in ("prompt", "text"))
+    assert outcome.out != call(*arguments[:-1], 4).out
+
+
+def test_generate_takes_prompts_of_different_lengths(call, place: Path) -> None:
+    greedy = ("--max-new-tokens", 8, "--temperature", 0)
+    prompts = ("T", "The quick brown", "")
+    together = call("generate", place / "R", *greedy, "--json", *[a for p in prompts for a in ("--prompt", p)])
+    rows = [json.loads(line) for line in together.out.splitlines()]
+    assert [row["prompt"] for row in rows] == list(prompts)
+    for row in rows:
+        alone = call("generate", place / "R", *greedy, "--json", "--prompt", row["prompt"]).json
+        assert alone == row
+    text = call("generate", place / "R", *greedy, "--prompt", "T", "--samples", 2).out
+    assert text.startswith("--- 1 ---\nT")
+    assert "--- 2 ---\nT" in text
+
+
+def always(text: str) -> LanguageModel:
+    """A byte-level model that says these bytes after a newline, over and over."""
+    model = LanguageModel(ModelConfig(d_model=256, n_layers=1, n_heads=1, layers="standard"))
+    ring = b"\n" + text.encode()
+    assert len(set(ring)) == len(ring)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        model.embedding.weight.copy_(torch.eye(256))
+        for n, byte in enumerate(ring):
+            model.head.weight[ring[(n + 1) % len(ring)], byte] = 1.0
+    return model
+
+
+def test_generate_shows_whole_characters_and_stops(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recurformer.save(always("a€b"), tmp_path / "model", load_tokenizer("bytes"))
+    shown: list[str] = []
+    real = print
+    monkeypatch.setattr("builtins.print", lambda *a, **k: (shown.append("".join(a)), real(*a, **k)))
+    run = ("generate", tmp_path / "model", "--prompt", "\n", "--temperature", 0, "--max-new-tokens")
+    assert call(*run, 5).out == "\na€b\n"
+    assert shown == ["\na", "€", "b", ""]
+    assert call(*run, 3).out == "\na\ufffd\n"  # the limit cuts the character, and that is shown
+    assert call(*run, 20, "--stop", "\\n").out == "\na€b\n"
+    assert call(*run, 20, "--stop", "b").out == "\na€\n"
+    assert call(*run, 0).out == "\n\n"
+    ended = call(*run, 20, "--stop", "\\n", "--json").json
+    assert ended == {"prompt": "\n", "text": "a€b", "tokens": 6, "ended": True}
+
+
+# --- compare and info ------------------------------------------------------------------------------------------------
+
+
+def test_compare_prints_and_writes(call, place: Path, tmp_path: Path) -> None:
+    outcome = call("compare", place / "R", place / "S", "--out", tmp_path / "report")
+    assert outcome.code == 0
+    assert {"curves.png", "report.html"} == {path.name for path in (tmp_path / "report").iterdir()}
+    assert str(tmp_path / "report" / "curves.png") in outcome.out
+    assert "first:1" in outcome.out
+    assert max(map(len, outcome.out.splitlines()[:6])) <= 80
+
+
+def test_info_of_presets_folders_and_here(call, place: Path) -> None:
+    of_preset = call("info", "nano", "--layers", "first:1", "--json").json
+    assert (of_preset["parameters"], of_preset["parameters_with_embeddings"]) == (787_840, 853_376)
+    assert (of_preset["kv_bytes_per_token_16_bit"], of_preset["kind"]) == (2048, "first:1")
+    assert of_preset["scan"]["cpu"]["name"] in SCANS
+    assert of_preset["scan"]["cpu"]["why"]
+    assert call("info", "nano", "--layers", "standard", "--json").json["scan"]["cpu"]["name"] == "none"
+    of_run = call("info", place / "R", "--json").json
+    assert (of_run["width"], of_run["layers"]) == (32, 2)
+    assert of_run["folder"].endswith("step-00000002/model")
+    text = call("info", "300m-6").out
+    assert "302,041,088 without embedding and output layer, 433,637,376 with" in text
+    everything = call("info").out
+    for part in ("nano", "300m-24", f"recurformer {recurformer.__version__}", f"torch {torch.__version__}", "[hf]"):
+        assert part in everything
+    assert max(map(len, everything.splitlines()[:12])) <= 80
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def broken(place: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...], str]]:
+    """Commands that must fail, and a part of what they must say."""
+    recurformer.save(tiny(), tmp_path / "other", load_tokenizer("bytes"))  # a vocabulary of 97, a tokenizer of 256
+    recurformer.save(tiny(vocab_size=256), tmp_path / "mute")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_bytes((tmp_path / "mute" / "config.json").read_bytes())
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "mute" / "model.safetensors").read_bytes()[:-9])
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
+    (tmp_path / "file").write_text("")
+    R, data = place / "R", place / "data"
+    return {
+        "no such run": (("eval", tmp_path / "none", "--data", data), "none is no folder"),
+        "a file for a run": (("generate", tmp_path / "file"), "file is no folder"),
+        "foreign model": (("eval", tmp_path / "foreign", "--data", data), "'llama'"),
+        "truncated weights": (("generate", tmp_path / "cut"), "truncated"),
+        "no such data": (("eval", R, "--data", tmp_path / "none"), "do not exist"),
+        "foreign data": (("eval", R, "--data", tmp_path / "picture.png"), "picture.png"),
+        "other vocabulary": (("eval", tmp_path / "other", "--data", data), "256 ids, the model's 97"),
+        "no data named": (("eval", tmp_path / "mute"), "no validation data"),
+        "text without tokenizer": (("eval", tmp_path / "mute", "--data", place / "text.txt"), "tokenizer"),
+        "window 0": (("eval", R, "--window", 0), "--window"),
+        "unknown scan": (("eval", R, "--scan", "magic"), "'magic'"),
+        "unknown device": (("eval", R, "--device", "abacus"), "'abacus'"),
+        "generate without tokenizer": (("generate", tmp_path / "mute"), "tokenizer"),
+        "foreign tokenizer": (("generate", tmp_path / "other"), "256"),
+        "temperature": (("generate", R, "--temperature", -1), "temperature is -1"),
+        "top-p": (("generate", R, "--top-p", 1.5), "top_p is 1.5"),
+        "stop of two tokens": (("generate", R, "--stop", "ab"), "2 tokens"),
+        "no number": (("generate", R, "--seed", "x"), "--seed"),
+        "no run": (("compare", tmp_path / "mute"), "mute is no training run"),
+        "twice": (("compare", R, R), "twice"),
+        "nothing to compare": (("compare",), "RUN"),
+        "unwritable": (("compare", R, "--out", tmp_path / "file"), "file"),
+        "unknown preset": (("info", "nanoo"), "did you mean 'nano'?"),
+        "layers of a folder": (("info", R, "--layers", "standard"), "--layers"),
+        "layers of nothing": (("info", "--layers", "standard"), "--layers"),
+        "bad layers": (("info", "nano", "--layers", "first:9"), "first:9"),
+        "train without data": (("train", "--out", tmp_path / "run", "--set", "data.train=nowhere"), "nowhere"),
+        "unknown setting": (("train", "--out", tmp_path / "run", "--set", "optimizer.rl=1"), "optimizer.lr"),
+        "prepare nothing": (("prepare", tmp_path / "none.txt", "--out", tmp_path / "d"), "none.txt"),
+        "unknown verb": (("trian",), "trian"),
+        "unknown option": (("info", "--what"), "--what"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_code_2(call, place: Path, tmp_path: Path) -> None:
+    for name, (arguments, part) in broken(place, tmp_path).items():
+        outcome = call(*arguments)
+        assert outcome.code == 2, f"{name}: exit code {outcome.code}"
+        assert outcome.err.startswith("recurformer: error: "), f"{name}: {outcome.err!r}"
+        assert outcome.err.count("\n") == 1, f"{name}: {outcome.err!r}"
+        assert part in outcome.err, f"{name}: {part!r} is not in {outcome.err!r}"
+        assert outcome.out == "", name
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_traceback_from_the_shell(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recurformer", "eval", "none"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "recurformer: error: none is no folder; give a model's or a training run's folder\n"
+
+
+def test_a_reader_that_leaves_is_no_error(place: Path) -> None:
+    command = f"{sys.executable} -m recurformer info | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.stderr == ""

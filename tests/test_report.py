@@ -1,0 +1,205 @@
+"""Runs side by side: what is read, the table, the picture and the page."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from recurformer.config import PRESETS, ModelConfig
+from recurformer.report import (
+    draw,
+    kind_of,
+    load_runs,
+    parameters,
+    rows,
+    short_names,
+    short_number,
+    show,
+    smoothed,
+    write_report,
+)
+
+NATS_PER_BIT = math.log(2)
+
+
+def fake_run(
+    folder: Path,
+    losses: list[float],
+    *,
+    bytes_per_token: float = 1.0,
+    data: dict[str, Any] | None = None,
+    **model: Any,
+) -> Path:
+    """A run's folder as training writes it: an evaluation each 10 steps of 100 tokens and 2 seconds."""
+    folder.mkdir(parents=True)
+    config = {"model": ModelConfig(**model).to_dict(), "data": data or {"validation": "v"}, "batch_size": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    records: list[dict[str, Any]] = [{"event": "start", "step": 0, "device": "cpu (test)", "versions": {"torch": "0"}}]
+    for n, loss in enumerate(losses):
+        clock = {"step": 10 * n, "tokens": 1000 * n, "seconds": 20.0 * n}
+        if n:
+            records.append({"event": "train", "loss": loss + 0.1, "tokens_per_second": 50.0, **clock})
+        bits = loss / NATS_PER_BIT / bytes_per_token
+        records.append({"event": "evaluation", "validation_loss": loss, "bits_per_byte": bits, **clock})
+    records.append({"event": "sample", "step": 10, "prompt": "<b>", "text": " & so on"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def printed(folders: list[Path], width: int = 80) -> str:
+    buffer = io.StringIO()
+    show(load_runs(folders), Console(file=buffer, width=width))
+    return buffer.getvalue()
+
+
+def test_the_row_of_a_run(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "one", [5.5, 2.25, 2.5], layers="first:1")
+    (run,) = load_runs([folder])
+    headings, ((name, kind, layers, width, count, tokens, loss, speed, kv),) = rows([run])
+    assert headings[6] == "val loss"
+    assert (name, kind, layers, width) == ("one", "first:1", "4", "128")
+    assert count == "787,840"  # 12 * 4 * 128^2 in matrices, 4 * (2 * 128 + 2 * 32) + 128 in norms
+    assert (tokens, loss, speed, kv) == ("2,000", "2.2500", "50", "2,048")
+    assert run.validation.loss == [5.5, 2.25, 2.5]
+    assert run.validation.tokens == [0, 1000, 2000]
+    assert run.training.seconds == [20.0, 40.0]
+
+
+def test_the_table_fits_80_columns(tmp_path: Path) -> None:
+    long = "a-run-with-a-name-that-is-longer-than-the-table-would-like"
+    folders = [
+        fake_run(tmp_path / long, [5.0, 2.0]),
+        fake_run(tmp_path / "b", [5.0, 2.5], layers=("recurrent", "standard", "recurrent", "standard")),
+        fake_run(tmp_path / "c", [5.0, 2.5], d_model=2048, n_heads=32, n_layers=12),
+    ]
+    text = printed(folders)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "RSRS" in text
+    assert "2.0000" in text
+    assert "604M" in text
+    for part in ("787,840", "98,304", "nats a token"):
+        assert part in text
+
+
+def test_what_a_reader_has_to_know_is_said(tmp_path: Path) -> None:
+    text = printed([
+        fake_run(tmp_path / "a", [5.0, 2.0, 2.2], data={"validation": "here"}),
+        fake_run(tmp_path / "b", [5.0, 2.5], data={"validation": "there"}),
+    ])  # fmt: skip
+    joined = " ".join(text.split())
+    assert "a: lowest at step 10; at step 20 it was 2.2000 nats a token." in joined
+    assert "different validation data" in joined
+    assert "different numbers of tokens" in joined
+    assert "lowest at step" not in printed([tmp_path / "b"])
+
+
+def test_other_tokenizers_are_compared_by_the_byte(tmp_path: Path) -> None:
+    byte_level = fake_run(tmp_path / "bytes", [5.0, 1.5])
+    words = fake_run(tmp_path / "words", [9.0, 4.0], bytes_per_token=4.0)
+    headings, cells = rows(load_runs([byte_level, words]))
+    assert headings[6] == "bits/byte"
+    assert [row[6] for row in cells] == [f"{1.5 / NATS_PER_BIT:.4f}", f"{1.0 / NATS_PER_BIT:.4f}"]
+    assert draw(load_runs([byte_level, words])).startswith(b"\x89PNG")
+
+
+def test_a_run_without_results_yet(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "new", [])
+    (cells,) = rows(load_runs([folder]))[1]
+    assert cells[5:8] == ["-", "-", "-"]
+    assert draw(load_runs([folder])).startswith(b"\x89PNG")
+    assert "new" in printed([folder])
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", [5.0, 3.0])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "evaluation", "step": 30, "tokens": 3000, "seconds": 60, "validation_loss": NaN}\n')
+        file.write('{"event": "train", "step": 31, "tok')  # a kill in the middle of a line
+    (run,) = load_runs([folder])
+    assert run.validation.loss == [5.0, 3.0]
+    assert rows([run])[1][0][6] == "3.0000"
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    folders = [fake_run(tmp_path / "a&b", [5.0, 2.0]), fake_run(tmp_path / "c", [5.0, 2.5], layers="standard")]
+    curves, page = write_report(load_runs(folders), tmp_path / "out" / "deep")
+    assert sorted(path.name for path in curves.parent.iterdir()) == ["curves.png", "report.html"]
+    assert curves.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r'(?:src|href)="([^"]{30})', text) == ["data:image/png;base64,iVBORw0K"]
+    assert not re.search(r"https?://", text)
+    for part in ("a&amp;b", "<td>model.layers</td><td>recurrent</td><td>standard</td>", "2.0000", "&lt;b&gt; &amp; so"):
+        assert part in text
+    assert "<td>batch_size</td>" not in text  # the same in both
+    write_report(load_runs(folders), curves.parent, samples={"c": ["own text"]})
+    assert "own text" in page.read_text(encoding="utf-8")
+    assert "so on" not in page.read_text(encoding="utf-8")
+
+
+def test_names_are_short_and_unique(tmp_path: Path) -> None:
+    assert short_names([("x", "a"), ("x", "b")]) == ["a", "b"]
+    assert short_names([("x", "run"), ("y", "run")]) == ["x/run", "y/run"]
+    folders = [fake_run(tmp_path / side / "run", [5.0, 2.0]) for side in ("left", "right")]
+    assert [run.name for run in load_runs(folders)] == ["left/run", "right/run"]
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    good = fake_run(tmp_path / "good", [5.0, 2.0])
+    (tmp_path / "empty").mkdir()
+    for name, config, metrics in (
+        ("foreign", "{}", "{}\n"),
+        ("list", "[]", "{}\n"),
+        ("damaged", "{", "{}\n"),
+        ("records", (good / "config.json").read_text(), '{"event": "train", "step": 1}\n'),
+        ("text", (good / "config.json").read_text(), "step loss\n"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "metrics.jsonl").write_text(metrics)
+    for name in ("none", "empty", "foreign", "list", "damaged", "records", "text"):
+        with pytest.raises(ValueError, match=name):
+            load_runs([good, tmp_path / name])
+    with pytest.raises(ValueError, match="given twice"):
+        load_runs([good, good])
+    with pytest.raises(ValueError, match="no run"):
+        load_runs([])
+
+
+def test_kinds_in_a_few_letters() -> None:
+    kinds = {
+        "recurrent": "recurrent", "standard": "standard", "first:0": "standard", "first:2": "first:2",
+        "first:4": "recurrent", ("standard", "recurrent", "standard", "standard"): "SRSS",
+    }  # fmt: skip
+    assert {layers: kind_of(ModelConfig(layers=layers)) for layers in kinds} == kinds
+    many = ("standard", "recurrent") * 6
+    assert kind_of(ModelConfig(n_layers=12, layers=many)) == "6 of 12 R"
+
+
+def test_parameters_are_counted_without_making_the_model() -> None:
+    assert parameters(ModelConfig.preset("300m-6")) == 12 * 6 * 2048**2 + 6 * 4 * 2048 + 2048
+    for preset in PRESETS:
+        config = ModelConfig.preset(preset)
+        outside = 2 * config.padded_vocab_size * config.d_model
+        assert parameters(config, embedding=True) == parameters(config) + outside
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (12.4, "12"), (99_999, "99,999"), (123_456, "123k"), (1_234_567, "1.23M"), (302_041_088, "302M"),
+     (6.5e9, "6.50B")],
+)  # fmt: skip
+def test_short_numbers(value: float, text: str) -> None:
+    assert short_number(value) == text
+
+
+def test_smoothing_has_no_pull_towards_zero() -> None:
+    assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smoothed([]) == []
+    assert smoothed([4.0, 2.0], weight=0.5) == pytest.approx([4.0, (0.5 * 0.5 * 4 + 0.5 * 2) / 0.75])
