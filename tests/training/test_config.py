@@ -91,7 +91,7 @@ def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
         ("schedule.final_fraction=1.5", "schedule.final_fraction is 1.5; it must be less than or equal to 1"),
         ("precision=fp8", "precision is 'fp8'; it must be 'fp32', 'bf16' or 'fp64'"),
         ("log.loggers=[\"wand\"]", "log.loggers is ('wand',); it must be 'tensorboard' or 'wandb'"),
-        ("micro_batch_size=32", "micro_batch_size is 32; it must not exceed batch_size 16"),
+        ("micro_batch_size=64", "micro_batch_size is 64; it must not exceed batch_size 32"),
         ("model.d_model=130", "model.d_model 130 is not divisible by n_heads 4"),
         ("model.preset=nanoo", "model.preset is 'nanoo'; choose one of nano"),
         ("batch_size", "--set 'batch_size' has no '='"),

@@ -22,6 +22,7 @@ from torch import Tensor
 import recurformer
 from recurformer import LanguageModel
 from recurformer.cli import cli
+from recurformer.data import TokenDataset
 from recurformer.training import NonFiniteError, TrainingError, loop, read_metrics, train
 from recurformer.training import checkpoint as checkpoints
 from recurformer.training.checkpoint import newest_checkpoint
@@ -395,6 +396,21 @@ def test_training_starts_from_given_weights(tiny, tmp_path, values, weights):
         train(tiny(init_from=str(tmp_path / "start"), model__d_model=32), tmp_path / "other", quiet=True)
     # a start that failed is no run in the way
     train(tiny(schedule__steps=1), tmp_path / "other", quiet=True)
+
+
+def test_training_on_raw_shards(tiny, tmp_path, corpus, records):
+    """Headless little-endian integers, which know neither their vocabulary nor their text."""
+    for name in ("train", "validation"):
+        (shard,) = TokenDataset(corpus / name).shards
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-0.npy").write_bytes(shard.path.read_bytes())
+    train(tiny(schedule__steps=3), tmp_path / "prepared", quiet=True)
+    raw = {"data__train": str(tmp_path / "train"), "data__validation": str(tmp_path / "validation"),
+           "data__vocab_size": 256, "sample__tokens": 5}  # fmt: skip
+    train(tiny(schedule__steps=3, **raw), tmp_path / "raw", quiet=True)
+    assert records(tmp_path / "raw", "train") == records(tmp_path / "prepared", "train")
+    assert records(tmp_path / "raw", "evaluation")[-1]["bits_per_byte"] is None
+    assert not records(tmp_path / "raw", "sample")
 
 
 # --- logging --------------------------------------------------------------------------------------------------------

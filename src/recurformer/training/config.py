@@ -69,7 +69,7 @@ class DataConfig(_Section):
         "data/train", "Training tokens: a folder made by `recurformer prepare`, or of raw `.npy` shards."
     )
     validation: str | None = setting("data/validation", "Held-out tokens, likewise; none: no evaluation.")
-    window: Count = setting(256, "N, the positions of one sequence.")
+    window: Count = setting(128, "N, the positions of one sequence.")
     packing: Packing = setting(
         "concat",
         '"concat": windows over the concatenated documents; "documents": several documents in a window, '
@@ -172,7 +172,7 @@ class TrainConfig(_Section):
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), "")
     log: LogConfig = setting(LogConfig(), "")
 
-    batch_size: Count = setting(16, "Sequences of one optimizer step, over all micro-batches and processes.")
+    batch_size: Count = setting(32, "Sequences of one optimizer step, over all micro-batches and processes.")
     micro_batch_size: Count | None = setting(
         None, "Sequences in memory at once, in each process; none: all of its share of the batch."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import platform
 import sys
@@ -76,6 +77,8 @@ class Metrics:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Record one event, on every logger."""
+        # JSON knows no NaN: what is not known (bits per byte of raw shards) is null
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self._file.flush()
         numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}

@@ -173,6 +173,10 @@ def train(
         loss = None
         logged_tokens, logged_seconds, logged_step = state.tokens, state.seconds, state.step
 
+        def advice() -> str:
+            last = f"the last good checkpoint is {checkpoint.path}" if checkpoint else "there is no checkpoint yet"
+            return f"{last}; resume with a lower optimizer.lr or optimizer.grad_clip (--allow-change)"
+
         while True:
             stopping = stop.requested or (stop_at is not None and state.step >= stop_at)
 
@@ -180,6 +184,8 @@ def train(
             due = state.step % config.evaluation.every == 0 or state.step == steps
             if held_out is not None and due and state.evaluated != state.step and not stop.requested:
                 evaluation = evaluate_model(model, held_out, config, device)
+                if not math.isfinite(evaluation.loss):
+                    raise NonFiniteError(f"the validation loss at step {state.step} is {evaluation.loss}; {advice()}")
                 state.evaluated, state.validation_loss = state.step, evaluation.loss
                 metrics.write(
                     "evaluation",
@@ -189,8 +195,8 @@ def train(
                     tokens=state.tokens,
                     seconds=state.seconds,
                 )
-                bits = evaluation.bits_per_byte  # None for raw shards, which do not know their text
-                bits = "" if bits is None else f", {bits:.3f} bits per byte"
+                bits = evaluation.bits_per_byte  # NaN for raw shards, which do not know their text
+                bits = f", {bits:.3f} bits per byte" if math.isfinite(bits) else ""
                 screen.say(f"step {state.step}: validation loss {evaluation.loss:.4f}{bits}")
                 if config.sample.tokens and (text := sample_text(model, tokenizer, config, device)) is not None:
                     metrics.write("sample", state.step, prompt=config.sample.prompt, text=text)
@@ -213,9 +219,7 @@ def train(
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteError(
                     f"step {state.step + 1}: loss {loss}, gradient norm {norm}, from the windows "
-                    f"{batch.window_ids.tolist()}; the weights were not touched. "
-                    + (f"The last good checkpoint is {checkpoint.path}" if checkpoint else "There is no checkpoint yet")
-                    + "; continue it with a lower optimizer.lr or grad_clip (--allow-change)"
+                    f"{batch.window_ids.tolist()}; the weights were not touched. " + advice()
                 )
             optimizer.step()
             state.step += 1
