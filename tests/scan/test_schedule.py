@@ -1,0 +1,253 @@
+"""The tiling as integers: every pair exactly once and in time, forward and backward; and the traffic that follows."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recurformer.scan.schedule import (
+    Block,
+    Schedule,
+    attention_traffic,
+    choose_schedule,
+    lowbit,
+    naive_schedule,
+)
+
+SIDES = st.integers(0, 8).map(lambda e: 1 << e)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    length = draw(st.integers(1, 200))
+    chunk = draw(st.none() | SIDES)
+    leaf = draw(SIDES if chunk is None else SIDES.filter(lambda side: side <= chunk))
+    return Schedule(length, draw(st.sampled_from([0, 1, 5, 37])), chunk, leaf)
+
+
+def meetings(schedule: Schedule) -> np.ndarray:
+    """How often each query (row) meets each key (column, the past's slots first), asserting that it is in time.
+
+    A pair is known from its position's own step on; what a query meets must be known then, and must be met before the
+    query's own step.
+    """
+    P, N = schedule.past, schedule.length
+    count = np.zeros((N, P + N), dtype=int)
+
+    def meet(queries: slice, keys: slice, known: int, now: int) -> None:
+        assert keys.start < keys.stop <= known, "a key that is not known yet"
+        assert now <= queries.start < queries.stop <= N, "a query whose turn is over"
+        assert keys.start >= -P
+        count[queries, keys.start + P : keys.stop + P] += 1
+
+    for expected, step in enumerate(schedule.steps()):
+        i = step.position
+        assert i == expected
+        if step.pull is not None:
+            meet(step.pull.queries, step.pull.keys, known=i, now=i)
+        assert step.read.stop == i
+        if step.read.start < i:
+            meet(slice(i, i + 1), step.read, known=i, now=i)
+        if step.push is not None:
+            meet(step.push.queries, step.push.keys, known=i + 1, now=i + 1)
+    return count
+
+
+def assert_exact(schedule: Schedule) -> None:
+    P, N = schedule.past, schedule.length
+    assert np.array_equal(meetings(schedule), np.tril(np.ones((N, P + N), dtype=int), P - 1))
+
+
+@pytest.mark.parametrize("leaf", [1, 4, 16])
+@pytest.mark.parametrize("chunk", [None, 16, 64], ids=lambda chunk: f"chunk-{chunk}")
+@pytest.mark.parametrize("past", [0, 7])
+def test_every_query_meets_every_earlier_key_once_and_in_time(past: int, chunk: int | None, leaf: int):
+    for length in range(1, 201):
+        assert_exact(Schedule(length, past, chunk, leaf))
+
+
+@given(schedules())
+@settings(max_examples=150, deadline=None)
+def test_any_schedule_is_exact(schedule: Schedule):
+    assert_exact(schedule)
+
+
+@given(schedules())
+@settings(max_examples=100, deadline=None)
+def test_backwards_every_gradient_is_complete_when_its_position_comes(schedule: Schedule):
+    """The mirror: a query sends its gradients on after its position, and a pair must have them all before its own."""
+    N, P = schedule.length, schedule.past
+    received = np.zeros((N, N), dtype=int)  # pair, query
+
+    def send(queries: slice, keys: slice, done: int) -> None:
+        assert queries.start >= done, "a query that has not been processed"
+        inside = slice(max(keys.start, 0), max(keys.stop, 0))
+        received[inside, queries] += 1
+
+    for step in reversed(list(schedule.steps())):
+        i = step.position
+        if step.push is not None:
+            send(step.push.queries, step.push.keys, done=i + 1)
+        readers = schedule.readers(i)
+        if readers.start < readers.stop:
+            send(readers, slice(i, i + 1), done=i + 1)
+        assert np.array_equal(received[i], (np.arange(N) > i).astype(int)), "the pair's gradient is not complete"
+        if step.pull is not None:
+            send(step.pull.queries, step.pull.keys, done=i)
+            assert step.pull.keys.start == -P
+    assert received.sum() == N * (N - 1) // 2
+
+
+@given(schedules())
+@settings(max_examples=50, deadline=None)
+def test_readers_mirror_reads(schedule: Schedule):
+    N = schedule.length
+    reads = {(i, j) for i in range(N) for j in range(schedule.read(i).start, i)}
+    readers = {(i, j) for j in range(N) for i in range(schedule.readers(j).start, schedule.readers(j).stop)}
+    assert reads == readers
+
+
+def test_the_papers_tiling_of_eight_positions():
+    pushes = [step.push for step in Schedule(8).steps()]
+    assert pushes == [
+        Block(slice(0, 1), slice(1, 2)),
+        Block(slice(0, 2), slice(2, 4)),
+        Block(slice(2, 3), slice(3, 4)),
+        Block(slice(0, 4), slice(4, 8)),
+        Block(slice(4, 5), slice(5, 6)),
+        Block(slice(4, 6), slice(6, 8)),
+        Block(slice(6, 7), slice(7, 8)),
+        None,
+    ]
+    assert all(step.pull is None and step.read.start == step.position for step in Schedule(8).steps())
+
+
+def test_a_past_is_pulled_once_and_chunks_pull_what_came_before():
+    pulls = {step.position: step.pull for step in Schedule(10, past=3, chunk=4).steps() if step.pull is not None}
+    assert pulls == {
+        0: Block(slice(-3, 0), slice(0, 4)),
+        4: Block(slice(-3, 4), slice(4, 8)),
+        8: Block(slice(-3, 8), slice(8, 10)),
+    }
+    assert [step.pull for step in Schedule(5).steps()] == [None] * 5
+
+
+def test_half_as_many_tiles_of_twice_the_side():
+    sides = [step.push.keys.stop - step.push.keys.start for step in Schedule(64).steps() if step.push is not None]
+    assert {side: sides.count(side) for side in set(sides)} == {1: 32, 2: 16, 4: 8, 8: 4, 16: 2, 32: 1}
+
+
+@pytest.mark.parametrize(("n", "bit"), [(1, 1), (2, 2), (3, 1), (12, 4), (64, 64), (96, 32)])
+def test_lowbit(n: int, bit: int):
+    assert lowbit(n) == bit
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule(0), "length 0 must be at least 1"),
+        (lambda: Schedule(4, past=-1), "past -1 at least 0"),
+        (lambda: Schedule(4, chunk=3), "chunk is 3; it must be a power of two"),
+        (lambda: Schedule(4, chunk=0), "chunk is 0; it must be a power of two"),
+        (lambda: Schedule(4, leaf=6), "leaf is 6; it must be a power of two"),
+        (lambda: Schedule(4, chunk=2, leaf=4), "leaf 4 exceeds chunk 2"),
+    ],
+    ids=["length", "past", "chunk", "zero", "leaf", "leaf-in-chunk"],
+)
+def test_a_schedule_that_is_none_is_refused(make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- HBM traffic -----------------------------------------------------------------------------------------------------
+
+
+def test_traffic_of_three_positions_by_hand():
+    """N = 3, one head of width 2, 2-byte elements: a pair is 8 bytes, a query 4, a state (m, l and 2 values) 16."""
+    traffic = attention_traffic(Schedule(3), batch=1, heads=1, head_dim=2)
+    position = 4 + 8 + 16 + 8 + 4  # query, temporary pair, state; persistent pair and output
+    first = 8 + (4 + 32)  # key 0 into query 1: the pair, the query, its state read and written
+    second = 2 * 8 + (4 + 32)  # keys 0 and 1 into query 2, clipped
+    assert traffic.bytes == 3 * position + first + second == 216
+    assert traffic.flops == (3 + 3) * 2 * 4  # 3 own and 3 earlier pairs; 2 products of 2 multiply-adds
+    assert traffic.intensity == 48 / 216
+
+
+def test_traffic_of_a_chunk_a_leaf_and_shared_heads_by_hand():
+    """N = 4 behind 2 past, chunks of 2, leaves of 2; 4 query heads on 2, width 4, 4-byte elements."""
+    traffic = attention_traffic(Schedule(4, 2, 2, 2), batch=3, heads=4, head_dim=4, kv_heads=2, element_bytes=4)
+    pair, query, state = 2 * 2 * 4 * 4, 4 * 4 * 4, 4 * 6 * 4
+    positions = 4 * (query + pair + state + pair + query) + 2 * pair  # positions 1 and 3 read one pair of their leaf
+    pulls = (2 + 4) * pair + 2 * 2 * (query + 2 * state)
+    assert traffic.bytes == 3 * (positions + pulls)
+    assert traffic.flops == 3 * (4 + 6 + 4 * 2) * 4 * 4 * 4
+
+
+@given(schedules())
+@settings(max_examples=60, deadline=None)
+def test_the_arithmetic_is_the_same_under_every_schedule(schedule: Schedule):
+    N, P = schedule.length, schedule.past
+    assert attention_traffic(schedule, 2, 3, 8).flops == 2 * 3 * 8 * 4 * (N * (N + 1) // 2 + N * P)
+
+
+@pytest.mark.parametrize(
+    "make", [Schedule, naive_schedule, lambda n: Schedule(n, 0, 16, 4)], ids=["tiled", "naive", "chunks"]
+)
+def test_more_positions_move_more(make):
+    moved = [attention_traffic(make(n), 1, 2, 8).bytes for n in range(1, 130)]
+    assert all(a < b for a, b in pairwise(moved))
+
+
+def test_traffic_is_proportional_to_the_batch_and_grows_with_everything_else():
+    base = {"batch": 1, "heads": 4, "head_dim": 8, "kv_heads": 2, "element_bytes": 2}
+    moved = attention_traffic(Schedule(50), **base)
+    assert attention_traffic(Schedule(50), **{**base, "batch": 7}).bytes == 7 * moved.bytes
+    for name, value in {"heads": 8, "head_dim": 16, "kv_heads": 4, "element_bytes": 4}.items():
+        assert attention_traffic(Schedule(50), **{**base, name: value}).bytes > moved.bytes
+    assert attention_traffic(Schedule(50, past=1), **base).bytes > moved.bytes
+
+
+def test_naive_traffic_is_quadratic_and_tiled_traffic_n_log_n():
+    lengths = np.array([1 << e for e in range(9, 16)])
+    naive, tiled = (
+        np.array([attention_traffic(make(int(n)), 1, 4, 64).bytes for n in lengths])
+        for make in (naive_schedule, Schedule)
+    )
+    # Closed forms: the naive loop reads N(N-1)/2 pairs and nothing else grows faster than N.
+    pair, query, state = 2 * 4 * 64 * 2, 4 * 64 * 2, 4 * 66 * 4
+    position = 2 * query + 2 * pair + state
+    assert np.array_equal(naive, lengths * (lengths - 1) // 2 * pair + lengths * position)
+    assert np.array_equal(
+        tiled, lengths * np.log2(lengths).astype(int) // 2 * (pair + query + 2 * state) + lengths * position
+    )
+    slope = np.polyfit(np.log(lengths), np.log(naive), 1)[0]
+    assert 1.95 < slope < 2.0
+    per_position = tiled / lengths
+    growth = np.diff(per_position)  # linear in log N: the same step at every doubling
+    assert np.allclose(growth, growth[0])
+    assert growth[0] > 0
+    intensity = [attention_traffic(make(1 << 15), 1, 4, 64).intensity for make in (naive_schedule, Schedule)]
+    assert 0.9 < intensity[0] < 1.0  # bandwidth-bound: about one FLOP a byte
+    assert intensity[1] > 500
+
+
+def test_the_naive_schedule_reads_everything_directly():
+    for length in (1, 2, 3, 8, 100):
+        steps = list(naive_schedule(length).steps())
+        assert all(step.push is None and step.pull is None for step in steps)
+        assert all(step.read == slice(0, step.position) for step in steps)
+
+
+@pytest.mark.parametrize("past", [0, 100])
+@pytest.mark.parametrize("length", [1, 2, 5, 100, 1000])
+def test_the_chosen_schedule_moves_least(length: int, past: int):
+    chosen = choose_schedule(length, past, 16, 32, 4, 2)
+    least = attention_traffic(chosen, 1, 4, 32, 2, 4).bytes
+    assert (chosen.length, chosen.past) == (length, past)
+    for side in (None, *(chosen.leaf << e for e in range(math.ceil(math.log2(length)) + 1))):
+        assert least <= attention_traffic(Schedule(length, past, side, chosen.leaf), 1, 4, 32, 2, 4).bytes
