@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -353,6 +354,30 @@ def test_a_non_finite_step_stops_before_the_update(tiny, tmp_path, monkeypatch, 
     assert all(p.isfinite().all() for p in model.parameters())
     assert read_metrics(run)[-1]["step"] == 8
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000005"]
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_too(tiny, tmp_path, monkeypatch):
+    original = loop.evaluate_model
+
+    def poisoned(model, *rest):
+        result = original(model, *rest)
+        return dataclasses.replace(result, loss=math.nan) if len(list(saved.glob("step-*"))) == 1 else result
+
+    saved = tmp_path / "run/checkpoints"
+    monkeypatch.setattr(loop, "evaluate_model", poisoned)
+    with pytest.raises(NonFiniteError, match=r"loss at step 10 is nan; the last good checkpoint is .*00005"):
+        train(tiny(), tmp_path / "run", quiet=True)
+    assert [p.name for p in saved.iterdir()] == ["step-00000005"]
+
+
+def test_a_terminal_gets_a_progress_line(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take any stream for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    train(tiny(schedule__steps=3), tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert "tokens/s" in shown
+    assert "step 3/3" not in shown  # the lines are for other streams
 
 
 # --- names, precision, starting weights -----------------------------------------------------------------------------
