@@ -72,8 +72,8 @@ def prepare(
 ) -> None:
     """Tokenize text into DIR, from which runs are trained and evaluated.
 
-    INPUT is a file (.txt, .md, .jsonl, each also .gz or .zst, or .parquet), a folder, a quoted glob, or the name of a
-    Hugging Face dataset, OWNER/NAME or hf:NAME. DIR appears when it is complete, and not before.
+    INPUT is a file (.txt, .md, .jsonl, each also .gz or .zst, or .parquet), a folder, a quoted glob, or a Hugging Face
+    dataset, hf:NAME or hf:NAME:CONFIGURATION. DIR appears when it is complete, and not before.
     """
     from recurformer import data
 

@@ -112,13 +112,13 @@ def test_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    for number, name in enumerate(["hf:tiny", "hf:tiny:en", "owner/tiny"]):
+    for number, name in enumerate(["hf:tiny", "hf:tiny:en", "hf:owner/tiny"]):
         prepare([name], tmp_path / str(number), split="test")
         assert texts(tmp_path / str(number)) == DOCUMENTS
     assert [args for args, _ in calls] == [("tiny", None), ("tiny", "en"), ("owner/tiny", None)]
     assert calls[0][1] == {"split": "test", "streaming": True}
-    with pytest.raises(ValueError, match="owner/tiny: no field 'txt'; did you mean 'text'"):
-        prepare(["owner/tiny"], tmp_path / "field", text_field="txt")
+    with pytest.raises(ValueError, match="hf:owner/tiny: no field 'txt'; did you mean 'text'"):
+        prepare(["hf:owner/tiny"], tmp_path / "field", text_field="txt")
 
 
 def test_unknown_datasets_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -126,8 +126,8 @@ def test_unknown_datasets_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         raise ConnectionError("no such dataset")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(ValueError, match="owner/none is no file here, and as a dataset it cannot be loaded: no such"):
-        prepare(["owner/none"], tmp_path / "out")
+    with pytest.raises(ValueError, match="hf:owner/none cannot be loaded: no such"):
+        prepare(["hf:owner/none"], tmp_path / "out")
     assert left_behind(tmp_path) == []
 
 
@@ -211,7 +211,8 @@ def test_inputs_that_name_nothing(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for given, message in [
         ([], "no input; give files"),
-        ([tmp_path / "none.txt"], r"none\.txt does not exist; a Hugging Face dataset .* is written hf:NAME"),
+        ([tmp_path / "none.txt"], r"none\.txt does not exist; a Hugging Face dataset is written hf:NAME"),
+        (["owner/none"], "owner/none does not exist"),
         ([str(tmp_path / "*.md")], r"\*\.md does not exist"),
         ([tmp_path / "empty"], "empty holds no file that can be read; known are"),
         ([tmp_path / "a.txt", tmp_path], r"a\.txt is given twice, by .*a\.txt' and '"),

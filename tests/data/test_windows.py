@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurformer.data import TokenDataset, TrainingWindows, evaluation_batches, prepare
-from recurformer.data.windows import IGNORE, shuffled
+from recurformer.data.windows import shuffled
+from recurformer.model import IGNORE
 
 
 def raw(

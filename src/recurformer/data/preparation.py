@@ -74,8 +74,8 @@ def prepare(
     the number of workers.
 
     Args:
-        inputs: files (.txt, .md, .jsonl, each also .gz or .zst, and .parquet), folders, globs, or the name of a Hugging
-            Face dataset, `owner/name` or `hf:NAME`.
+        inputs: files (.txt, .md, .jsonl, each also .gz or .zst, and .parquet), folders, globs, or a Hugging Face
+            dataset, `hf:NAME` or `hf:NAME:CONFIGURATION`.
         out: the folder to make. It appears under this name when it is complete, and not before.
         tokenizer: "bytes", a `tokenizer.json`, a SentencePiece `.model`, a saved tokenizer's folder, "train-bpe:SIZE",
             which learns a byte-level BPE of SIZE tokens from the inputs, or a `Tokenizer`.

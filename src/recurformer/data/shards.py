@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from recurformer.data.sidecar import DTYPES, SIDECAR, STARTS_DTYPE, ShardInfo
+from recurformer.folders import sync_folder
 
 
 class _HashedFile:
@@ -130,22 +131,13 @@ def appears_whole(out: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _sync_folder(partial)
+        sync_folder(partial)
         replaced = out.with_name(f".{out.name}.replaced-{secrets.token_hex(4)}") if out.exists() else None
         if replaced is not None:
             out.rename(replaced)
         partial.rename(out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -26,6 +26,9 @@ CHUNK = 1 << 14
 LONGEST_LINE = 1 << 28
 """Bytes of a JSON line at most: such a line is one object, which has to be read whole."""
 
+DATASET = "hf:"
+"""Begins the name of a dataset. Without it a mistyped path would be looked for on the network."""
+
 Tap = Callable[[bytes], object]
 """Shown every byte of a source, once and in order, while it is read: hashing and progress hang on it."""
 
@@ -63,13 +66,12 @@ def find_sources(
         ValueError: for an input that names nothing readable, or a file named twice.
     """
     if not inputs:
-        raise ValueError("no input; give files, folders, globs or the name of a Hugging Face dataset")
+        raise ValueError("no input; give files, folders, globs or a Hugging Face dataset, hf:NAME")
     found: list[Source] = []
     origin: dict[Path, str] = {}
     for given in map(str, inputs):
-        dataset = _dataset_name(given)
-        if dataset is not None:
-            found.append(HubDataset(dataset, split, text_field))
+        if given.startswith(DATASET):
+            found.append(HubDataset(given, split, text_field))
             continue
         for path in _files(given):
             if path.resolve() in origin:
@@ -94,9 +96,7 @@ def _files(given: str) -> list[Path]:
     else:
         files = [Path(match) for match in glob.glob(given, recursive=True) if os.path.isfile(match)]
         if not files:
-            raise ValueError(
-                f"{given} does not exist; a Hugging Face dataset that is not found here is written hf:NAME"
-            )
+            raise ValueError(f"{given} does not exist; a Hugging Face dataset is written {DATASET}NAME")
     files = sorted((file for file in files if _FILE_NAME.search(file.name)), key=Path.as_posix)
     if not files:
         raise ValueError(f"{given} holds no file that can be read; {_KINDS}")
@@ -109,14 +109,6 @@ _KINDS = "known are .txt, .md, .jsonl (each also .gz or .zst) and .parquet"
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _dataset_name(given: str) -> str | None:
-    """`hf:NAME`, or a bare `owner/name` that cannot be meant as a path: there is no folder `owner`, no known ending."""
-    if given.startswith("hf:"):
-        return given.removeprefix("hf:")
-    bare = re.fullmatch(r"(?P<owner>[\w-][\w.-]*)/[\w.-]+(:[\w.-]+)?", given)
-    return given if bare and not Path(bare["owner"]).exists() and not _FILE_NAME.search(given) else None
 
 
 def _file_source(path: Path, text_field: str) -> Source:
@@ -287,7 +279,7 @@ class ParquetFile(_File):
 
 @dataclass
 class HubDataset(Source):
-    """A dataset that the `datasets` library loads, `NAME` or `NAME:CONFIGURATION`, streamed."""
+    """A dataset that the `datasets` library loads, `hf:NAME` or `hf:NAME:CONFIGURATION`, streamed."""
 
     name: str
     split: str
@@ -296,11 +288,11 @@ class HubDataset(Source):
 
     def pieces(self, tap: Tap) -> Iterator[Piece]:
         library = require("datasets", f"the dataset {self.name}")
-        name, _, configuration = self.name.partition(":")
+        name, _, configuration = self.name.removeprefix(DATASET).partition(":")
         try:
             rows = iter(library.load_dataset(name, configuration or None, split=self.split, streaming=True))
         except Exception as error:  # whatever the library and its network layer raise
-            raise ValueError(f"{self.name} is no file here, and as a dataset it cannot be loaded: {error}") from error
+            raise ValueError(f"{self.name} cannot be loaded: {error}") from error
         for number, row in enumerate(rows, start=1):
             if self.text_field not in row:
                 raise ValueError(f"{self.name}: {_missing(self.text_field, row)}")

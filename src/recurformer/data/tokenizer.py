@@ -7,7 +7,6 @@ import codecs
 import itertools
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from recurformer.data.extras import require
+from recurformer.folders import replacing
 
 MARKER = "recurformer_tokenizer.json"
 """Written by `Tokenizer.save` into every folder: names the kind, so that loading never guesses."""
@@ -73,10 +73,12 @@ class Tokenizer(abc.ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.file is not None:
-            _write(folder / self.file, self.contents())
+            with replacing(folder / self.file) as temporary:
+                temporary.write_bytes(self.contents())
         marker = {"kind": self.kind, "file": self.file, "vocab_size": self.vocab_size}
         marker |= {"eos_id": self.eos_id, "pad_id": self.pad_id}
-        _write(folder / MARKER, (json.dumps(marker, indent=2) + "\n").encode())
+        with replacing(folder / MARKER) as temporary:
+            temporary.write_text(json.dumps(marker, indent=2) + "\n")
 
 
 class TextStream:
@@ -319,16 +321,3 @@ def _special_names(folder: Path) -> dict[str, str | None]:
 def _first(ids: dict[str, int], names: Sequence[str | None]) -> int | None:
     found: Iterator[int] = (ids[name] for name in names if name in ids)
     return next(found, None)
-
-
-def _write(path: Path, contents: bytes) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with partial.open("xb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

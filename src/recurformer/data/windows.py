@@ -16,11 +16,9 @@ import torch
 
 from recurformer.config import suggest
 from recurformer.data.dataset import TokenDataset
+from recurformer.model import IGNORE
 
 Packing = Literal["concat", "documents"]
-
-IGNORE = -100
-"""Target where nothing is to be predicted."""
 
 
 @dataclass(frozen=True)
