@@ -50,16 +50,25 @@ def assert_same_cache(one: KVCache, other: KVCache, tolerance: float | None = No
 
 @every_scan
 @every_position
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 31, 64])
-def test_one_token_a_step_equals_the_full_forward(length: int, options: dict[str, Any], scan: str):
-    model, tokens = tiny(scan=scan, **options), random_tokens(2, length)
+def test_one_token_a_step_equals_full_forwards_of_every_length(options: dict[str, Any], scan: str):
+    model, tokens = tiny(scan=scan, dtype=torch.float64, **options), random_tokens(2, 64)
+    steps, cache = in_pieces(model, tokens, [1] * 64)
+    assert cache.length == 64
     with torch.no_grad():
-        full = logits_of(model, tokens)
-    steps, cache = in_pieces(model, tokens, [1] * length)
-    assert cache.length == length
-    assert_close(steps, full)
-    again, _ = in_pieces(model, tokens, [1] * length)
-    assert torch.equal(steps, again)
+        for length in (1, 2, 3, 7, 8, 9, 31, 64):
+            assert_close(steps[:, :length], logits_of(model, tokens[:, :length]))
+
+
+@every_scan
+@every_position
+def test_float32_steps_and_forwards_are_both_right_and_repeat_bit_for_bit(options: dict[str, Any], scan: str):
+    model, tokens = tiny(scan=scan, **options), random_tokens(2, 31)
+    with torch.no_grad():
+        exact = logits_of(tiny(scan=scan, dtype=torch.float64, **options), tokens)
+        assert_close(logits_of(model, tokens).double(), exact, 1e-5)
+    steps, _ = in_pieces(model, tokens, [1] * 31)
+    assert_close(steps.double(), exact, 1e-5)
+    assert torch.equal(steps, in_pieces(model, tokens, [1] * 31)[0])
 
 
 @every_scan
