@@ -17,7 +17,7 @@ import click
 
 from recurformer.training.config import TrainConfig, load_config
 
-STEPS = 120  # what decides how long the demo takes
+STEPS = 128  # what decides how long the demo takes
 WINDOW, BATCH_SIZE = 128, 32  # 4,096 tokens a step
 EVALUATIONS = 4  # besides the one before the first step, each over the whole validation text
 
@@ -39,7 +39,7 @@ def settings_of(model: dict[str, Any], data: Path, steps: int) -> list[str]:
         "data.window": WINDOW,
         "batch_size": BATCH_SIZE,
         "schedule.steps": steps,
-        "optimizer.lr": 3e-3,
+        "optimizer.lr": 4e-3,
         "evaluation.every": max(1, steps // EVALUATIONS),
         "evaluation.batches": "none",
         "evaluation.batch_size": 2 * BATCH_SIZE,
@@ -94,7 +94,7 @@ def train_all(out: Path, steps: int, settings: Sequence[str], say: Callable[[str
 def _shape(config: TrainConfig) -> str:
     from recurformer.report import kind_of, parameters
 
-    model, outside = config.model, 0
+    model = config.model
     matrices = model.n_layers * (
         model.d_model * model.head_width * (2 * model.n_heads + 2 * model.kv_heads)
         + (3 if model.activation == "swiglu" else 2) * model.d_model * model.mlp_width
@@ -102,8 +102,9 @@ def _shape(config: TrainConfig) -> str:
     inside = parameters(model)
     outside = parameters(model, embedding=True) - inside
     return (
-        f"{model.n_layers} layers ({kind_of(model)}) of width {model.d_model}; {matrices:,} parameters in the layers' "
-        f"matrices,\n  {inside - matrices:,} in norms, {outside:,} in embedding and output layer"
+        f"{model.n_layers} layers ({kind_of(model)}) of width {model.d_model}\n"
+        f"  {matrices:,} parameters in the layers' matrices, {inside - matrices:,} in norms,\n"
+        f"  {outside:,} in embedding and output layer"
     )
 
 
