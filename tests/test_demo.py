@@ -21,8 +21,8 @@ def run_demo(out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple
     with pytest.raises(SystemExit) as stop:
         demo.main(arguments)
     assert isinstance(stop.value.code, int)
-    out, err = capsys.readouterr()
-    return stop.value.code, out, err
+    shown = capsys.readouterr()
+    return stop.value.code, shown.out, shown.err
 
 
 @pytest.fixture(scope="module")

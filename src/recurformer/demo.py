@@ -17,7 +17,7 @@ import click
 
 from recurformer.training.config import TrainConfig, load_config
 
-STEPS = 128  # what decides how long the demo takes
+STEPS = 120  # what decides how long the demo takes
 WINDOW, BATCH_SIZE = 128, 32  # 4,096 tokens a step
 EVALUATIONS = 4  # besides the one before the first step, each over the whole validation text
 
@@ -42,7 +42,7 @@ def settings_of(model: dict[str, Any], data: Path, steps: int) -> list[str]:
         "optimizer.lr": 4e-3,
         "evaluation.every": max(1, steps // EVALUATIONS),
         "evaluation.batches": "none",
-        "evaluation.batch_size": 2 * BATCH_SIZE,
+        "evaluation.batch_size": 8 * BATCH_SIZE,
         "sample.tokens": 0,
         "log.every": max(1, steps // 20),
     }
