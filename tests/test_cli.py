@@ -252,7 +252,7 @@ def broken(place: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...], s
         "train without data": (("train", "--out", tmp_path / "run", "--set", "data.train=nowhere"), "nowhere"),
         "unknown setting": (("train", "--out", tmp_path / "run", "--set", "optimizer.rl=1"), "optimizer.lr"),
         "prepare nothing": (("prepare", tmp_path / "none.txt", "--out", tmp_path / "d"), "none.txt"),
-        "unknown verb": (("trian",), "trian"),
+        "unknown verb": (("trains",), "trains"),
         "unknown option": (("info", "--what"), "--what"),
     }  # fmt: skip
 
