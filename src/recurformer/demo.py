@@ -17,8 +17,8 @@ import click
 
 from recurformer.training.config import TrainConfig, load_config
 
-STEPS = 120  # what decides how long the demo takes
-WINDOW, BATCH_SIZE = 128, 32  # 4,096 tokens a step
+STEPS = 300  # what decides how long the demo takes
+WINDOW, BATCH_SIZE = 64, 32  # many small steps: at this length they teach more than fewer of long windows
 EVALUATIONS = 4  # besides the one before the first step, each over the whole validation text
 
 # The nano preset, all of it or only the first layer recurrent; and its twin: 12 * 4 * 128^2 = 8 * (4 * 96^2 + 2 * 96 *
