@@ -282,6 +282,86 @@ def compare(runs: tuple[str, ...], out: str) -> None:
     print(f"curves: {curves}\npage:   {page}")
 
 
+@cli.group()
+def bench() -> None:
+    """Measure speed and memory, and model memory traffic."""
+
+
+@bench.command("scan")
+@click.option("--length", "lengths", multiple=True, default=(256,), type=int, metavar="N", help="Positions; may be "
+              "repeated.")  # fmt: skip
+@click.option("--batch-size", default=16, type=int, help="Sequences.")
+@click.option("--d-model", default=256, type=int, help="Width of the residual stream.")
+@click.option("--n-layers", default=4, type=int, help="Layers.")
+@click.option("--n-heads", default=4, type=int, help="Heads.")
+@click.option("--vocab-size", default=256, type=int, help="Of the language model around the layers.")
+@click.option("--dtype", default="fp32", help="fp32, or bf16 (autocast: weights stay float32).")
+@click.option("--path", "paths", multiple=True, metavar="NAME", help="A scan by its name, standard or peer; may be "
+              "repeated.  [default: all]")  # fmt: skip
+@click.option("--backward/--forward-only", default=True, help="A training step without the optimizer, or inference.")
+@click.option("--repeats", default=5, type=int, help="Timed runs, of which the median counts.")
+@click.option("--warmup", default=1, type=int, help="Runs before them.")
+@click.option("--threads", type=int, metavar="N", help="Of the CPU.  [default: as PyTorch chooses]")
+@click.option("--seed", default=0, type=int, help="Of weights and tokens.")
+@device_option
+@click.option("--out", type=click.Path(), metavar="DIR", help="Folder for scan.json and scan.png.")
+def bench_scan(lengths: tuple[int, ...], paths: tuple[str, ...], device: str, out: str | None, **shape: Any) -> None:
+    """Time and peak memory of the reference, every faster scan and standard layers, in one run.
+
+    Times are medians after warm-up; the paths take turns. Memory is what a run holds beyond model and tokens. The
+    package recurrent-transformer-pytorch, when it is installed, is measured beside them as "peer", at the same widths
+    and without what it adds to the paper's layer.
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from recurformer.bench import common, scan
+    from recurformer.text import pick_device
+
+    settings = scan.ScanSettings(
+        lengths=lengths, paths=paths or scan.PATHS, device=str(pick_device(device)), **shape
+    )  # fmt: skip
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # a name that can't be a folder fails now, not after minutes
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start", total=None)
+        results = scan.bench_scan(
+            settings, lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        )
+    scan.show_scan(results, Console())
+    if out is not None:
+        made = common.write(out, "scan", results, scan.draw_scan(results))
+        print("\n".join(map(str, made)))
+
+
+@bench.command("traffic")
+@click.option("--length", "lengths", multiple=True, type=int, metavar="N", help="Positions; may be repeated.  "
+              "[default: powers of two from 64 to 65536]")  # fmt: skip
+@click.option("--batch-size", default=1, type=int, help="Sequences.")
+@click.option("--n-heads", default=16, type=int, help="Query heads.")
+@click.option("--n-kv-heads", type=int, metavar="G", help="Key-value heads.  [default: as many as query heads]")
+@click.option("--head-dim", default=64, type=int, help="Width of a head.")
+@click.option("--element-bytes", default=2, type=int, help="Of queries, keys, values and outputs.")
+@click.option("--chunk", type=int, metavar="C", help="Positions of a chunk, a power of two.  [default: pure tiling]")
+@click.option("--leaf", default=1, type=int, help="Positions that read each other directly, a power of two.")
+@click.option("--out", type=click.Path(), metavar="DIR", help="Folder for traffic.json and traffic.png.")
+def bench_traffic(lengths: tuple[int, ...], out: str | None, **shape: Any) -> None:
+    """Modelled HBM traffic of a recurrent layer's attention, naive against tiled, over the length."""
+    from rich.console import Console
+
+    from recurformer.bench import common, traffic
+
+    settings = traffic.TrafficSettings(**({"lengths": lengths} if lengths else {}), **shape)
+    results = traffic.bench_traffic(settings)
+    traffic.show_traffic(results, Console())
+    if out is not None:
+        made = common.write(out, "traffic", results, traffic.draw_traffic(results))
+        print("\n".join(map(str, made)))
+
+
 @cli.command()
 @click.argument("target", required=False, metavar="[FOLDER|PRESET]")
 @click.option("--layers", metavar="KIND", help="Of a preset: recurrent, standard or first:K.  [default: recurrent]")
