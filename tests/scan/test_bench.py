@@ -59,7 +59,7 @@ def test_live_tensors_are_counted_until_they_are_freed():
 
 def test_the_peak_of_a_training_step_is_the_allocators():
     """Beside the allocator's own log of a forward and backward pass, for every scan."""
-    tokens = random_tokens(2, 40)
+    tokens = random_tokens(2, 9)
     for name in SCANS:
         if name == "fused":
             continue
@@ -78,7 +78,7 @@ def test_the_peak_of_a_training_step_is_the_allocators():
             if event.name() == "[memory]":
                 live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
                 peak = max(peak, live)
-        assert peak > 100_000
+        assert peak > 30_000
         assert peak_memory(work) == pytest.approx(peak, rel=0.02)
 
 
