@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from recurformer.model import Layout
 
 QUERY_BLOCK, KEY_BLOCK = 128, 512  # the largest block of scores that exists at once
+PACKED_BLOCK = 32  # of queries, where documents are packed: what a short document does not see is left out
 
 
 class State(NamedTuple):
@@ -82,10 +83,11 @@ class Attention:
 
     def blocks(self, queries: slice, keys: slice) -> Iterator[tuple[slice, slice]]:
         """Cut a block into pieces of bounded size; those in which no query sees a key (other documents) are skipped."""
-        for q in cut(queries, QUERY_BLOCK):
-            first = keys.start
-            if self.layout.earliest is not None:
-                first = max(first, self.layout.earliest[q.start])
+        earliest = self.layout.earliest
+        # Scores against the layer's input are as 1 to K: narrow heads get smaller blocks.
+        length = PACKED_BLOCK if earliest is not None else min(QUERY_BLOCK, max(16, 2 * self.K))
+        for q in cut(queries, length):
+            first = keys.start if earliest is None else max(keys.start, earliest[q.start])
             for part in (slice(first, min(keys.stop, 0)), slice(max(first, 0), keys.stop)):
                 for k in cut(part, KEY_BLOCK):
                     yield q, k

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from recurformer.scan.blocks import Attention, LeafState, cut
 from recurformer.scan.schedule import Schedule, choose_schedule
@@ -142,8 +141,11 @@ class TiledScan(torch.autograd.Function):
         return z, keys, values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the tiled scan has no second derivative (create_graph=True); set model.scan = 'reference', which has"
+            )
         call: Call = ctx.call
         gz_out = incoming[0]
         if gz_out is None:
@@ -372,7 +374,10 @@ class Backward:
         attention, rows = self.attention, self.attention.rows
         for q, kv in attention.blocks(queries, keys):
             k, v = attention.pairs_at(kv)
-            p, ds = self.probabilities(q, kv, k, v, bias)
+            cut_bias = bias
+            if bias is not None and q != queries:  # a leaf longer than a block of queries
+                cut_bias = bias[..., q.start - queries.start : q.stop - queries.start, :]
+            p, ds = self.probabilities(q, kv, k, v, cut_bias)
             # Not baddbmm_: on a strided destination it runs one small product after the other.
             self.gv[:, kv] += torch.bmm(p.transpose(1, 2), rows(self.ga, q))
             self.gk[:, kv] += torch.bmm(ds.transpose(1, 2), rows(attention.q, q))
