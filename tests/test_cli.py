@@ -62,22 +62,30 @@ def call(capsys: pytest.CaptureFixture[str]):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 VERBS = sorted(cli.cli.commands)
+COMMANDS: dict[tuple[str, ...], click.Command] = {
+    (verb, *sub): inner
+    for verb, command in sorted(cli.cli.commands.items())
+    for sub, inner in [
+        ((), command),
+        *(((name,), inner) for name, inner in getattr(command, "commands", {}).items()),
+    ]
+}
 
 
 def test_the_verbs_are_there() -> None:
     assert {"prepare", "train", "eval", "generate", "compare", "info"} <= set(VERBS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_documents_every_option(call, verb: str) -> None:
-    outcome = call(verb, "--help")
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_documents_every_option(call, words: tuple[str, ...]) -> None:
+    outcome = call(*words, "--help")
     assert outcome.code == 0
-    assert outcome.out.startswith(f"Usage: recurformer {verb}")
-    command = cli.cli.commands[verb]
+    assert outcome.out.startswith(f"Usage: recurformer {' '.join(words)}")
+    command = COMMANDS[words]
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):
-            assert parameter.help, f"{verb} {parameter.opts} has no help"
+            assert parameter.help, f"{words} {parameter.opts} has no help"
             assert parameter.opts[0] in outcome.out
             if isinstance(parameter.default, str | int | float) and not parameter.is_flag:
                 assert f"default: {parameter.default}" in " ".join(outcome.out.split())

@@ -28,6 +28,7 @@ SMALL = {"data.window": 32, "batch_size": 2, "schedule.steps": 2, "evaluation.ba
 SHORTER = {
     "train": [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")],
     "generate": ["--max-new-tokens", "8"],
+    "bench scan": ["--d-model", "16", "--n-layers", "1", "--batch-size", "1", "--repeats", "1", "--warmup", "0"],
 }
 
 
@@ -113,7 +114,7 @@ def run_line(line: str) -> None:
     assert words[0] == "recurformer", f"{line!r}: neither recurformer nor make, and not marked as not run"
     assert not {"|", ">", "&&", ";"} & set(words), f"{line!r} needs a shell"
     with pytest.raises(SystemExit) as stop:
-        cli.main([*words[1:], *SHORTER.get(words[1], [])])
+        cli.main([*words[1:], *SHORTER.get(words[1], []), *SHORTER.get(" ".join(words[1:3]), [])])
     assert stop.value.code == 0, f"{line!r} ended with {stop.value.code}"
 
 

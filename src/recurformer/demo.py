@@ -17,7 +17,7 @@ import click
 
 from recurformer.training.config import TrainConfig, load_config
 
-STEPS = 300  # what decides how long the demo takes
+STEPS = 240  # what decides how long the demo takes
 WINDOW, BATCH_SIZE = 64, 32  # many small steps: at this length they teach more than fewer of long windows
 EVALUATIONS = 4  # besides the one before the first step, each over the whole validation text
 
