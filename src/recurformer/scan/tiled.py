@@ -17,6 +17,8 @@ Shapes here: E = B G rows of the attention products, R = H / G query heads that 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 LEAF = 16  # positions that read each other directly: launches are what a small tile costs
 POSITION_BLOCK = 64  # positions recomputed together in the backward
+ONE_THREAD = 2**21  # multiply-adds of a position's largest product up to which the loop runs on one CPU thread
 KEEP_BYTES = 2**29  # save="auto" keeps what the backward needs up to this many bytes a layer
 
 pick_schedule = lru_cache(maxsize=256)(choose_schedule)
@@ -115,23 +118,24 @@ class TiledScan(torch.autograd.Function):
         kept = Kept.empty(call, layer, attention) if call.keep else None
 
         leaf = LeafState.empty()
-        for position, pull, read, push in schedule.steps():
-            if pull is not None:
-                attention.absorb(state, pull.queries, pull.keys)
-            if read.start == position:  # a new leaf
-                leaf = attention.leaf_state(state, slice(position, min(position + schedule.leaf, N)))
-            a, lse = attention.read(leaf, position)
-            here = slice(position, position + 1)
-            y = layer.attended(x[:, here], a.view(B, 1, -1).to(layer.compute_dtype))
-            up, gate = layer.mlp_inner(y)
-            z_i = layer.finished(y, up, gate)
-            k, v = layer.pairs(layer.attention_input(z_i), None if rotation is None else rotation[here])
-            attention.set_pair(position, k, v)
-            z[:, position] = z_i[:, 0]
-            if kept is not None:
-                kept.store(position, a, lse, up, gate)
-            if push is not None:
-                attention.absorb(state, push.queries, push.keys)
+        with few_threads(x, config):
+            for position, pull, read, push in schedule.steps():
+                if pull is not None:
+                    attention.absorb(state, pull.queries, pull.keys)
+                if read.start == position:  # a new leaf
+                    leaf = attention.leaf_state(state, slice(position, min(position + schedule.leaf, N)))
+                a, lse = attention.read(leaf, position)
+                here = slice(position, position + 1)
+                y = layer.attended(x[:, here], a.view(B, 1, -1).to(layer.compute_dtype))
+                up, gate = layer.mlp_inner(y)
+                z_i = layer.finished(y, up, gate)
+                k, v = layer.pairs(layer.attention_input(z_i), None if rotation is None else rotation[here])
+                attention.set_pair(position, k, v)
+                z[:, position] = z_i[:, 0]
+                if kept is not None:
+                    kept.store(position, a, lse, up, gate)
+                if push is not None:
+                    attention.absorb(state, push.queries, push.keys)
 
         keys, values = (t.view(B, config.kv_heads, N, -1).to(layer.compute_dtype) for t in (attention.k, attention.v))
         ctx.save_for_backward(x, z, *tensors, *(kept or ()))
@@ -156,6 +160,24 @@ class TiledScan(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             gx, gradients = Backward(call, call.layer(tensors), x, z, kept, wanted).run(gz_out)
         return (gx, None, *(gradients.get(name) for name in call.names))
+
+
+@contextmanager
+def few_threads(x: Tensor, config: ModelConfig) -> Iterator[None]:
+    """One thread while small products follow each other on a CPU.
+
+    A second thread gains little on a product of B rows and has to be waited for after each: where a neighbour holds its
+    core, thousands of such waits make the loop many times slower.
+    """
+    threads = torch.get_num_threads()
+    if x.device.type != "cpu" or threads == 1 or x.shape[0] * x.shape[2] * config.mlp_width > ONE_THREAD:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Kept(NamedTuple):
@@ -302,45 +324,46 @@ class Backward:
         g_pair = inner.new_empty(n, B, self.kv_weight.shape[0])
         g_key = gz.new_empty(n, B, G * attention.K)
         leaf_bias: Tensor | None = None
-        for i in reversed(range(block.start, block.stop)):
-            r = i - block.start
-            if (push := self.pushes[i]) is not None:
-                self.push(push.queries, push.keys)
-            readers = self.schedule.readers(i)
-            leaf_start = i - i % self.schedule.leaf
-            if readers.start >= readers.stop or r == n - 1:
-                leaf_bias = attention.leaf_bias(slice(leaf_start, max(readers.stop, i + 1)))
-            if readers.start < readers.stop:
-                column = i - leaf_start
-                bias = None if leaf_bias is None else leaf_bias[..., column + 1 :, column : column + 1]
-                self.push(readers, slice(i, i + 1), bias)
+        with few_threads(self.x, config):
+            for i in reversed(range(block.start, block.stop)):
+                r = i - block.start
+                if (push := self.pushes[i]) is not None:
+                    self.push(push.queries, push.keys)
+                readers = self.schedule.readers(i)
+                leaf_start = i - i % self.schedule.leaf
+                if readers.start >= readers.stop or r == n - 1:
+                    leaf_bias = attention.leaf_bias(slice(leaf_start, max(readers.stop, i + 1)))
+                if readers.start < readers.stop:
+                    column = i - leaf_start
+                    bias = None if leaf_bias is None else leaf_bias[..., column + 1 :, column : column + 1]
+                    self.push(readers, slice(i, i + 1), bias)
 
-            # z_i, through the persistent pair
-            gk = self.gk[:, i]
-            if rotation is not None:
-                gk = rotation[slice(r, r + 1)].inverse()(gk.view(B, G, 1, -1))
-            g_key[r] = gk.reshape(B, -1)
-            if key_norm is not None:
-                gk = key_norm.backward(g_key[r].view(key_norm.xhat.shape[1:]), r).to(self.dtype)
-            g_pair[r] = torch.cat([gk.reshape(B, -1), self.gv[:, i].reshape(B, -1).to(gk.dtype)], dim=1)
-            g_z_norm[r] = torch.mm(g_pair[r], self.kv_weight)
-            gz_i = z_norm.backward(g_z_norm[r], r).add_(gz_out[:, i])
-            # y_i, through the MLP
-            g_inner = torch.mm((s * gz_i).to(self.dtype), layer.down)
-            torch.mul(g_inner, slope_up[r], out=g_up[r])
-            g_h = torch.mm(g_up[r], layer.up)
-            if g_gate is not None and slope_gate is not None and layer.gate is not None:
-                torch.mul(g_inner, slope_gate[r], out=g_gate[r])
-                g_h = torch.addmm(g_h, g_gate[r], layer.gate)
-            g_mlp_norm[r] = g_h
-            gy_i = mlp_norm.backward(g_mlp_norm[r], r).add_(gz_i)
-            # a_i, through the attention output
-            ga = torch.mm((s * gy_i).to(self.dtype), layer.o).view(B * G, attention.R, -1).to(self.acc)
-            self.ga[:, :, i] = ga
-            self.delta[:, :, i] = (ga * a[:, :, r]).sum(-1)
-            gz[r], gy[r] = gz_i, gy_i
-            if (pull := self.pulls.get(i)) is not None:
-                self.push(pull.queries, slice(0, pull.keys.stop))  # the past is constant
+                # z_i, through the persistent pair
+                gk = self.gk[:, i]
+                if rotation is not None:
+                    gk = rotation[slice(r, r + 1)].inverse()(gk.view(B, G, 1, -1))
+                g_key[r] = gk.reshape(B, -1)
+                if key_norm is not None:
+                    gk = key_norm.backward(g_key[r].view(key_norm.xhat.shape[1:]), r).to(self.dtype)
+                g_pair[r] = torch.cat([gk.reshape(B, -1), self.gv[:, i].reshape(B, -1).to(gk.dtype)], dim=1)
+                g_z_norm[r] = torch.mm(g_pair[r], self.kv_weight)
+                gz_i = z_norm.backward(g_z_norm[r], r).add_(gz_out[:, i])
+                # y_i, through the MLP
+                g_inner = torch.mm((s * gz_i).to(self.dtype), layer.down)
+                torch.mul(g_inner, slope_up[r], out=g_up[r])
+                g_h = torch.mm(g_up[r], layer.up)
+                if g_gate is not None and slope_gate is not None and layer.gate is not None:
+                    torch.mul(g_inner, slope_gate[r], out=g_gate[r])
+                    g_h = torch.addmm(g_h, g_gate[r], layer.gate)
+                g_mlp_norm[r] = g_h
+                gy_i = mlp_norm.backward(g_mlp_norm[r], r).add_(gz_i)
+                # a_i, through the attention output
+                ga = torch.mm((s * gy_i).to(self.dtype), layer.o).view(B * G, attention.R, -1).to(self.acc)
+                self.ga[:, :, i] = ga
+                self.delta[:, :, i] = (ga * a[:, :, r]).sum(-1)
+                gz[r], gy[r] = gz_i, gy_i
+                if (pull := self.pulls.get(i)) is not None:
+                    self.push(pull.queries, slice(0, pull.keys.stop))  # the past is constant
 
         # In parallel again: every weight, the queries, the temporary pairs, the inputs.
         self.add_product("down", s * gz, inner)
