@@ -120,7 +120,7 @@ def train(
     stop_at: int | None,
     quiet: bool,
 ) -> int:
-    """Train a model into RUN: config.json, metrics.jsonl and checkpoints/.
+    """Train a model into RUN: config.json, metrics.jsonl, checkpoints/ and, at the end, plots/.
 
     SIGINT (Ctrl-C) and SIGTERM save after the step at hand and exit with 130 and 143; a second one aborts at once. The
     exit code is 0 when the run is finished or --stop-at is reached, and 2 after an error.
@@ -128,6 +128,7 @@ def train(
     from pathlib import Path
 
     from recurformer import training
+    from recurformer.report import load_runs, write_report
 
     own = Path(out) / "config.json"
     file = str(own) if resume and config_file is None and own.is_file() else config_file
@@ -138,7 +139,10 @@ def train(
         )  # fmt: skip
     except training.TrainingError as error:
         raise click.ClickException(str(error)) from error
-    return 0 if result.signal is None else 128 + result.signal
+    if result.signal is not None:
+        return 128 + result.signal
+    write_report(load_runs([out]), Path(out) / "plots", f"Training run {Path(out).name}")
+    return 0
 
 
 def device_option(command):

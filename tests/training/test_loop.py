@@ -536,6 +536,7 @@ def test_the_command_trains_stops_and_resumes_with_the_runs_own_configuration(va
     third = command({}, run, "--resume", "--set", "optimizer.lr=1", "--allow-change", "optimizer.lr", config=False)
     assert (third.exception, third.return_value) == (None, 0)
     assert [r["step"] for r in read_metrics(run) if r["event"] == "train"] == list(range(1, 9))
+    assert (run / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_says_how_a_signal_ended_it(values, tmp_path, monkeypatch):
