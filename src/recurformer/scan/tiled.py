@@ -76,9 +76,8 @@ def tiled_scan(
     tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "config"}
     keep = save == "all"
     if save == "auto":
-        per_position = (
-            config.n_heads + 2 * config.kv_heads + config.n_heads
-        ) * config.head_width + 2 * config.mlp_width
+        inner = config.mlp_width * (1 if layer.gate is None else 2)
+        per_position = 2 * (config.n_heads + config.kv_heads) * config.head_width + inner  # q and a, k and v, MLP
         keep = x.shape[0] * x.shape[1] * per_position * 4 <= KEEP_BYTES
     keep = keep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors.values()))
     call = Call(config, layout, past, schedule, keep, tuple(tensors))

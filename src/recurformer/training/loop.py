@@ -191,7 +191,7 @@ def train(
                     "evaluation",
                     state.step,
                     validation_loss=evaluation.loss,
-                    bits_per_byte=evaluation.bits_per_byte,
+                    bits_per_byte=evaluation.to_dict()["bits_per_byte"],  # None where it is unknown: NaN is no JSON
                     tokens=state.tokens,
                     seconds=state.seconds,
                 )
