@@ -12,10 +12,12 @@ from functools import cache
 import torch
 
 from recurformer.config import ModelConfig
+from recurformer.scan.fused import fused_scan
+from recurformer.scan.fused import obstacle as fused_obstacle
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.tiled import tiled_scan
 
-SCANS: dict[str, Callable] = {"reference": reference_scan, "tiled": tiled_scan}
+SCANS: dict[str, Callable] = {"reference": reference_scan, "tiled": tiled_scan, "fused": fused_scan}
 SCAN_CHOICES = ("auto", *SCANS)
 
 

@@ -1,0 +1,308 @@
+"""The tiled scan on NVIDIA GPUs: Triton kernels, library products, and the whole position loop in CUDA graphs.
+
+`kernels.py` holds what happens between two products, `engine.py` the order of it all. Everything in between PyTorch's
+world and the engine's is here: an autograd function over a stack of layers, the layers of which may also be one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from functools import cache
+from importlib import util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from recurformer.config import ModelConfig
+    from recurformer.model import LayerMaths, Layout
+
+CHUNK, LEAF = 64, 16  # positions of a chunk up to N = 1024, twice as many behind that; of a leaf
+KEEP_PART = 64  # save="auto" keeps queries and pairs of a layer up to this part of the device's memory
+MAX_HEAD_WIDTH = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Past = tuple[Tensor, Tensor] | None
+
+
+@cache
+def has_triton() -> bool:
+    return util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """True when Triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why the fused scan can't run here, in words with a remedy, or None."""
+    if not has_triton():
+        return "triton is not installed; install it, or set model.scan = 'tiled'"
+    if device.type != "cuda" and not interpreted():
+        return f"the device is {device.type}; it needs an NVIDIA GPU, model.scan = 'tiled' runs anywhere"
+    if torch.version.hip:
+        return "the GPU is not NVIDIA's; model.scan = 'tiled' runs anywhere"
+    if config.head_width > MAX_HEAD_WIDTH:
+        return f"the head width is {config.head_width}; it must be 1 to {MAX_HEAD_WIDTH}, model.scan = 'tiled' takes any"
+    if dtype is not None and dtype not in DTYPES:
+        return f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, model.scan = 'tiled' takes any"
+    return None
+
+
+def fused_scan(
+    x: Tensor, layer: LayerMaths, layout: Layout, past: Past = None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs and persistent pairs of one recurrent layer; arguments and results as `reference_scan`.
+
+    Options are those of `stack_scan`.
+    """
+    z, ((keys, values),) = stack_scan(x, [layer], layout, [past], **options)
+    return z, keys, values
+
+
+def stack_scan(
+    x: Tensor,
+    layers: Sequence[LayerMaths],
+    layout: Layout,
+    past: Sequence[Past] | None = None,
+    *,
+    chunk: int | None = None,
+    leaf: int = LEAF,
+    save: str = "auto",
+    streams: int | None = None,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Outputs of the last of several recurrent layers of one shape, and the persistent pairs of each.
+
+    Args:
+        x: (B, N, D), the first layer's inputs.
+        layers: their maths and weights.
+        layout: positions, padding, documents.
+        past: of each layer, keys and values (B, G, P, K), constants; None: there are none.
+        chunk: C, a power of two: positions between two pulls, by which a layer is behind the one below; None: by N.
+        leaf: S, a power of two up to C, positions that read each other directly.
+        save: what the forward keeps for the backward besides inputs, outputs and attention outputs: "minimal"
+            (nothing), "all" (queries and pairs) or "auto", by memory.
+        streams: parts of the batch that go through the position loop side by side; None: by B.
+
+    Returns:
+        z (B, N, D), and a pair of keys and values (B, G, N, K) for each layer.
+
+    Raises:
+        ValueError: where the kernels can't run (device, head width, dtype), naming what can.
+    """
+    first = layers[0]
+    reason = obstacle(first.config, x.device, first.compute_dtype)
+    if reason is not None:
+        raise ValueError(f"the fused scan can't run: {reason}")
+    if save not in ("auto", "minimal", "all"):
+        raise ValueError(f"save is {save!r}; choose 'auto', 'minimal' or 'all'")
+    from recurformer.scan.fused.engine import Shape
+
+    B, N, _ = x.shape
+    if chunk is None:
+        chunk = min(CHUNK if N <= 1024 else 2 * CHUNK, max(16, 1 << (N - 1).bit_length()))
+    leaf = min(leaf, chunk)
+    for name, side in (("chunk", chunk), ("leaf", leaf)):
+        if side < 1 or side & (side - 1):
+            raise ValueError(f"{name} is {side}; it must be a power of two")
+    config = first.config
+    names = [f.name for f in fields(first) if f.name != "config"]
+    tensors = [getattr(layer, name) for layer in layers for name in names]
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    if save == "auto" and differentiable:
+        pairs = B * N * (config.n_heads + 2 * config.kv_heads) * config.head_width * first.compute_dtype.itemsize
+        total = torch.cuda.get_device_properties(x.device).total_memory if x.device.type == "cuda" else 2**36
+        save = "all" if pairs <= total // KEEP_PART else "minimal"
+    if streams is None:
+        streams = 2 if B >= 256 and len(layers) == 1 else 1
+    shape = Shape(
+        replace(config, n_layers=1, layers="recurrent", vocab_size=1, vocab_multiple=1, residual_scale="none"),
+        len(layers), B, chunk, leaf, first.compute_dtype, x.device, layout.valid is not None or layout.documents is not None,
+        differentiable, streams, config.branch_scale,
+    )  # fmt: skip
+    call = Call(shape, layout, list(past) if past is not None else [None] * len(layers), save == "all", names, config)
+    z, keys, values = StackScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
+    return z, list(zip(keys, values, strict=True))
+
+
+class Call:
+    """What is no differentiable tensor in one evaluation."""
+
+    def __init__(
+        self, shape: Any, layout: Layout, past: list[Past], keep: bool, names: list[str], config: ModelConfig
+    ) -> None:
+        self.shape, self.layout, self.past, self.keep, self.names, self.config = shape, layout, past, keep, names, config
+
+    def layers(self, tensors: Sequence[Tensor | None]) -> list[LayerMaths]:
+        from recurformer.model import LayerMaths
+
+        count = len(self.names)
+        return [
+            LayerMaths(self.config, **dict(zip(self.names, tensors[l * count : (l + 1) * count], strict=True)))  # pyright: ignore[reportArgumentType]
+            for l in range(self.shape.L)
+        ]
+
+    @property
+    def whole(self) -> int:
+        """N rounded up to chunks."""
+        return -(-self.layout.length // self.shape.C) * self.shape.C
+
+    def empty(self, name: str) -> Tensor:
+        """An N-long tensor: q, a or ga (L, N, B, H K), kv (L, P + N, B, 2 G K), lse or delta (L, N, B, H)."""
+        shape, config, P = self.shape, self.config, self.layout.past
+        H, G, K = config.n_heads, config.kv_heads, config.head_width
+        length, width, dtype = {
+            "q": (self.whole, H * K, shape.dtype), "a": (self.whole, H * K, shape.dtype),
+            "ga": (self.whole, H * K, shape.dtype), "kv": (P + self.whole, 2 * G * K, shape.dtype),
+            "lse": (self.whole, H, torch.float32), "delta": (self.whole, H, torch.float32),
+        }[name]  # fmt: skip
+        return torch.empty(shape.L, length, shape.B, width, dtype=dtype, device=shape.device)
+
+    def new_pairs(self) -> Tensor:
+        """`empty("kv")` with the past in front."""
+        kv, P = self.empty("kv"), self.layout.past
+        if P:
+            for l, past in enumerate(self.past):
+                assert past is not None
+                pairs = torch.stack(past, dim=3)  # (B, G, P, 2, K)
+                kv[l, :P].copy_(pairs.permute(2, 0, 3, 1, 4).flatten(2))
+        return kv
+
+
+class Entries:
+    """The table of one call, and the tensors that it points to, which must live as long as the call runs."""
+
+    def __init__(self, call: Call, x: Tensor, **named: Tensor) -> None:
+        from recurformer.scan.fused import kernels
+
+        layout, shape = call.layout, call.shape
+        self.values: dict[int, int] = {kernels.LENGTH.value: layout.length, kernels.PAST.value: layout.past}
+        self.kept: list[Tensor] = []
+        self.kernels = kernels
+        self.point(X=x, **named)
+        if layout.rotation is not None:
+            cos, sin = layout.rotation.cos.float().contiguous(), layout.rotation.sin.float().contiguous()
+            self.point(COS=cos, SIN=sin)
+            self.values[kernels.ROTATION_STRIDE.value] = cos[0].numel() if cos.shape[0] > 1 else 0
+        if shape.segments:
+            self.point(**segments(layout, shape.B, shape.C, call.whole // shape.C))
+
+    def point(self, **named: Tensor) -> None:
+        """Enter the addresses of contiguous tensors."""
+        for name, tensor in named.items():
+            assert tensor.is_contiguous()
+            self.kept.append(tensor)
+            self.values[getattr(self.kernels, name).value] = tensor.data_ptr()
+
+
+def segments(layout: Layout, B: int, C: int, chunks: int) -> dict[str, Tensor]:
+    """Who sees whom as integers: a query sees earlier keys of its own segment; pads are keys of none.
+
+    FIRST and LAST, (B, chunks): the first slot that a chunk's queries see, and the end of the queries that see its keys.
+    """
+    P, N, device = layout.past, layout.length, layout.positions.device
+    M = P + N
+    if layout.documents is None:
+        documents = torch.zeros(B, M, dtype=torch.int64, device=device)
+        first = torch.zeros(B, chunks, dtype=torch.int64, device=device)
+        last = torch.full((B, chunks), N, dtype=torch.int64, device=device)
+    else:
+        changes = torch.nn.functional.pad(layout.documents.diff(dim=1) != 0, (1, 0), value=True)
+        documents = changes.cumsum(1)
+        slots = torch.arange(M, device=device)
+        begin = torch.where(changes, slots, 0).cummax(1).values
+        ends = torch.nn.functional.pad(changes[:, 1:], (0, 1), value=True)
+        end = torch.where(ends, slots + 1, M).flip(1).cummin(1).values.flip(1)
+        starts = torch.arange(chunks, device=device) * C
+        first = begin[:, P + starts]
+        last = end[:, P + (starts + C).clamp(max=N) - 1] - P
+    keys = documents if layout.valid is None else torch.where(layout.valid, documents, -1)
+    found = {
+        "POSITIONS": layout.positions.expand(B, M), "QUERY_SEGMENTS": documents, "KEY_SEGMENTS": keys.expand(B, M),
+        "FIRST": first, "LAST": last,
+    }  # fmt: skip
+    return {name: t.to(torch.int32).contiguous() for name, t in found.items()}
+
+
+def aligned(t: Tensor) -> Tensor:
+    """Float32, contiguous and at an address that vector loads can take."""
+    t = t.float().contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+class StackScan(torch.autograd.Function):
+    """A stack of layers as a pure function of its input and weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        from recurformer.scan.fused.engine import engine_of
+
+        shape, layout = call.shape, call.layout
+        B, N, D = x.shape
+        x = aligned(x)
+        engine = engine_of(shape)
+        engine.load(call.layers(tensors), layout.slopes)
+        z = torch.empty(shape.L, B, N, D, dtype=torch.float32, device=x.device)
+        q, kv = call.empty("q"), call.new_pairs()
+        kept = {"A": call.empty("a"), "LSE": call.empty("lse")} if shape.keep else {}
+        entries = Entries(call, x, Z=z, Q=q, KV=kv, **kept)
+        engine.run("forward", engine.forward, call.whole // shape.C + shape.L - 1, entries.values)
+
+        config, P = call.config, layout.past
+        pairs = kv[:, P : P + N].view(shape.L, N, B, 2, config.kv_heads, config.head_width)
+        keys, values = pairs.permute(3, 0, 2, 4, 1, 5)  # (L, B, G, N, K)
+        if shape.keep:
+            # Outputs of the inner layers belong to this function alone; the last one's are what it returns.
+            inner = z[:-1] if shape.L > 1 else None
+            ctx.save_for_backward(x, inner, z[-1], kept["A"], kept["LSE"], *((q, kv) if call.keep else (None, None)), *tensors)
+        ctx.call = call
+        keys, values = keys.contiguous(), values.contiguous()
+        ctx.mark_non_differentiable(keys, values)
+        ctx.set_materialize_grads(False)
+        return z[-1], keys, values
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the fused scan has no second derivative (create_graph=True); set model.scan = 'reference', which has"
+            )
+        from recurformer.scan.fused.engine import engine_of
+
+        call: Call = ctx.call
+        count = len(call.names) * call.shape.L
+        gz = incoming[0]
+        if gz is None:
+            return (None,) * (2 + count)
+        x, inner, z, a, lse, q, kv, *tensors = ctx.saved_tensors
+        shape, layout = call.shape, call.layout
+        if inner is not None:
+            z = torch.cat([inner, z[None]])
+        engine = engine_of(shape)
+        engine.load(call.layers(tensors), layout.slopes)
+        steps = call.whole // shape.C + shape.L - 1
+        entries = Entries(call, x, Z=z, A=a, LSE=lse)
+        _ = engine.backward_buffers
+        if q is None:
+            q, kv = call.empty("q"), call.new_pairs()
+            entries.point(Q=q, KV=kv)
+            engine.run("restore", engine.restore, steps, entries.values)
+        else:
+            entries.point(Q=q, KV=kv)
+        gx = torch.empty_like(x)
+        entries.point(GZ=aligned(gz), GX=gx, GA=call.empty("ga"), DELTA=call.empty("delta"))
+        for total in engine.gradients.values():
+            total.zero_()
+        engine.run("backward", engine.backward, steps, entries.values)
+        found = []
+        for l, layer in enumerate(call.layers(tensors)):
+            gradients = engine.named_gradients(l)
+            for position, name in enumerate(call.names):
+                needed = ctx.needs_input_grad[2 + l * len(call.names) + position]
+                found.append(gradients[name].to(getattr(layer, name).dtype, copy=True) if needed else None)
+        return (gx, None, *found)

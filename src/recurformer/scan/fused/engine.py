@@ -1,0 +1,551 @@
+"""The position loop of the fused scan: which kernel and which product when, forward and backward, in CUDA graphs.
+
+An engine belongs to one stack of L layers of one shape (L = 1: a layer by itself). It owns what lives for a chunk of C
+positions, and runs a chunk of every layer as one step: layer l is at chunk w - l at step w, so that the layers of a
+stack work side by side on different chunks. A step is recorded once as a CUDA graph and replayed for every chunk of
+every call, of any N, for whatever differs is read from the table in device memory.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from recurformer.config import ModelConfig
+from recurformer.scan.fused import kernels
+from recurformer.scan.schedule import Schedule
+
+ENGINES = 8  # kept with their graphs, least recently used ones go
+PARTS = 128  # programs that share the sum of a norm weight's gradient
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a recorded step depends on; N and P are not among it."""
+
+    config: ModelConfig  # layers and vocabulary do not matter
+    L: int
+    B: int
+    C: int
+    S: int  # positions of a leaf, which read each other directly
+    dtype: torch.dtype
+    device: torch.device
+    segments: bool  # padding or documents
+    keep: bool  # attention outputs and log-sum-exps, for a backward
+    streams: int  # parts of the batch whose position loops run beside each other
+    branch_scale: float
+
+
+@dataclass
+class Weights:
+    """Weights of the stack, packed for the products: matrices (L, out, in) in the compute dtype, the rest float32."""
+
+    qkv: Tensor
+    kv: Tensor  # the last rows of qkv
+    o: Tensor
+    up: Tensor  # up, then gate
+    down: Tensor
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+    qkv_bias: Tensor
+    kv_bias: Tensor
+    o_bias: Tensor
+    up_bias: Tensor
+    down_bias: Tensor
+    slopes: Tensor  # (H,)
+
+
+class Engine:
+    """Buffers, kernels and graphs of one shape."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        config, L = shape.config, shape.L
+        self.D, self.F, self.H, self.G, self.K = (
+            config.d_model, config.mlp_width, config.n_heads, config.kv_heads, config.head_width,
+        )  # fmt: skip
+        D, F, H, G, K = self.D, self.F, self.H, self.G, self.K
+        self.kind = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}[config.activation]
+        self.U = F if self.kind < 2 else 2 * F  # inner values before activation
+        self.norm = {"none": 0, "head": 1, "full": 2}[config.qk_norm]
+        self.centred, self.rope = config.norm == "layer", config.position == "rope"
+        self.alibi = config.position == "alibi"
+        self.on_gpu = shape.device.type == "cuda"
+        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+
+        self.table = self.fresh(kernels.SLOTS, dtype=torch.int64).zero_()
+        q_width, k_width = {0: (1, 1), 1: (K, K), 2: (H * K, G * K)}[self.norm]
+        QKV, f32 = (H + 2 * G) * K, torch.float32
+        qkv, qkv_bias = self.fresh(L, QKV, D), self.fresh(L, QKV, dtype=f32).zero_()
+        self.w = Weights(
+            qkv, self.fresh(L, 2 * G * K, D), self.fresh(L, D, H * K), self.fresh(L, self.U, D), self.fresh(L, D, F),
+            self.fresh(L, D, dtype=f32), self.fresh(L, D, dtype=f32), self.fresh(L, q_width, dtype=f32),
+            self.fresh(L, k_width, dtype=f32), qkv_bias, self.fresh(L, 2 * G * K, dtype=f32).zero_(),
+            self.fresh(L, D, dtype=f32).zero_(), self.fresh(L, self.U, dtype=f32).zero_(),
+            self.fresh(L, D, dtype=f32).zero_(), self.fresh(H, dtype=f32),
+        )  # fmt: skip
+        self.blocks = {
+            "D": D, "DB": triton.next_power_of_2(D), "K": K, "G": G,
+            "HB": triton.next_power_of_2(H), "GB": triton.next_power_of_2(G), "KB": triton.next_power_of_2((K + 1) // 2),
+        }  # fmt: skip
+        self.warps = 4 if D <= 1024 else 8
+        self.schedule = Schedule(shape.C, 0, None, shape.S)
+
+    def fresh(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer; zeros, for layers that do not work yet put what they hold through the products."""
+        return torch.zeros(shape, dtype=dtype or self.shape.dtype, device=self.shape.device)
+
+    # --- weights and the table ---
+
+    def load(self, layers: list[Any], slopes: Tensor | None) -> None:
+        """Pack the weights of LayerMaths, one of each layer."""
+        w, F, QK = self.w, self.F, self.H * self.K
+        for l, m in enumerate(layers):
+            torch.cat([m.q, m.k, m.v], out=w.qkv[l])
+            torch.cat([m.k, m.v], out=w.kv[l])
+            w.o[l].copy_(m.o)
+            w.up[l, :F].copy_(m.up)
+            if m.gate is not None:
+                w.up[l, F:].copy_(m.gate)
+            w.down[l].copy_(m.down)
+            w.attention_norm[l].copy_(m.attention_norm)
+            w.mlp_norm[l].copy_(m.mlp_norm)
+            if m.q_norm is not None:
+                w.q_norm[l].copy_(m.q_norm)
+                w.k_norm[l].copy_(m.k_norm)
+            if m.q_bias is not None:
+                w.qkv_bias[l].copy_(torch.cat([m.q_bias, m.k_bias, m.v_bias]))
+                w.kv_bias[l].copy_(w.qkv_bias[l, QK:])
+                w.o_bias[l].copy_(m.o_bias)
+            if m.up_bias is not None:
+                w.up_bias[l, :F].copy_(m.up_bias)
+                if m.gate_bias is not None:
+                    w.up_bias[l, F:].copy_(m.gate_bias)
+                w.down_bias[l].copy_(m.down_bias)
+        if slopes is not None:
+            w.slopes.copy_(slopes)
+
+    # --- running ---
+
+    def run(self, name: str, step: Callable[[], None], steps: int, entries: dict[int, int]) -> None:
+        """Do a step `steps` times, w counting from 0, with these table entries."""
+        values = [entries.get(slot, 0) for slot in range(kernels.SLOTS)]
+        if not self.on_gpu:
+            for w in range(steps):
+                values[0] = w
+                self.table.copy_(torch.tensor(values))
+                step()
+            return
+        if name not in self.graphs:
+            # Outside of all chunks: kernels are compiled and libraries wake up, nothing is written.
+            values[0] = -(2**30)
+            self.table.copy_(torch.tensor(values))
+            graph = torch.cuda.CUDAGraph()
+            side = torch.cuda.Stream(self.shape.device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize(self.shape.device)
+            with torch.cuda.graph(graph):
+                step()
+                self.table[:1].add_(1)
+            self.graphs[name] = graph
+        values[0] = 0
+        self.table.copy_(torch.tensor(values))
+        for _ in range(steps):
+            self.graphs[name].replay()
+
+    @contextmanager
+    def beside(self) -> Iterator[list[tuple[int, int, Any]]]:
+        """Parts (first row, rows, stream) of the batch, each to be worked on in its own stream."""
+        B, count = self.shape.B, self.shape.streams if self.on_gpu else 1
+        cuts = [B * k // count for k in range(count + 1)]
+        if count == 1:
+            yield [(0, B, None)]
+            return
+        main = torch.cuda.current_stream()
+        streams = [main, *(torch.cuda.Stream() for _ in range(count - 1))]
+        for stream in streams[1:]:
+            stream.wait_stream(main)
+        yield [(a, b - a, stream) for a, b, stream in zip(cuts, cuts[1:], streams, strict=False)]
+        for stream in streams[1:]:
+            main.wait_stream(stream)
+
+    def product(self, a: Tensor, weight: Tensor, out: Tensor, transposed: bool = True) -> None:
+        """out = a weight^T, or a weight: a (L, n, in), weight (L, out, in), out (L, n, out)."""
+        weight = weight.transpose(1, 2) if transposed else weight
+        if self.shape.L == 1:
+            torch.mm(a[0], weight[0], out=out[0])
+        else:
+            torch.bmm(a, weight, out=out)
+
+    def accumulate(self, total: Tensor, g: Tensor, h: Tensor) -> None:
+        """total += g^T h in float32: g (L, n, out), h (L, n, in)."""
+        if total.dtype == g.dtype:
+            torch.baddbmm(total, g.transpose(1, 2), h, out=total)
+        elif self.on_gpu:
+            if self.shape.L == 1:
+                torch.addmm(total[0], g[0].T, h[0], out_dtype=torch.float32, out=total[0])
+            else:
+                torch.baddbmm(total, g.transpose(1, 2), h, out_dtype=torch.float32, out=total)
+        else:
+            total.baddbmm_(g.transpose(1, 2).float(), h.float())
+
+    # --- forward ---
+
+    @cached_property
+    def forward_buffers(self) -> dict[str, Tensor]:
+        L, B, C, f32 = self.shape.L, self.shape.B, self.shape.C, torch.float32
+        return {
+            "h_chunk": self.fresh(L, C, B, self.D),
+            "qkv": self.fresh(L, C, B, (self.H + 2 * self.G) * self.K),
+            "m": self.fresh(L, C, B, self.H, dtype=f32),
+            "l": self.fresh(L, C, B, self.H, dtype=f32),
+            "acc": self.fresh(L, C, B, self.H, self.K, dtype=f32),
+            "a": self.fresh(L, B, self.H * self.K),
+            "branch": self.fresh(L, B, self.D),
+            "y": self.fresh(L, B, self.D, dtype=f32),
+            "h": self.fresh(L, B, self.D),
+            "up": self.fresh(L, B, self.U),
+            "inner": self.fresh(L, B, self.F),
+            "kv": self.fresh(L, B, 2 * self.G * self.K),
+        }
+
+    @property
+    def size(self) -> dict[str, int]:
+        return {"L": self.shape.L, "C": self.shape.C}
+
+    def prepare(self, h: Tensor, qkv: Tensor, tmp: Tensor, temporary: int, queries: bool, reverse: bool) -> None:
+        """A chunk's queries and temporary pairs, h and qkv being buffers (L, C, B, ...)."""
+        L, B, C = self.shape.L, self.shape.B, self.shape.C
+        w, k = self.w, self.blocks
+        kernels.norm_chunk[(B, C, L)](
+            self.table, h, w.attention_norm, B, self.eps, **self.size, D=self.D, DB=k["DB"], CENTRED=self.centred,
+            OUTPUTS=False, REVERSE=reverse, num_warps=self.warps,
+        )  # fmt: skip
+        self.product(h.flatten(1, 2), w.qkv, qkv.flatten(1, 2))
+        kernels.inputs_to_heads[(B, C, L)](
+            self.table, qkv, w.q_norm, w.k_norm, w.qkv_bias, tmp, B, self.eps, **self.size, H=self.H, **self.heads,
+            HB=k["HB"], NORM=self.norm, REVERSE=reverse, QUERIES=queries, TEMPORARY=temporary,
+        )  # fmt: skip
+
+    @property
+    def eps(self) -> float:
+        return self.shape.config.norm_eps
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        k = self.blocks
+        return {
+            "G": self.G, "K": self.K, "GB": k["GB"], "KB": k["KB"], "CENTRED": self.centred, "ROPE": self.rope,
+            "BIAS": self.shape.config.attention_bias,
+        }  # fmt: skip
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """What all attention kernels are told."""
+        return {
+            "H": self.H, "G": self.G, "K": self.K, "KB": max(16, triton.next_power_of_2(self.K)), "ALIBI": self.alibi,
+            "SEGMENTS": self.shape.segments,
+        }  # fmt: skip
+
+    @property
+    def dots(self) -> dict[str, Any]:
+        single = self.shape.dtype == torch.float32
+        kind = {torch.float32: triton.language.float32, torch.bfloat16: triton.language.bfloat16}
+        return {"DT": kind.get(self.shape.dtype, triton.language.float16), "PRECISION": "ieee" if single else "tf32"}
+
+    def forward(self) -> None:
+        """One step: a chunk of every layer."""
+        b, w, shape = self.forward_buffers, self.w, self.shape
+        L, B, C, scale = shape.L, shape.B, shape.C, self.K**-0.5
+        self.prepare(b["h_chunk"], b["qkv"], b["qkv"], 1, True, False)
+
+        def absorb(q0: int, queries: int, k0: int, keys: int, b0: int, rows: int, pull: bool) -> None:
+            bm = min(64, max(16, triton.next_power_of_2(queries)))
+            bn = 64 if pull else min(64, max(16, keys))
+            kernels.absorb[(rows * self.H, triton.cdiv(queries, bm), L)](
+                self.table, b["m"], b["l"], b["acc"], w.slopes, q0, queries, k0, keys, b0, B, scale, **self.size,
+                **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=4,
+            )  # fmt: skip
+
+        absorb(0, C, 0, 0, 0, B, True)
+        with self.beside() as parts:
+            for r in range(C):
+                for b0, n, stream in parts:
+                    with torch.cuda.stream(stream):
+                        self.forward_position(r, b0, n)
+                        push = self.schedule.push(r, slice(0, C))
+                        if push is not None:
+                            keys, queries = push
+                            absorb(queries.start, queries.stop - queries.start, keys.start, keys.stop - keys.start, b0,
+                                   n, False)  # fmt: skip
+
+    def forward_position(self, r: int, b0: int, n: int) -> None:
+        b, w, shape, k = self.forward_buffers, self.w, self.shape, self.blocks
+        L, B, config = shape.L, shape.B, shape.config
+        rows, s = slice(b0, b0 + n), shape.branch_scale
+        row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
+        kernels.attend[(n * self.H, L)](
+            self.table, b["m"], b["l"], b["acc"], w.slopes, b["a"], r, b0, B, self.K**-0.5, **self.size,
+            **self.attention, S=shape.S, KEEP=shape.keep, num_warps=1,
+        )  # fmt: skip
+        self.product(b["a"][:, rows], w.o, b["branch"][:, rows])
+        kernels.attended_rows[(n, 1, L)](
+            self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h"], r, 1, b0, B, s, self.eps, **self.size,
+            **row, BIAS=config.attention_bias, REVERSE=False,
+        )  # fmt: skip
+        self.product(b["h"][:, rows], w.up, b["up"][:, rows])
+        self.activate(b["up"], b["inner"], b0, n)
+        self.product(b["inner"][:, rows], w.down, b["branch"][:, rows])
+        kernels.finished_rows[(n, L)](
+            self.table, b["branch"], w.down_bias, w.attention_norm, b["y"], b["h"], r, b0, B, s, self.eps,
+            **self.size, **row, BIAS=config.mlp_bias,
+        )  # fmt: skip
+        self.product(b["h"][:, rows], w.kv, b["kv"][:, rows])
+        kernels.store_pairs[(n, 1, L)](
+            self.table, b["kv"], w.k_norm, w.kv_bias, r, 1, b0, B, self.eps, **self.size, **self.heads, NORM=self.norm,
+            REVERSE=False,
+        )  # fmt: skip
+
+    def activate(self, up: Tensor, inner: Tensor, first: int, rows: int) -> None:
+        """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width)."""
+        F, FB = self.F, min(2048, triton.next_power_of_2(self.F))
+        kernels.activate_rows[(rows, triton.cdiv(F, FB), self.shape.L)](
+            up, self.w.up_bias, inner, first, rows, up.stride(0), inner.stride(0), F=F, FB=FB, KIND=self.kind,
+            BIAS=self.shape.config.mlp_bias, num_warps=8 if FB > 1024 else 4,
+        )  # fmt: skip
+
+    # --- backward ---
+
+    @cached_property
+    def backward_buffers(self) -> dict[str, Tensor]:
+        L, B, C, f32 = self.shape.L, self.shape.B, self.shape.C, torch.float32
+        D, F, U, H, G, K = self.D, self.F, self.U, self.H, self.G, self.K
+
+        def chunk(width: int, dtype: torch.dtype | None = None) -> Tensor:
+            return self.fresh(L, C, B, width, dtype=dtype)
+
+        return {
+            # of the forward, made again
+            "h_x": chunk(D), "h_z": chunk(D), "h_y": chunk(D), "qkv": chunk((H + 2 * G) * K), "k_raw": chunk(G * K),
+            "tmp": chunk(2 * G * K), "a": chunk(H * K), "branch": chunk(D), "y": chunk(D, f32), "up": chunk(U),
+            "inner": chunk(F),
+            # gradients that the loop makes
+            "gkv": chunk(2 * G * K, f32), "g_pair": chunk(2 * G * K), "g_key": chunk(G * K), "g_hz": chunk(D),
+            "gz": self.fresh(L, B, D, dtype=f32), "sgz": chunk(D), "g_inner": self.fresh(L, B, F), "g_up": chunk(U),
+            "g_hy": chunk(D), "gy": chunk(D, f32), "sgy": chunk(D), "ga": chunk(H * K), "delta": chunk(H, f32),
+            # and what is made of them
+            "gq": chunk(H * K), "g_own": chunk(2 * H * K), "g_raw": chunk((H + 2 * G) * K),
+            "g_normed": chunk((H + 2 * G) * K), "g_hx": chunk(D),
+            "ring": self.fresh(L if L > 1 else 0, 2, C, B, D, dtype=f32),
+        }  # fmt: skip
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """Sums over positions and batch, float32."""
+        w, L, f32 = self.w, self.shape.L, torch.float32
+        config = self.shape.config
+        found = {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv", "kv", "o", "up", "down")}
+        for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
+            if self.norm or name in ("attention_norm", "mlp_norm"):
+                found[name] = self.fresh(L, PARTS, getattr(w, name).shape[1], dtype=f32)
+        if config.attention_bias:
+            found |= {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv_bias", "kv_bias", "o_bias")}
+        if config.mlp_bias:
+            found |= {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("up_bias", "down_bias")}
+        return found
+
+    def restore(self) -> None:
+        """Before the backward, for a chunk: queries and persistent pairs from x and z, into the N-long tensors."""
+        b, w, k = self.backward_buffers, self.w, self.blocks
+        L, B, C = self.shape.L, self.shape.B, self.shape.C
+        self.prepare(b["h_x"], b["qkv"], b["qkv"], 0, True, True)
+        kernels.norm_chunk[(B, C, L)](
+            self.table, b["h_z"], w.attention_norm, B, self.eps, **self.size, D=self.D, DB=k["DB"],
+            CENTRED=self.centred, OUTPUTS=True, REVERSE=True, num_warps=self.warps,
+        )  # fmt: skip
+        self.product(b["h_z"].flatten(1, 2), w.kv, b["g_pair"].flatten(1, 2))
+        kernels.store_pairs[(B, C, L)](
+            self.table, b["g_pair"], w.k_norm, w.kv_bias, 0, C, 0, B, self.eps, **self.size, **self.heads,
+            NORM=self.norm, REVERSE=True,
+        )  # fmt: skip
+
+    def keys_receive(self, q0: int, queries: int, k0: int, keys: int, b0: int, rows: int, pull: bool) -> None:
+        b, shape = self.backward_buffers, self.shape
+        bn = min(64, max(16, triton.next_power_of_2(keys)))
+        bm = 64 if pull else min(64, max(16, queries))
+        kernels.keys_receive[(rows * self.G, triton.cdiv(keys, bn), shape.L)](
+            self.table, b["ga"], b["gkv"], self.w.slopes, q0, queries, k0, keys, b0, shape.B, self.K**-0.5,
+            **self.size, **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=4,
+        )  # fmt: skip
+
+    def backward(self) -> None:
+        """One step: a chunk of every layer, from the last."""
+        b, w, shape, k = self.backward_buffers, self.w, self.shape, self.blocks
+        L, B, C, config = shape.L, shape.B, shape.C, shape.config
+        row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
+        HK, GK = self.H * self.K, self.G * self.K
+
+        # What the forward had, in parallel.
+        self.prepare(b["h_x"], b["qkv"], b["tmp"], 2, False, True)
+        kernels.norm_chunk[(B, C, L)](
+            self.table, b["h_z"], w.attention_norm, B, self.eps, **self.size, **row, OUTPUTS=True, REVERSE=True
+        )
+        if self.norm:
+            self.product(b["h_z"].flatten(1, 2), w.kv[:, :GK], b["k_raw"].flatten(1, 2))
+        kernels.load_attended[(B, C, L)](
+            self.table, b["a"], B, **self.size, W=HK, WB=triton.next_power_of_2(HK), num_warps=4
+        )
+        self.product(b["a"].flatten(1, 2), w.o, b["branch"].flatten(1, 2))
+        kernels.attended_rows[(B, C, L)](
+            self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h_y"], 0, C, 0, B, shape.branch_scale, self.eps,
+            **self.size, **row, BIAS=config.attention_bias, REVERSE=True,
+        )  # fmt: skip
+        self.product(b["h_y"].flatten(1, 2), w.up, b["up"].flatten(1, 2))
+        self.activate(b["up"], b["inner"], 0, C * B)
+        self.keys_receive(0, 0, 0, C, 0, B, True)
+
+        # One by one, from the last: data gradients alone.
+        with self.beside() as parts:
+            for r in reversed(range(C)):
+                for b0, n, stream in parts:
+                    with torch.cuda.stream(stream):
+                        push = self.schedule.push(r, slice(0, C))
+                        if push is not None:
+                            keys, queries = push
+                            self.keys_receive(queries.start, queries.stop - queries.start, keys.start,
+                                              keys.stop - keys.start, b0, n, False)  # fmt: skip
+                        self.backward_position(r, b0, n)
+
+        # In parallel again: queries, temporary pairs, inputs, every weight.
+        bm = min(64, max(16, C))
+        kernels.query_gradient[(B * self.H, triton.cdiv(C, bm), L)](
+            self.table, b["ga"], b["tmp"], w.slopes, b["gq"], b["g_own"], B, self.K**-0.5, **self.size,
+            **self.attention, **self.dots, BM=bm, BN=64, num_warps=4,
+        )  # fmt: skip
+        kernels.heads_gradient[(B, C, L)](
+            self.table, b["gq"], b["g_own"], b["qkv"], w.qkv_bias, w.q_norm, w.k_norm, b["g_raw"], b["g_normed"], B,
+            self.eps, **self.size, H=self.H, **self.heads, HB=k["HB"], NORM=self.norm,
+        )  # fmt: skip
+        self.product(b["g_raw"].flatten(1, 2), w.qkv, b["g_hx"].flatten(1, 2), transposed=False)
+        kernels.input_gradient[(B, C, L)](
+            self.table, b["ring"], b["g_hx"], w.attention_norm, b["gy"], B, self.eps, **self.size, **row
+        )
+        self.weight_gradients()
+
+    def backward_position(self, r: int, b0: int, n: int) -> None:
+        b, w, shape, k = self.backward_buffers, self.w, self.shape, self.blocks
+        L, B, config = shape.L, shape.B, shape.config
+        rows, s = slice(b0, b0 + n), shape.branch_scale
+        row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
+        if r % shape.S < shape.S - 1:
+            kernels.leaf_receives[(n * self.G, L)](
+                self.table, b["ga"], b["delta"], b["gkv"], w.slopes, r, b0, B, self.K**-0.5, **self.size,
+                **self.attention, S=shape.S, num_warps=1,
+            )  # fmt: skip
+        kernels.pair_gradient[(n, L)](
+            self.table, b["gkv"], b["k_raw"], w.kv_bias, w.k_norm, b["g_pair"], b["g_key"], r, b0, B, self.eps,
+            **self.size, **self.heads, NORM=self.norm,
+        )  # fmt: skip
+        self.product(b["g_pair"][:, r, rows], w.kv, b["g_hz"][:, r, rows], transposed=False)
+        kernels.output_gradient[(n, L)](
+            self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], r, b0, B, s, self.eps, **self.size,
+            **row,
+        )  # fmt: skip
+        self.product(b["sgz"][:, r, rows], w.down, b["g_inner"][:, rows], transposed=False)
+        FB = min(2048, triton.next_power_of_2(self.F))
+        kernels.activation_gradient[(n, triton.cdiv(self.F, FB), L)](
+            self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, b0, B, **self.size, F=self.F, FB=FB,
+            KIND=self.kind, BIAS=config.mlp_bias, num_warps=8 if FB > 1024 else 4,
+        )  # fmt: skip
+        self.product(b["g_up"][:, r, rows], w.up, b["g_hy"][:, r, rows], transposed=False)
+        kernels.attended_gradient[(n, L)](
+            self.table, b["y"], b["g_hy"], w.mlp_norm, b["gz"], b["gy"], b["sgy"], r, b0, B, s, self.eps, **self.size,
+            **row,
+        )  # fmt: skip
+        self.product(b["sgy"][:, r, rows], w.o, b["ga"][:, r, rows], transposed=False)
+
+    def weight_gradients(self) -> None:
+        """Add a chunk's part to the gradients of all weights."""
+        b, w, g, shape = self.backward_buffers, self.w, self.gradients, self.shape
+        L, B, C = shape.L, shape.B, shape.C
+        HK, GK = self.H * self.K, self.G * self.K
+        for name, out, inputs in (
+            ("qkv", "g_raw", "h_x"), ("kv", "g_pair", "h_z"), ("o", "sgy", "a"), ("up", "g_up", "h_y"),
+            ("down", "sgz", "inner"),
+        ):  # fmt: skip
+            self.accumulate(g[name], b[out].flatten(1, 2), b[inputs].flatten(1, 2))
+            if f"{name}_bias" in g:
+                g[f"{name}_bias"] += b[out].flatten(1, 2).sum(1, dtype=torch.float32)
+
+        def norm(name: str, x: Tensor, grad: Tensor, source: int, per_row: int, bias: Tensor | None = None) -> None:
+            W = g[name].shape[2]
+            WB = triton.next_power_of_2(W)
+            tile = max(1, 2048 // WB)
+            kernels.norm_weight_gradient[(PARTS, L)](
+                self.table, x, grad, w.qkv_bias if bias is None else bias, g[name], C * B, per_row, x.stride(2),
+                grad.stride(2), B, self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=PARTS, SOURCE=source,
+                CENTRED=self.centred, BIAS=bias is not None, bias_stride=0 if bias is None else bias.stride(0),
+                num_warps=4,
+            )  # fmt: skip
+
+        norm("attention_norm", b["h_x"], b["g_hx"], 1, 1)
+        norm("attention_norm", b["h_z"], b["g_hz"], 2, 1)
+        norm("mlp_norm", b["y"], b["g_hy"], 0, 1)
+        if self.norm:
+            q_per, k_per = (1, 1) if self.norm == 2 else (self.H, self.G)
+            biased = shape.config.attention_bias
+            norm("q_norm", b["qkv"], b["g_normed"], 0, q_per, w.qkv_bias if biased else None)
+            norm("k_norm", b["qkv"][..., HK:], b["g_normed"][..., HK:], 0, k_per,
+                 w.qkv_bias[:, HK:] if biased else None)  # fmt: skip
+            norm("k_norm", b["k_raw"], b["g_key"], 0, k_per, w.kv_bias if biased else None)
+
+    def named_gradients(self, l: int) -> dict[str, Tensor]:
+        """Gradients of layer l by the names of LayerMaths."""
+        g, HK, GK, F = self.gradients, self.H * self.K, self.G * self.K, self.F
+        pairs = g["qkv"][l, HK:] + g["kv"][l]
+        found = {
+            "q": g["qkv"][l, :HK], "k": pairs[:GK], "v": pairs[GK:], "o": g["o"][l], "up": g["up"][l, :F],
+            "down": g["down"][l],
+        }  # fmt: skip
+        if self.kind == 2:
+            found["gate"] = g["up"][l, F:]
+        found |= {name: g[name][l].sum(0) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm") if name in g}
+        if "qkv_bias" in g:
+            pairs = g["qkv_bias"][l, HK:] + g["kv_bias"][l]
+            found |= {"q_bias": g["qkv_bias"][l, :HK], "k_bias": pairs[:GK], "v_bias": pairs[GK:]}
+            found["o_bias"] = g["o_bias"][l]
+        if "up_bias" in g:
+            found["up_bias"] = g["up_bias"][l, :F]
+            if self.kind == 2:
+                found["gate_bias"] = g["up_bias"][l, F:]
+            found["down_bias"] = g["down_bias"][l]
+        return found
+
+
+_engines: OrderedDict[Any, Engine] = OrderedDict()
+
+
+def engine_of(shape: Shape) -> Engine:
+    """The engine of a shape and of the current stream, made when there is none; the least recently used one goes."""
+    stream = torch.cuda.current_stream(shape.device).cuda_stream if shape.device.type == "cuda" else 0
+    key = (shape, stream)
+    if key in _engines:
+        _engines.move_to_end(key)
+        return _engines[key]
+    while len(_engines) >= ENGINES:
+        _engines.popitem(last=False)
+    engine = _engines[key] = Engine(shape)
+    return engine

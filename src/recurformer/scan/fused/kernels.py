@@ -1,0 +1,937 @@
+"""Triton kernels of the fused scan: attention between blocks, and everything between two matrix products.
+
+They work on L stacked layers, of which layer l handles chunk w - l at step w (backward: the mirror image); one layer by
+itself is L = 1. What a call owns, inputs, outputs and N-long tensors, is reached through `table`, addresses and sizes
+in device memory, so that one CUDA graph of a chunk serves every chunk, every call and every N. What lives for a chunk
+lies in fixed buffers, (L, C, B, ...), r naming a position inside the chunk.
+
+Rows of activations are (position, batch): q, a and ga (L, N, B, H K), pairs (L, P + N, B, 2 G K) with keys first, x and
+z (B, N, D) float32. The slot of a pair holds its temporary pair until the position is reached. Norm statistics, softmax
+and sums are float32, offsets 64 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Slots of the table.
+STEP, LENGTH, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # w, N, P
+X, Z, Q, KV, A, LSE = (tl.constexpr(slot) for slot in range(3, 9))
+POSITIONS, QUERY_SEGMENTS, KEY_SEGMENTS, FIRST, LAST = (tl.constexpr(slot) for slot in range(9, 14))
+COS, SIN, ROTATION_STRIDE = tl.constexpr(14), tl.constexpr(15), tl.constexpr(16)
+GZ, GX, GA, DELTA = (tl.constexpr(slot) for slot in range(17, 21))
+SLOTS = 21
+
+NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, so that the state of nothing makes no NaN
+
+
+# --- shared pieces ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pointer(table, slot, dtype: tl.constexpr):
+    return tl.multiple_of(tl.load(table + slot), 16).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def chunk_of(table, l, L: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
+    """The first position of the chunk that layer l works on, N rounded up to chunks, and whether there is work."""
+    w, n = tl.load(table + STEP), tl.load(table + LENGTH)
+    chunks = (n + C - 1) // C
+    if REVERSE:
+        c = chunks - 1 - (w - (L - 1 - l))
+    else:
+        c = w - l
+    return c * C, chunks * C, (c >= 0) & (c < chunks)
+
+
+@triton.jit
+def input_row(table, l, b, i, B, D: tl.constexpr):
+    """Address of layer l's input at (b, i): x, or the outputs of the layer below."""
+    n = tl.load(table + LENGTH)
+    x, z = tl.multiple_of(tl.load(table + X), 16), tl.multiple_of(tl.load(table + Z), 16)
+    base = tl.where(l == 0, x, z + (l - 1) * (n * B) * (D * 4)).to(tl.pointer_type(tl.float32))
+    return base + (b * n + i) * D
+
+
+@triton.jit
+def output_row(table, l, b, i, B, D: tl.constexpr):
+    n = tl.load(table + LENGTH)
+    return pointer(table, Z, tl.float32) + (((l * B + b) * n + i) * D)
+
+
+@triton.jit
+def normalised(x, mask, width: tl.constexpr, eps, CENTRED: tl.constexpr):
+    """A masked row and its 1 / rms, or 1 / standard deviation of the centred row."""
+    if CENTRED:
+        x = tl.where(mask, x - tl.sum(x, 0) / width, 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    return x * rstd, rstd
+
+
+@triton.jit
+def norm_gradient(g, xhat, rstd, mask, width: tl.constexpr, CENTRED: tl.constexpr):
+    """Gradient of a norm's input, g being that of its output times the norm's weight."""
+    gx = g - xhat * (tl.sum(g * xhat, 0) / width)
+    if CENTRED:
+        gx = tl.where(mask, gx - tl.sum(g, 0) / width, 0.0)
+    return gx * rstd
+
+
+@triton.jit
+def erf_gelu(u):
+    return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+
+
+@triton.jit
+def tanh(u):
+    return 2.0 * tl.sigmoid(2.0 * u) - 1.0
+
+
+@triton.jit
+def activated(u, gate, KIND: tl.constexpr):
+    """KIND 0 GELU, 1 GELU in the tanh form, 2 SiLU(gate) u."""
+    if KIND == 0:
+        return erf_gelu(u)
+    elif KIND == 1:
+        return 0.5 * u * (1.0 + tanh(0.7978845608028654 * (u + 0.044715 * u * u * u)))
+    else:
+        return u * gate * tl.sigmoid(gate)
+
+
+@triton.jit
+def activation_slope(u, KIND: tl.constexpr):
+    """Derivative of GELU."""
+    if KIND == 0:
+        return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    else:
+        t = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u))
+        return 0.5 * (1.0 + t) + 0.5 * u * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 3 * 0.044715 * u * u)
+
+
+@triton.jit
+def two_halves(row, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr):
+    """Addresses and masks of both halves of every head in a row (heads, K): what RoPE pairs is side by side."""
+    h, c = tl.arange(0, HB)[:, None], tl.arange(0, KB)[None, :]
+    half: tl.constexpr = (K + 1) // 2
+    first, second = row + h * K + c, row + h * K + half + c
+    return first, second, (h < heads) & (c < half), (h < heads) & (c + half < K)
+
+
+@triton.jit
+def head_sums(u1, u2, FULL: tl.constexpr):
+    """Sums over a head's width, or over the whole row, to be broadcast."""
+    s = tl.sum(u1, 1) + tl.sum(u2, 1)
+    if FULL:
+        s = tl.zeros_like(s) + tl.sum(s, 0)
+    return s[:, None]
+
+
+@triton.jit
+def normalised_heads(u1, u2, m1, m2, width: tl.constexpr, eps, FULL: tl.constexpr, CENTRED: tl.constexpr):
+    if CENTRED:
+        mean = head_sums(u1, u2, FULL) / width
+        u1, u2 = tl.where(m1, u1 - mean, 0.0), tl.where(m2, u2 - mean, 0.0)
+    rstd = tl.rsqrt(head_sums(u1 * u1, u2 * u2, FULL) / width + eps)
+    return u1 * rstd, u2 * rstd, rstd
+
+
+@triton.jit
+def head_weights(
+    weight, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr, FULL: tl.constexpr
+):
+    """A QK-norm's weight as two halves: of width heads K, or K and shared by the heads."""
+    h, c = tl.arange(0, HB)[:, None], tl.arange(0, KB)[None, :]
+    half: tl.constexpr = (K + 1) // 2
+    own = weight + c
+    if FULL:
+        own = own + h * K
+    else:
+        own = own + h * 0
+    w1 = tl.load(own, mask=(h < heads) & (c < half), other=0.0)
+    w2 = tl.load(own + half, mask=(h < heads) & (c + half < K), other=0.0)
+    return w1, w2
+
+
+@triton.jit
+def angles(table, b, i, K: tl.constexpr, KB: tl.constexpr):
+    """Cosines and sines of a position, (1, K / 2); those behind the last position are not read."""
+    n, stride = tl.load(table + LENGTH), tl.load(table + ROTATION_STRIDE)
+    c = tl.arange(0, KB)[None, :]
+    inside = (c < K // 2) & (i < n)
+    offset = b * stride + i * (K // 2) + c
+    cos = tl.load(pointer(table, COS, tl.float32) + offset, mask=inside, other=1.0)
+    return cos, tl.load(pointer(table, SIN, tl.float32) + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def shaped(
+    table, raw, bias, weight, b, i, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr, eps,
+    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Heads of a row as the layer makes them: bias, QK-norm (0 none, 1 each head, 2 the whole row), rotation."""
+    p1, p2, m1, m2 = two_halves(raw, heads, K, HB, KB)
+    u1 = tl.load(p1, mask=m1, other=0.0).to(tl.float32)
+    u2 = tl.load(p2, mask=m2, other=0.0).to(tl.float32)
+    if BIAS:
+        b1, b2, _, _ = two_halves(bias, heads, K, HB, KB)
+        u1 += tl.load(b1, mask=m1, other=0.0)
+        u2 += tl.load(b2, mask=m2, other=0.0)
+    if NORM > 0:
+        width: tl.constexpr = heads * K if NORM == 2 else K
+        u1, u2, _ = normalised_heads(u1, u2, m1, m2, width, eps, NORM == 2, CENTRED)
+        w1, w2 = head_weights(weight, heads, K, HB, KB, NORM == 2)
+        u1, u2 = u1 * w1, u2 * w2
+    if ROPE:
+        cos, sin = angles(table, b, i, K, KB)
+        u1, u2 = u1 * cos - u2 * sin, u2 * cos + u1 * sin
+    return u1, u2, m1, m2
+
+
+@triton.jit
+def shaped_gradient(
+    table, raw, bias, weight, g1, g2, b, i, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr,
+    eps, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Back through `shaped`: gradients of the raw heads, and of the norm's output (for its weight)."""
+    if ROPE:
+        cos, sin = angles(table, b, i, K, KB)
+        g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
+    n1, n2 = g1, g2
+    if NORM > 0:
+        p1, p2, m1, m2 = two_halves(raw, heads, K, HB, KB)
+        u1 = tl.load(p1, mask=m1, other=0.0).to(tl.float32)
+        u2 = tl.load(p2, mask=m2, other=0.0).to(tl.float32)
+        if BIAS:
+            b1, b2, _, _ = two_halves(bias, heads, K, HB, KB)
+            u1 += tl.load(b1, mask=m1, other=0.0)
+            u2 += tl.load(b2, mask=m2, other=0.0)
+        width: tl.constexpr = heads * K if NORM == 2 else K
+        u1, u2, rstd = normalised_heads(u1, u2, m1, m2, width, eps, NORM == 2, CENTRED)
+        w1, w2 = head_weights(weight, heads, K, HB, KB, NORM == 2)
+        g1, g2 = g1 * w1, g2 * w2
+        along = head_sums(g1 * u1, g2 * u2, NORM == 2) / width
+        mean = head_sums(g1, g2, NORM == 2) / width
+        g1, g2 = g1 - u1 * along, g2 - u2 * along
+        if CENTRED:
+            g1, g2 = tl.where(m1, g1 - mean, 0.0), tl.where(m2, g2 - mean, 0.0)
+        g1, g2 = g1 * rstd, g2 * rstd
+    return g1, g2, n1, n2
+
+
+@triton.jit
+def biased(s, table, b, i, j, past, slope, B, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, inside_i, inside_j):
+    """Scores of queries i (broadcast against slots j) with ALiBi, and -inf where a key is not seen.
+
+    Without segments the distance is that of the slots. Queries are positions, keys slots: position i has slot P + i.
+    """
+    if SEGMENTS:
+        m = past + tl.load(table + LENGTH)  # the rows of these arrays
+        row = b * m
+        q_seg = tl.load(pointer(table, QUERY_SEGMENTS, tl.int32) + row + past + i, mask=inside_i, other=0)
+        k_seg = tl.load(pointer(table, KEY_SEGMENTS, tl.int32) + row + j, mask=inside_j, other=-1)
+        if ALIBI:
+            positions = pointer(table, POSITIONS, tl.int32) + row
+            p_i = tl.load(positions + past + i, mask=inside_i, other=0)
+            s -= slope * (p_i - tl.load(positions + j, mask=inside_j, other=0)).to(tl.float32)
+        s = tl.where((q_seg == k_seg) | (j == past + i), s, float("-inf"))
+    else:
+        if ALIBI:
+            s -= slope * (past + i - j).to(tl.float32)
+    return s
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def norm_chunk(
+    table, out, weight, B, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+    CENTRED: tl.constexpr, OUTPUTS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The norm before attention of a chunk's inputs, or of its outputs (what persistent pairs are made of)."""
+    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, _, active = chunk_of(table, l, L, C, REVERSE)
+    i = start + r
+    c = tl.arange(0, DB)
+    mask = (c < D) & active & (i < tl.load(table + LENGTH))
+    if OUTPUTS:
+        row = output_row(table, l, b, i, B, D)
+    else:
+        row = input_row(table, l, b, i, B, D)
+    x, _ = normalised(tl.load(row + c, mask=mask, other=0.0), mask, D, eps, CENTRED)
+    h = x * tl.load(weight + l * D + c, mask=c < D, other=0.0)
+    tl.store(out + ((l * C + r) * B + b) * D + c, h.to(out.dtype.element_ty), mask=c < D)
+
+
+@triton.jit
+def inputs_to_heads(
+    table, raw, q_weight, k_weight, bias, tmp, B, eps, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr,
+    CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, QUERIES: tl.constexpr,
+    TEMPORARY: tl.constexpr,
+):  # fmt: skip
+    """Queries (QUERIES) and temporary pairs of a chunk from raw (L, C, B, (H + 2 G) K).
+
+    TEMPORARY: where the pairs go, 0 nowhere, 1 into their slots, 2 into tmp (L, C, B, 2 G K).
+    """
+    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, whole, active = chunk_of(table, l, L, C, REVERSE)
+    if not active:
+        return
+    i = start + r
+    dtype = raw.dtype.element_ty
+    at = raw + ((l * C + r) * B + b) * ((H + 2 * G) * K)
+    b_at = bias + l * ((H + 2 * G) * K)
+    if QUERIES:
+        q_w = q_weight + l * (H * K if NORM == 2 else K)
+        u1, u2, m1, m2 = shaped(table, at, b_at, q_w, b, i, H, K, HB, KB, eps, NORM, CENTRED, ROPE, BIAS)
+        p1, p2, _, _ = two_halves(pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K), H, K, HB, KB)
+        tl.store(p1, u1.to(dtype), mask=m1)
+        tl.store(p2, u2.to(dtype), mask=m2)
+    if TEMPORARY > 0:
+        if TEMPORARY == 1:
+            past = tl.load(table + PAST)
+            to = pointer(table, KV, dtype) + ((l * (past + whole) + past + i) * B + b) * (2 * G * K)
+        else:
+            to = tmp + ((l * C + r) * B + b) * (2 * G * K)
+        k_w = k_weight + l * (G * K if NORM == 2 else K)
+        store_pair_row(table, at + H * K, b_at + H * K, k_w, to, b, i, eps, G, K, GB, KB, NORM, CENTRED, ROPE, BIAS)
+
+
+@triton.jit
+def store_pair_row(
+    table, raw, bias, weight, to, b, i, eps, G: tl.constexpr, K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr,
+    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """One pair, key and value, from raw (2 G K)."""
+    dtype = raw.dtype.element_ty
+    u1, u2, m1, m2 = shaped(table, raw, bias, weight, b, i, G, K, GB, KB, eps, NORM, CENTRED, ROPE, BIAS)
+    p1, p2, _, _ = two_halves(to, G, K, GB, KB)
+    tl.store(p1, u1.to(dtype), mask=m1)
+    tl.store(p2, u2.to(dtype), mask=m2)
+    u1, u2, m1, m2 = shaped(table, raw + G * K, bias + G * K, weight, b, i, G, K, GB, KB, eps, 0, CENTRED, False, BIAS)
+    tl.store(p1 + G * K, u1.to(dtype), mask=m1)
+    tl.store(p2 + G * K, u2.to(dtype), mask=m2)
+
+
+@triton.jit
+def store_pairs(
+    table, raw, k_weight, bias, r0, rows, b0, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
+    ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Persistent pairs of positions r0 ... of the chunk, from raw (L, rows, B, 2 G K), into their slots."""
+    b, r, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, whole, active = chunk_of(table, l, L, C, REVERSE)
+    if not active:
+        return
+    i, past = start + r0 + r, tl.load(table + PAST)
+    to = pointer(table, KV, raw.dtype.element_ty) + ((l * (past + whole) + past + i) * B + b) * (2 * G * K)
+    at = raw + ((l * rows + r) * B + b) * (2 * G * K)
+    k_w = k_weight + l * (G * K if NORM == 2 else K)
+    b_at = bias + l * (2 * G * K)
+    store_pair_row(table, at, b_at, k_w, to, b, i, eps, G, K, GB, KB, NORM, CENTRED, ROPE, BIAS)
+
+
+@triton.jit
+def absorb(
+    table, m_state, l_state, acc_state, slopes, q0, queries, k0, keys, b0, B, scale, L: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PULL: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Merge keys into the running softmax of a chunk's queries q0 ...
+
+    PULL: all keys before the chunk, the past included, into states that start here; else keys k0 ... of the chunk.
+    """
+    b, h, l = tl.program_id(0).to(tl.int64) // H + b0, tl.program_id(0) % H, tl.program_id(2).to(tl.int64)
+    start, whole, active = chunk_of(table, l, L, C, False)
+    if not active:
+        return
+    past = tl.load(table + PAST)
+    n = tl.load(table + LENGTH)
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    r = q0 + row
+    in_q = row < queries
+    i = start + r
+    c = tl.arange(0, KB)
+    q_at = pointer(table, Q, DT) + ((l * whole + i)[:, None] * B + b) * (H * K) + h * K + c[None, :]
+    q = tl.load(q_at, mask=in_q[:, None] & (c < K)[None, :], other=0.0)
+    slope = tl.load(slopes + h) if ALIBI else 0.0
+    state = ((l * C + r) * B + b) * H + h
+    acc_at = acc_state + state[:, None] * K + c[None, :]
+    acc_mask = in_q[:, None] & (c < K)[None, :]
+    if PULL:
+        first, last = past * 0, past + start
+        if SEGMENTS:
+            chunks = whole // C
+            first = tl.load(pointer(table, FIRST, tl.int32) + b * chunks + start // C).to(tl.int64)
+        m = tl.zeros([BM], tl.float32) + NOTHING
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, KB], tl.float32)
+    else:
+        first, last = past + start + k0, past + start + k0 + keys
+        m = tl.load(m_state + state, mask=in_q, other=NOTHING)
+        total = tl.load(l_state + state, mask=in_q, other=0.0)
+        acc = tl.load(acc_at, mask=acc_mask, other=0.0)
+    kv = pointer(table, KV, DT) + (l * (past + whole) * B + b) * (2 * G * K) + (h // (H // G)) * K
+    for j0 in range(first, last, BN):
+        j = j0 + tl.arange(0, BN)
+        in_k = j < last
+        at = kv + j[:, None] * B * (2 * G * K) + c[None, :]
+        mask = in_k[:, None] & (c < K)[None, :]
+        k = tl.load(at, mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s = biased(s, table, b, i[:, None], j[None, :], past, slope, B, ALIBI, SEGMENTS, (i < n)[:, None],
+                   (j < past + n)[None, :])  # fmt: skip
+        s = tl.where(in_k[None, :], s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp(s - new[:, None])
+        decay = tl.exp(m - new)
+        v = tl.load(at + G * K, mask=mask, other=0.0)
+        acc = acc * decay[:, None] + tl.dot(p.to(DT), v, input_precision=PRECISION)
+        total = total * decay + tl.sum(p, 1)
+        m = new
+    tl.store(m_state + state, m, mask=in_q)
+    tl.store(l_state + state, total, mask=in_q)
+    tl.store(acc_at, acc, mask=acc_mask)
+
+
+@triton.jit
+def attend(
+    table, m_state, l_state, acc_state, slopes, out, r, b0, B, scale, L: tl.constexpr, C: tl.constexpr,
+    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, KEEP: tl.constexpr,
+    ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Attention output of one position: its state, the pairs of its own leaf, and its temporary pair in its own slot."""
+    b, h, l = tl.program_id(0).to(tl.int64) // H + b0, tl.program_id(0) % H, tl.program_id(1).to(tl.int64)
+    start, whole, active = chunk_of(table, l, L, C, False)
+    if not active:
+        return
+    dtype = out.dtype.element_ty
+    past, n, i = tl.load(table + PAST), tl.load(table + LENGTH), start + r
+    c, row = tl.arange(0, KB), r - r % S + tl.arange(0, S)
+    j = past + start + row
+    seen = row <= r
+    q = tl.load(pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K) + h * K + c, mask=c < K, other=0.0)
+    at = pointer(table, KV, dtype) + ((l * (past + whole) + j)[:, None] * B + b) * (2 * G * K)
+    at = at + (h // (H // G)) * K + c[None, :]
+    mask = seen[:, None] & (c < K)[None, :]
+    k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(at + G * K, mask=mask, other=0.0).to(tl.float32)
+    state = ((l * C + r) * B + b) * H + h
+    m, total = tl.load(m_state + state), tl.load(l_state + state)
+    acc = tl.load(acc_state + state * K + c, mask=c < K, other=0.0)
+
+    s = tl.sum(q.to(tl.float32)[None, :] * k, 1) * scale
+    slope = tl.load(slopes + h) if ALIBI else 0.0
+    s = biased(s, table, b, i, j, past, slope, B, ALIBI, SEGMENTS, i < n, j < past + n)
+    s = tl.where(seen, s, float("-inf"))
+    new = tl.maximum(m, tl.max(s, 0))
+    p, decay = tl.exp(s - new), tl.exp(m - new)
+    total = total * decay + tl.sum(p, 0)
+    a = (acc * decay + tl.sum(p[:, None] * v, 0)) / total
+    tl.store(out + (l * B + b) * (H * K) + h * K + c, a.to(dtype), mask=c < K)
+    if KEEP:
+        kept = (l * whole + i) * B + b
+        tl.store(pointer(table, A, dtype) + kept * (H * K) + h * K + c, a.to(dtype), mask=c < K)
+        tl.store(pointer(table, LSE, tl.float32) + kept * H + h, new + tl.log(total))
+
+
+@triton.jit
+def attended_rows(
+    table, branch, bias, weight, y, h, r0, rows, b0, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """y = x + s (branch + bias) and h, its norm, at positions r0 ... of the chunk; rows of buffers (L, rows, B, D)."""
+    b, r, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, _, active = chunk_of(table, l, L, C, REVERSE)
+    if not active:
+        return
+    i = start + r0 + r
+    c = tl.arange(0, DB)
+    mask = c < D
+    at = ((l * rows + r) * B + b) * D + c
+    x = tl.load(input_row(table, l, b, i, B, D) + c, mask=mask & (i < tl.load(table + LENGTH)), other=0.0)
+    o = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        o += tl.load(bias + l * D + c, mask=mask, other=0.0)
+    x += s * o
+    tl.store(y + at, x, mask=mask)
+    xhat, _ = normalised(x, mask, D, eps, CENTRED)
+    tl.store(h + at, (xhat * tl.load(weight + l * D + c, mask=mask, other=0.0)).to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finished_rows(
+    table, branch, bias, weight, y, h, r, b0, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """z = y + s (branch + bias), stored as the layer's output, and h, its norm; buffers (L, B, D)."""
+    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1).to(tl.int64)
+    start, _, active = chunk_of(table, l, L, C, False)
+    if not active:
+        return
+    i = start + r
+    c = tl.arange(0, DB)
+    mask = c < D
+    at = (l * B + b) * D + c
+    z = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        z += tl.load(bias + l * D + c, mask=mask, other=0.0)
+    z = tl.load(y + at, mask=mask, other=0.0) + s * z
+    tl.store(output_row(table, l, b, i, B, D) + c, z, mask=mask & (i < tl.load(table + LENGTH)))
+    xhat, _ = normalised(z, mask, D, eps, CENTRED)
+    tl.store(h + at, (xhat * tl.load(weight + l * D + c, mask=mask, other=0.0)).to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activate_rows(
+    up, bias, inner, first, rows, up_stride, inner_stride, F: tl.constexpr, FB: tl.constexpr, KIND: tl.constexpr,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers."""
+    row, l = tl.program_id(0).to(tl.int64) + first, tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * FB + tl.arange(0, FB)
+    mask = c < F
+    width: tl.constexpr = 2 * F if KIND == 2 else F
+    at = up + l * up_stride + row * width + c
+    u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    gate = u
+    if KIND == 2:
+        gate = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        u += tl.load(bias + l * width + c, mask=mask, other=0.0)
+        if KIND == 2:
+            gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
+    out = activated(u, gate, KIND)
+    tl.store(inner + l * inner_stride + row * F + c, out.to(inner.dtype.element_ty), mask=mask)
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_attended(table, out, B, L: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WB: tl.constexpr):
+    """A chunk of the kept attention outputs, where the products can find it: (L, C, B, H K)."""
+    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, whole, active = chunk_of(table, l, L, C, True)
+    c = tl.arange(0, WB)
+    at = pointer(table, A, out.dtype.element_ty) + ((l * whole + start + r) * B + b) * W + c
+    a = tl.load(at, mask=(c < W) & active, other=0.0)
+    tl.store(out + ((l * C + r) * B + b) * W + c, a, mask=c < W)
+
+
+@triton.jit
+def keys_receive(
+    table, ga, gkv, slopes, q0, queries, k0, keys, b0, B, scale, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PULL: tl.constexpr,
+    ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients that queries send to the pairs k0 ... of the chunk, into gkv (L, C, B, 2 G K), float32.
+
+    PULL: all queries behind the chunk, and gkv starts here; else queries q0 ... of the chunk, whose ga is in the chunk's
+    buffer and whose delta is made here.
+    """
+    b, g, l = tl.program_id(0).to(tl.int64) // G + b0, tl.program_id(0) % G, tl.program_id(2).to(tl.int64)
+    start, whole, active = chunk_of(table, l, L, C, True)
+    if not active:
+        return
+    past, n = tl.load(table + PAST), tl.load(table + LENGTH)
+    row = tl.program_id(1) * BN + tl.arange(0, BN)
+    in_k = row < keys
+    r = k0 + row
+    j = past + start + r
+    c = tl.arange(0, KB)
+    mask_k = in_k[:, None] & (c < K)[None, :]
+    at = pointer(table, KV, DT) + ((l * (past + whole) + j)[:, None] * B + b) * (2 * G * K) + g * K + c[None, :]
+    k = tl.load(at, mask=mask_k, other=0.0)
+    v = tl.load(at + G * K, mask=mask_k, other=0.0)
+    to = gkv + ((l * C + r)[:, None] * B + b) * (2 * G * K) + g * K + c[None, :]
+    if PULL:
+        first, last = start + C, n
+        if SEGMENTS:
+            chunks = whole // C
+            last = tl.load(pointer(table, LAST, tl.int32) + b * chunks + start // C).to(tl.int64)
+        gk = tl.zeros([BN, KB], tl.float32)
+        gv = tl.zeros([BN, KB], tl.float32)
+    else:
+        first, last = start + q0, start + q0 + queries
+        gk = tl.load(to, mask=mask_k, other=0.0)
+        gv = tl.load(to + G * K, mask=mask_k, other=0.0)
+    for i0 in range(first, last, BM):
+        i = i0 + tl.arange(0, BM)
+        in_q = i < last
+        mask_q = in_q[:, None] & (c < K)[None, :]
+        for head in range(H // G):
+            h = g * (H // G) + head
+            slope = tl.load(slopes + h) if ALIBI else 0.0
+            place = (l * whole + i) * B + b
+            q = tl.load(pointer(table, Q, DT) + place[:, None] * (H * K) + h * K + c[None, :], mask=mask_q, other=0.0)
+            lse = tl.load(pointer(table, LSE, tl.float32) + place * H + h, mask=in_q, other=0.0)
+            if PULL:
+                g_at = pointer(table, GA, DT) + place[:, None] * (H * K) + h * K + c[None, :]
+                ga_i = tl.load(g_at, mask=mask_q, other=0.0)
+                delta = tl.load(pointer(table, DELTA, tl.float32) + place * H + h, mask=in_q, other=0.0)
+            else:
+                here = (l * C + i - start) * B + b
+                ga_i = tl.load(ga + here[:, None] * (H * K) + h * K + c[None, :], mask=mask_q, other=0.0)
+                a_at = pointer(table, A, DT) + place[:, None] * (H * K) + h * K + c[None, :]
+                delta = tl.sum(ga_i.to(tl.float32) * tl.load(a_at, mask=mask_q, other=0.0).to(tl.float32), 1)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            s = biased(s, table, b, i[None, :], j[:, None], past, slope, B, ALIBI, SEGMENTS, (i < n)[None, :],
+                       (j < past + n)[:, None])  # fmt: skip
+            p = tl.where(in_q[None, :], tl.exp(s - lse[None, :]), 0.0)
+            dp = tl.dot(v, tl.trans(ga_i), input_precision=PRECISION)
+            ds = p * (dp - delta[None, :]) * scale
+            gv += tl.dot(p.to(DT), ga_i, input_precision=PRECISION)
+            gk += tl.dot(ds.to(DT), q, input_precision=PRECISION)
+    tl.store(to, gk, mask=mask_k)
+    tl.store(to + G * K, gv, mask=mask_k)
+
+
+@triton.jit
+def leaf_receives(
+    table, ga, delta_chunk, gkv, slopes, r, b0, B, scale, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """What the later queries of its own leaf send to pair r, whose gradient is complete with it.
+
+    Query r + 1 is new: its delta is made and kept in delta_chunk (L, C, B, H) for the pairs before.
+    """
+    b, g, l = tl.program_id(0).to(tl.int64) // G + b0, tl.program_id(0) % G, tl.program_id(1).to(tl.int64)
+    start, whole, active = chunk_of(table, l, L, C, True)
+    if not active:
+        return
+    dtype = ga.dtype.element_ty
+    past, n = tl.load(table + PAST), tl.load(table + LENGTH)
+    c, row = tl.arange(0, KB), r - r % S + tl.arange(0, S)
+    reads = row > r
+    new = row == r + 1
+    i, j = start + row, past + start + r
+    in_c = c < K
+    mask = reads[:, None] & in_c[None, :]
+    at = pointer(table, KV, dtype) + ((l * (past + whole) + j) * B + b) * (2 * G * K) + g * K + c
+    k = tl.load(at, mask=in_c, other=0.0).to(tl.float32)
+    v = tl.load(at + G * K, mask=in_c, other=0.0).to(tl.float32)
+    to = gkv + ((l * C + r) * B + b) * (2 * G * K) + g * K + c
+    gk = tl.load(to, mask=in_c, other=0.0)
+    gv = tl.load(to + G * K, mask=in_c, other=0.0)
+    place, here = (l * whole + i) * B + b, (l * C + row) * B + b
+    for head in range(H // G):
+        h = g * (H // G) + head
+        columns = h * K + c[None, :]
+        q = tl.load(pointer(table, Q, dtype) + place[:, None] * (H * K) + columns, mask=mask, other=0.0)
+        ga_i = tl.load(ga + here[:, None] * (H * K) + columns, mask=mask, other=0.0).to(tl.float32)
+        a_at = pointer(table, A, dtype) + place[:, None] * (H * K) + columns
+        a = tl.load(a_at, mask=new[:, None] & in_c[None, :], other=0.0).to(tl.float32)
+        made = tl.sum(ga_i * a, 1)
+        tl.store(delta_chunk + here * H + h, made, mask=new)
+        delta = tl.where(new, made, tl.load(delta_chunk + here * H + h, mask=reads & (row > r + 1), other=0.0))
+        lse = tl.load(pointer(table, LSE, tl.float32) + place * H + h, mask=reads, other=0.0)
+        q = q.to(tl.float32)
+        s = tl.sum(q * k[None, :], 1) * scale
+        slope = tl.load(slopes + h) if ALIBI else 0.0
+        s = biased(s, table, b, i, j, past, slope, B, ALIBI, SEGMENTS, i < n, j < past + n)
+        p = tl.where(reads, tl.exp(s - lse), 0.0)
+        ds = p * (tl.sum(ga_i * v[None, :], 1) - delta) * scale
+        gk += tl.sum(ds[:, None] * q, 0)
+        gv += tl.sum(p[:, None] * ga_i, 0)
+    tl.store(to, gk, mask=in_c)
+    tl.store(to + G * K, gv, mask=in_c)
+
+
+@triton.jit
+def pair_gradient(
+    table, gkv, raw, bias, k_weight, g_pair, g_key, r, b0, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
+    ROPE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of pair r back to those of the products K h and V h; all buffers (L, C, B, ...)."""
+    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1).to(tl.int64)
+    start, _, active = chunk_of(table, l, L, C, True)
+    place = (l * C + r) * B + b
+    dtype = g_pair.dtype.element_ty
+    p1, p2, m1, m2 = two_halves(gkv + place * (2 * G * K), G, K, GB, KB)
+    t1, t2, _, _ = two_halves(g_pair + place * (2 * G * K), G, K, GB, KB)
+    g1 = tl.load(p1, mask=m1 & active, other=0.0)
+    g2 = tl.load(p2, mask=m2 & active, other=0.0)
+    k_w = k_weight + l * (G * K if NORM == 2 else K)
+    i = tl.where(active, start + r, 0)
+    g1, g2, n1, n2 = shaped_gradient(table, raw + place * (G * K), bias + l * (2 * G * K), k_w, g1, g2, b, i, G, K, GB,
+                                     KB, eps, NORM, CENTRED, ROPE, BIAS)  # fmt: skip
+    tl.store(t1, g1.to(dtype), mask=m1)
+    tl.store(t2, g2.to(dtype), mask=m2)
+    if NORM > 0:
+        k1, k2, _, _ = two_halves(g_key + place * (G * K), G, K, GB, KB)
+        tl.store(k1, n1.to(dtype), mask=m1)
+        tl.store(k2, n2.to(dtype), mask=m2)
+    v1 = tl.load(p1 + G * K, mask=m1 & active, other=0.0)
+    v2 = tl.load(p2 + G * K, mask=m2 & active, other=0.0)
+    tl.store(t1 + G * K, v1.to(dtype), mask=m1)
+    tl.store(t2 + G * K, v2.to(dtype), mask=m2)
+
+
+@triton.jit
+def output_gradient(
+    table, ring, g_h, weight, gz, scaled, r, b0, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    DB: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """gz: what comes from above plus what the pair sends through the norm of z; gz (L, B, D), others (L, C, B, D)."""
+    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1).to(tl.int64)
+    start, _, active = chunk_of(table, l, L, C, True)
+    c = tl.arange(0, DB)
+    mask = c < D
+    i, n = start + r, tl.load(table + LENGTH)
+    inside = mask & active & (i < n)
+    at = ((l * C + r) * B + b) * D + c
+    z = tl.load(output_row(table, l, b, i, B, D) + c, mask=inside, other=0.0)
+    g = tl.load(g_h + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + l * D + c, mask=mask, other=0.0)
+    xhat, rstd = normalised(z, inside, D, eps, CENTRED)
+    out = norm_gradient(g, xhat, rstd, inside, D, CENTRED)
+    if L > 1:  # from the layer above, which was here one step ago, or from outside
+        parity = (start // C) % 2
+        above = ring + ((((l + 1) * 2 + parity) * C + r) * B + b) * D + c
+        out += tl.load(above, mask=inside & (l < L - 1), other=0.0)
+    outside = pointer(table, GZ, tl.float32) + (b * n + i) * D + c
+    out += tl.load(outside, mask=inside & (l == L - 1), other=0.0)
+    tl.store(gz + (l * B + b) * D + c, out, mask=mask)
+    tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attended_gradient(
+    table, y, g_h, weight, gz, gy, scaled, r, b0, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    DB: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """gy = gz plus what the MLP sends through the norm of y; gz (L, B, D), others (L, C, B, D)."""
+    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1).to(tl.int64)
+    _, _, active = chunk_of(table, l, L, C, True)
+    c = tl.arange(0, DB)
+    mask = (c < D) & active
+    at = ((l * C + r) * B + b) * D + c
+    xhat, rstd = normalised(tl.load(y + at, mask=mask, other=0.0), mask, D, eps, CENTRED)
+    g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32) * tl.load(weight + l * D + c, mask=c < D, other=0.0)
+    out = norm_gradient(g, xhat, rstd, mask, D, CENTRED) + tl.load(gz + (l * B + b) * D + c, mask=mask, other=0.0)
+    tl.store(gy + at, out, mask=c < D)
+    tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=c < D)
+
+
+@triton.jit
+def activation_gradient(
+    table, up, bias, g_inner, g_up, r, b0, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F)."""
+    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(2).to(tl.int64)
+    _, _, active = chunk_of(table, l, L, C, True)
+    c = tl.program_id(1) * FB + tl.arange(0, FB)
+    mask = c < F
+    width: tl.constexpr = 2 * F if KIND == 2 else F
+    at = ((l * C + r) * B + b) * width + c
+    u = tl.load(up + at, mask=mask & active, other=0.0).to(tl.float32)
+    g = tl.load(g_inner + (l * B + b) * F + c, mask=mask & active, other=0.0).to(tl.float32)
+    if BIAS:
+        u += tl.load(bias + l * width + c, mask=mask, other=0.0)
+    if KIND == 2:
+        gate = tl.load(up + at + F, mask=mask & active, other=0.0).to(tl.float32)
+        if BIAS:
+            gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
+        sigmoid = tl.sigmoid(gate)
+        g_gate = g * u * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        tl.store(g_up + at + F, g_gate.to(g_up.dtype.element_ty), mask=mask)
+        g = g * gate * sigmoid
+    else:
+        g = g * activation_slope(u, KIND)
+    tl.store(g_up + at, g.to(g_up.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def query_gradient(
+    table, ga, tmp, slopes, gq, g_own, B, scale, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ALIBI: tl.constexpr,
+    SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's queries, gq (L, C, B, H K), and of their own temporary pairs, head by head.
+
+    g_own (L, C, B, 2, H K): what each query head sends to the temporary key, then to the temporary value. ga and delta
+    go to where the chunks before will look for them.
+    """
+    b, h, l = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H, tl.program_id(2).to(tl.int64)
+    start, whole, active = chunk_of(table, l, L, C, True)
+    if not active:
+        return
+    past, n = tl.load(table + PAST), tl.load(table + LENGTH)
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    in_q = row < C
+    i = start + row
+    c = tl.arange(0, KB)
+    mask = in_q[:, None] & (c < K)[None, :]
+    place, here = (l * whole + i) * B + b, (l * C + row) * B + b
+    columns = h * K + c[None, :]
+    q = tl.load(pointer(table, Q, DT) + place[:, None] * (H * K) + columns, mask=mask, other=0.0)
+    a = tl.load(pointer(table, A, DT) + place[:, None] * (H * K) + columns, mask=mask, other=0.0).to(tl.float32)
+    ga_i = tl.load(ga + here[:, None] * (H * K) + columns, mask=mask, other=0.0)
+    lse = tl.load(pointer(table, LSE, tl.float32) + place * H + h, mask=in_q, other=0.0)
+    delta = tl.sum(ga_i.to(tl.float32) * a, 1)
+    tl.store(pointer(table, GA, DT) + place[:, None] * (H * K) + columns, ga_i, mask=mask)
+    tl.store(pointer(table, DELTA, tl.float32) + place * H + h, delta, mask=in_q)
+
+    # The own temporary pair: a query is at no distance from itself.
+    group = (h // (H // G)) * K + c[None, :]
+    own = tmp + here[:, None] * (2 * G * K) + group
+    k = tl.load(own, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(own + G * K, mask=mask, other=0.0).to(tl.float32)
+    q32, ga32 = q.to(tl.float32), ga_i.to(tl.float32)
+    p_own = tl.exp(tl.sum(q32 * k, 1) * scale - lse)
+    ds_own = p_own * (tl.sum(ga32 * v, 1) - delta) * scale
+    to = g_own + here[:, None] * (2 * H * K) + columns
+    tl.store(to, (ds_own[:, None] * q32).to(DT), mask=mask)
+    tl.store(to + H * K, (p_own[:, None] * ga32).to(DT), mask=mask)
+    out = ds_own[:, None] * k
+
+    slope = tl.load(slopes + h) if ALIBI else 0.0
+    first, last = past * 0, tl.minimum(past + start + (tl.program_id(1) + 1) * BM, past + start + C)
+    if SEGMENTS:
+        first = tl.load(pointer(table, FIRST, tl.int32) + b * (whole // C) + start // C).to(tl.int64)
+    kv = pointer(table, KV, DT) + (l * (past + whole) * B + b) * (2 * G * K)
+    for j0 in range(first, last, BN):
+        j = j0 + tl.arange(0, BN)
+        in_k = j < last
+        at = kv + j[:, None] * B * (2 * G * K) + group
+        mask_k = in_k[:, None] & (c < K)[None, :]
+        k_j = tl.load(at, mask=mask_k, other=0.0)
+        v_j = tl.load(at + G * K, mask=mask_k, other=0.0)
+        s = tl.dot(q, tl.trans(k_j), input_precision=PRECISION) * scale
+        s = biased(s, table, b, i[:, None], j[None, :], past, slope, B, ALIBI, SEGMENTS, (i < n)[:, None],
+                   (j < past + n)[None, :])  # fmt: skip
+        earlier = in_k[None, :] & (j[None, :] < (past + i)[:, None])
+        p = tl.where(earlier, tl.exp(s - lse[:, None]), 0.0)
+        dp = tl.dot(ga_i, tl.trans(v_j), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None]) * scale
+        out += tl.dot(ds.to(DT), k_j, input_precision=PRECISION)
+    tl.store(gq + here[:, None] * (H * K) + columns, out.to(DT), mask=mask)
+
+
+@triton.jit
+def heads_gradient(
+    table, gq, g_own, raw, bias, q_weight, k_weight, g_raw, g_normed, B, eps, L: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr,
+    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """From gradients of a chunk's queries and temporary pairs back to those of the products; (L, C, B, (H + 2 G) K).
+
+    g_normed holds the gradients of what the QK-norms put out, for their weights.
+    """
+    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, _, active = chunk_of(table, l, L, C, True)
+    place = (l * C + r) * B + b
+    i = tl.where(active, start + r, 0)
+    dtype = g_raw.dtype.element_ty
+    at, to, seen = place * ((H + 2 * G) * K), g_raw + place * ((H + 2 * G) * K), g_normed + place * ((H + 2 * G) * K)
+    b_at = bias + l * ((H + 2 * G) * K)
+    p1, p2, m1, m2 = two_halves(gq + place * (H * K), H, K, HB, KB)
+    g1 = tl.load(p1, mask=m1 & active, other=0.0).to(tl.float32)
+    g2 = tl.load(p2, mask=m2 & active, other=0.0).to(tl.float32)
+    q_w = q_weight + l * (H * K if NORM == 2 else K)
+    g1, g2, n1, n2 = shaped_gradient(table, raw + at, b_at, q_w, g1, g2, b, i, H, K, HB, KB, eps, NORM, CENTRED, ROPE,
+                                     BIAS)  # fmt: skip
+    t1, t2, _, _ = two_halves(to, H, K, HB, KB)
+    tl.store(t1, g1.to(dtype), mask=m1)
+    tl.store(t2, g2.to(dtype), mask=m2)
+    if NORM > 0:
+        t1, t2, _, _ = two_halves(seen, H, K, HB, KB)
+        tl.store(t1, n1.to(dtype), mask=m1)
+        tl.store(t2, n2.to(dtype), mask=m2)
+
+    # The heads of a group share a pair.
+    _, _, m1, m2 = two_halves(gq, G, K, GB, KB)
+    g, c = tl.arange(0, GB)[:, None], tl.arange(0, KB)[None, :]
+    half: tl.constexpr = (K + 1) // 2
+    k1 = tl.zeros([GB, KB], tl.float32)
+    k2, v1, v2 = k1, k1, k1
+    for head in range(H // G):
+        own = g_own + place * (2 * H * K) + (g * (H // G) + head) * K + c
+        k1 += tl.load(own, mask=m1 & active, other=0.0).to(tl.float32)
+        k2 += tl.load(own + half, mask=m2 & active, other=0.0).to(tl.float32)
+        v1 += tl.load(own + H * K, mask=m1 & active, other=0.0).to(tl.float32)
+        v2 += tl.load(own + H * K + half, mask=m2 & active, other=0.0).to(tl.float32)
+    k_w = k_weight + l * (G * K if NORM == 2 else K)
+    k1, k2, n1, n2 = shaped_gradient(table, raw + at + H * K, b_at + H * K, k_w, k1, k2, b, i, G, K, GB, KB, eps, NORM,
+                                     CENTRED, ROPE, BIAS)  # fmt: skip
+    t1, t2, _, _ = two_halves(to + H * K, G, K, GB, KB)
+    tl.store(t1, k1.to(dtype), mask=m1)
+    tl.store(t2, k2.to(dtype), mask=m2)
+    tl.store(t1 + G * K, v1.to(dtype), mask=m1)
+    tl.store(t2 + G * K, v2.to(dtype), mask=m2)
+    if NORM > 0:
+        t1, t2, _, _ = two_halves(seen + H * K, G, K, GB, KB)
+        tl.store(t1, n1.to(dtype), mask=m1)
+        tl.store(t2, n2.to(dtype), mask=m2)
+
+
+@triton.jit
+def input_gradient(
+    table, ring, g_h, weight, gy, B, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+    CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a chunk's inputs: to the caller from the first layer, else to the ring that the layer below reads."""
+    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start, _, active = chunk_of(table, l, L, C, True)
+    if not active:
+        return
+    c = tl.arange(0, DB)
+    i, n = start + r, tl.load(table + LENGTH)
+    mask = (c < D) & (i < n)
+    at = ((l * C + r) * B + b) * D + c
+    xhat, rstd = normalised(tl.load(input_row(table, l, b, i, B, D) + c, mask=mask, other=0.0), mask, D, eps, CENTRED)
+    g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32) * tl.load(weight + l * D + c, mask=mask, other=0.0)
+    out = norm_gradient(g, xhat, rstd, mask, D, CENTRED) + tl.load(gy + at, mask=mask, other=0.0)
+    if L > 1:
+        parity = (start // C) % 2
+        tl.store(ring + (((l * 2 + parity) * C + r) * B + b) * D + c, out, mask=mask & (l > 0))
+    tl.store(pointer(table, GX, tl.float32) + (b * n + i) * D + c, out, mask=mask & (l == 0))
+
+
+@triton.jit
+def norm_weight_gradient(
+    table, x, g, bias, partial, rows, per_row, x_stride, g_stride, B, eps, L: tl.constexpr, C: tl.constexpr,
+    W: tl.constexpr, WB: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SOURCE: tl.constexpr,
+    CENTRED: tl.constexpr, BIAS: tl.constexpr, bias_stride,
+):  # fmt: skip
+    """Add to partial (L, PARTS, W) the sums over a chunk's rows of g times the normalised x.
+
+    A row holds per_row vectors of width W. SOURCE: 0 x is a chunk's buffer, 1 the layer's inputs, 2 its outputs.
+    """
+    part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start, _, active = chunk_of(table, l, L, C, True)
+    if not active:
+        return
+    n = tl.load(table + LENGTH)
+    c = tl.arange(0, WB)
+    total = tl.zeros([WB], tl.float32)
+    for first in range(part * TILE, rows * per_row, PARTS * TILE):
+        vector = first + tl.arange(0, TILE)
+        row, sub = (vector // per_row).to(tl.int64), vector % per_row
+        mask = (vector < rows * per_row)[:, None] & (c < W)[None, :]
+        if SOURCE == 0:
+            at = x + (l * rows + row)[:, None] * x_stride + (sub * W)[:, None] + c[None, :]
+        else:
+            i, b = start + row // B, row % B
+            mask = mask & (i < n)[:, None]
+            if SOURCE == 1:
+                source = input_row(table, l, 0, 0, B, W)
+            else:
+                source = output_row(table, l, 0, 0, B, W)
+            at = source + (b * n + i)[:, None] * W + c[None, :]
+        u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            u += tl.load(bias + l * bias_stride + (sub * W)[:, None] + c[None, :], mask=mask, other=0.0)
+        if CENTRED:
+            u = tl.where(mask, u - (tl.sum(u, 1) / W)[:, None], 0.0)
+        u = u * tl.rsqrt(tl.sum(u * u, 1) / W + eps)[:, None]
+        g_at = g + (l * rows + row)[:, None] * g_stride + (sub * W)[:, None] + c[None, :]
+        total += tl.sum(u * tl.load(g_at, mask=mask, other=0.0).to(tl.float32), 0)
+    to = partial + (l * PARTS + part) * W + c
+    tl.store(to, tl.load(to, mask=c < W, other=0.0) + total, mask=c < W)
