@@ -74,7 +74,6 @@ def stack_scan(
     chunk: int | None = None,
     leaf: int = LEAF,
     save: str = "auto",
-    streams: int | None = None,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Outputs of the last of several recurrent layers of one shape, and the persistent pairs of each.
 
@@ -87,7 +86,6 @@ def stack_scan(
         leaf: S, a power of two up to C, positions that read each other directly.
         save: what the forward keeps for the backward besides inputs, outputs and attention outputs: "minimal"
             (nothing), "all" (queries and pairs) or "auto", by memory.
-        streams: parts of the batch that go through the position loop side by side; None: by B.
 
     Returns:
         z (B, N, D), and a pair of keys and values (B, G, N, K) for each layer.
@@ -118,12 +116,10 @@ def stack_scan(
         pairs = B * N * (config.n_heads + 2 * config.kv_heads) * config.head_width * first.compute_dtype.itemsize
         total = torch.cuda.get_device_properties(x.device).total_memory if x.device.type == "cuda" else 2**36
         save = "all" if pairs <= total // KEEP_PART else "minimal"
-    if streams is None:
-        streams = 2 if B >= 256 and len(layers) == 1 else 1
     shape = Shape(
         replace(config, n_layers=1, layers="recurrent", vocab_size=1, vocab_multiple=1, residual_scale="none"),
         len(layers), B, chunk, leaf, first.compute_dtype, x.device, layout.valid is not None or layout.documents is not None,
-        differentiable, streams, config.branch_scale,
+        differentiable, config.branch_scale,
     )  # fmt: skip
     call = Call(shape, layout, list(past) if past is not None else [None] * len(layers), save == "all", names, config)
     z, keys, values = StackScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
@@ -261,7 +257,6 @@ class StackScan(torch.autograd.Function):
             inner = z[:-1] if shape.L > 1 else None
             ctx.save_for_backward(x, inner, z[-1], kept["A"], kept["LSE"], *((q, kv) if call.keep else (None, None)), *tensors)
         ctx.call = call
-        keys, values = keys.contiguous(), values.contiguous()
         ctx.mark_non_differentiable(keys, values)
         ctx.set_materialize_grads(False)
         return z[-1], keys, values

@@ -9,8 +9,7 @@ every call, of any N, for whatever differs is read from the table in device memo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +23,9 @@ from recurformer.scan.fused import kernels
 from recurformer.scan.schedule import Schedule
 
 ENGINES = 8  # kept with their graphs, least recently used ones go
-PARTS = 128  # programs that share the sum of a norm weight's gradient
+ATTEND, RECEIVE = (4, 4), (4, 4)  # heads and warps of a program in the two kernels that every position needs
+PULL_WARPS = {"absorb": 4, "receive": 4, "query": 4}
+PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class Shape:
     device: torch.device
     segments: bool  # padding or documents
     keep: bool  # attention outputs and log-sum-exps, for a backward
-    streams: int  # parts of the batch whose position loops run beside each other
     branch_scale: float
 
 
@@ -166,22 +166,6 @@ class Engine:
         for _ in range(steps):
             self.graphs[name].replay()
 
-    @contextmanager
-    def beside(self) -> Iterator[list[tuple[int, int, Any]]]:
-        """Parts (first row, rows, stream) of the batch, each to be worked on in its own stream."""
-        B, count = self.shape.B, self.shape.streams if self.on_gpu else 1
-        cuts = [B * k // count for k in range(count + 1)]
-        if count == 1:
-            yield [(0, B, None)]
-            return
-        main = torch.cuda.current_stream()
-        streams = [main, *(torch.cuda.Stream() for _ in range(count - 1))]
-        for stream in streams[1:]:
-            stream.wait_stream(main)
-        yield [(a, b - a, stream) for a, b, stream in zip(cuts, cuts[1:], streams, strict=False)]
-        for stream in streams[1:]:
-            main.wait_stream(stream)
-
     def product(self, a: Tensor, weight: Tensor, out: Tensor, transposed: bool = True) -> None:
         """out = a weight^T, or a weight: a (L, n, in), weight (L, out, in), out (L, n, out)."""
         weight = weight.transpose(1, 2) if transposed else weight
@@ -272,58 +256,56 @@ class Engine:
         L, B, C, scale = shape.L, shape.B, shape.C, self.K**-0.5
         self.prepare(b["h_chunk"], b["qkv"], b["qkv"], 1, True, False)
 
-        def absorb(q0: int, queries: int, k0: int, keys: int, b0: int, rows: int, pull: bool) -> None:
+        def absorb(q0: int, queries: int, k0: int, keys: int, pull: bool) -> None:
             bm = min(64, max(16, triton.next_power_of_2(queries)))
             bn = 64 if pull else min(64, max(16, keys))
-            kernels.absorb[(rows * self.H, triton.cdiv(queries, bm), L)](
-                self.table, b["m"], b["l"], b["acc"], w.slopes, q0, queries, k0, keys, b0, B, scale, **self.size,
-                **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=4,
+            kernels.absorb[(B * self.H, triton.cdiv(queries, bm), L)](
+                self.table, b["m"], b["l"], b["acc"], w.slopes, q0, queries, k0, keys, B, scale, **self.size,
+                **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=PULL_WARPS["absorb"],
             )  # fmt: skip
 
-        absorb(0, C, 0, 0, 0, B, True)
-        with self.beside() as parts:
-            for r in range(C):
-                for b0, n, stream in parts:
-                    with torch.cuda.stream(stream):
-                        self.forward_position(r, b0, n)
-                        push = self.schedule.push(r, slice(0, C))
-                        if push is not None:
-                            keys, queries = push
-                            absorb(queries.start, queries.stop - queries.start, keys.start, keys.stop - keys.start, b0,
-                                   n, False)  # fmt: skip
+        absorb(0, C, 0, 0, True)
+        for r in range(C):
+            self.forward_position(r)
+            push = self.schedule.push(r, slice(0, C))
+            if push is not None:
+                keys, queries = push
+                absorb(queries.start, queries.stop - queries.start, keys.start, keys.stop - keys.start, False)
 
-    def forward_position(self, r: int, b0: int, n: int) -> None:
+    def forward_position(self, r: int) -> None:
         b, w, shape, k = self.forward_buffers, self.w, self.shape, self.blocks
         L, B, config = shape.L, shape.B, shape.config
-        rows, s = slice(b0, b0 + n), shape.branch_scale
+        s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
-        kernels.attend[(n * self.H, L)](
-            self.table, b["m"], b["l"], b["acc"], w.slopes, b["a"], r, b0, B, self.K**-0.5, **self.size,
-            **self.attention, S=shape.S, KEEP=shape.keep, num_warps=1,
+        heads, warps = ATTEND
+        heads = min(heads, k["HB"])
+        kernels.attend[(B * triton.cdiv(self.H, heads), L)](
+            self.table, b["m"], b["l"], b["acc"], w.slopes, b["a"], r, B, self.K**-0.5, **self.size,
+            **self.attention, S=shape.S, HP=heads, KEEP=shape.keep, num_warps=warps,
         )  # fmt: skip
-        self.product(b["a"][:, rows], w.o, b["branch"][:, rows])
-        kernels.attended_rows[(n, 1, L)](
-            self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h"], r, 1, b0, B, s, self.eps, **self.size,
+        self.product(b["a"], w.o, b["branch"])
+        kernels.attended_rows[(B, 1, L)](
+            self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h"], r, 1, B, s, self.eps, **self.size,
             **row, BIAS=config.attention_bias, REVERSE=False,
         )  # fmt: skip
-        self.product(b["h"][:, rows], w.up, b["up"][:, rows])
-        self.activate(b["up"], b["inner"], b0, n)
-        self.product(b["inner"][:, rows], w.down, b["branch"][:, rows])
-        kernels.finished_rows[(n, L)](
-            self.table, b["branch"], w.down_bias, w.attention_norm, b["y"], b["h"], r, b0, B, s, self.eps,
+        self.product(b["h"], w.up, b["up"])
+        self.activate(b["up"], b["inner"], B)
+        self.product(b["inner"], w.down, b["branch"])
+        kernels.finished_rows[(B, L)](
+            self.table, b["branch"], w.down_bias, w.attention_norm, b["y"], b["h"], r, B, s, self.eps,
             **self.size, **row, BIAS=config.mlp_bias,
         )  # fmt: skip
-        self.product(b["h"][:, rows], w.kv, b["kv"][:, rows])
-        kernels.store_pairs[(n, 1, L)](
-            self.table, b["kv"], w.k_norm, w.kv_bias, r, 1, b0, B, self.eps, **self.size, **self.heads, NORM=self.norm,
+        self.product(b["h"], w.kv, b["kv"])
+        kernels.store_pairs[(B, 1, L)](
+            self.table, b["kv"], w.k_norm, w.kv_bias, r, 1, B, self.eps, **self.size, **self.heads, NORM=self.norm,
             REVERSE=False,
         )  # fmt: skip
 
-    def activate(self, up: Tensor, inner: Tensor, first: int, rows: int) -> None:
+    def activate(self, up: Tensor, inner: Tensor, rows: int) -> None:
         """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width)."""
         F, FB = self.F, min(2048, triton.next_power_of_2(self.F))
         kernels.activate_rows[(rows, triton.cdiv(F, FB), self.shape.L)](
-            up, self.w.up_bias, inner, first, rows, up.stride(0), inner.stride(0), F=F, FB=FB, KIND=self.kind,
+            up, self.w.up_bias, inner, rows, up.stride(0), inner.stride(0), F=F, FB=FB, KIND=self.kind,
             BIAS=self.shape.config.mlp_bias, num_warps=8 if FB > 1024 else 4,
         )  # fmt: skip
 
@@ -378,17 +360,17 @@ class Engine:
         )  # fmt: skip
         self.product(b["h_z"].flatten(1, 2), w.kv, b["g_pair"].flatten(1, 2))
         kernels.store_pairs[(B, C, L)](
-            self.table, b["g_pair"], w.k_norm, w.kv_bias, 0, C, 0, B, self.eps, **self.size, **self.heads,
+            self.table, b["g_pair"], w.k_norm, w.kv_bias, 0, C, B, self.eps, **self.size, **self.heads,
             NORM=self.norm, REVERSE=True,
         )  # fmt: skip
 
-    def keys_receive(self, q0: int, queries: int, k0: int, keys: int, b0: int, rows: int, pull: bool) -> None:
+    def keys_receive(self, q0: int, queries: int, k0: int, keys: int, pull: bool) -> None:
         b, shape = self.backward_buffers, self.shape
         bn = min(64, max(16, triton.next_power_of_2(keys)))
         bm = 64 if pull else min(64, max(16, queries))
-        kernels.keys_receive[(rows * self.G, triton.cdiv(keys, bn), shape.L)](
-            self.table, b["ga"], b["gkv"], self.w.slopes, q0, queries, k0, keys, b0, shape.B, self.K**-0.5,
-            **self.size, **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=4,
+        kernels.keys_receive[(shape.B * self.G, triton.cdiv(keys, bn), shape.L)](
+            self.table, b["ga"], b["gkv"], self.w.slopes, q0, queries, k0, keys, shape.B, self.K**-0.5,
+            **self.size, **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=PULL_WARPS["receive"],
         )  # fmt: skip
 
     def backward(self) -> None:
@@ -410,30 +392,28 @@ class Engine:
         )
         self.product(b["a"].flatten(1, 2), w.o, b["branch"].flatten(1, 2))
         kernels.attended_rows[(B, C, L)](
-            self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h_y"], 0, C, 0, B, shape.branch_scale, self.eps,
+            self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h_y"], 0, C, B, shape.branch_scale, self.eps,
             **self.size, **row, BIAS=config.attention_bias, REVERSE=True,
         )  # fmt: skip
         self.product(b["h_y"].flatten(1, 2), w.up, b["up"].flatten(1, 2))
-        self.activate(b["up"], b["inner"], 0, C * B)
-        self.keys_receive(0, 0, 0, C, 0, B, True)
+        self.activate(b["up"], b["inner"], C * B)
+        self.keys_receive(0, 0, 0, C, True)
 
         # One by one, from the last: data gradients alone.
-        with self.beside() as parts:
-            for r in reversed(range(C)):
-                for b0, n, stream in parts:
-                    with torch.cuda.stream(stream):
-                        push = self.schedule.push(r, slice(0, C))
-                        if push is not None:
-                            keys, queries = push
-                            self.keys_receive(queries.start, queries.stop - queries.start, keys.start,
-                                              keys.stop - keys.start, b0, n, False)  # fmt: skip
-                        self.backward_position(r, b0, n)
+        for r in reversed(range(C)):
+            push = self.schedule.push(r, slice(0, C))
+            if push is not None:
+                keys, queries = push
+                self.keys_receive(
+                    queries.start, queries.stop - queries.start, keys.start, keys.stop - keys.start, False
+                )
+            self.backward_position(r)
 
         # In parallel again: queries, temporary pairs, inputs, every weight.
         bm = min(64, max(16, C))
         kernels.query_gradient[(B * self.H, triton.cdiv(C, bm), L)](
             self.table, b["ga"], b["tmp"], w.slopes, b["gq"], b["g_own"], B, self.K**-0.5, **self.size,
-            **self.attention, **self.dots, BM=bm, BN=64, num_warps=4,
+            **self.attention, **self.dots, BM=bm, BN=64, num_warps=PULL_WARPS["query"],
         )  # fmt: skip
         kernels.heads_gradient[(B, C, L)](
             self.table, b["gq"], b["g_own"], b["qkv"], w.qkv_bias, w.q_norm, w.k_norm, b["g_raw"], b["g_normed"], B,
@@ -445,37 +425,39 @@ class Engine:
         )
         self.weight_gradients()
 
-    def backward_position(self, r: int, b0: int, n: int) -> None:
+    def backward_position(self, r: int) -> None:
         b, w, shape, k = self.backward_buffers, self.w, self.shape, self.blocks
         L, B, config = shape.L, shape.B, shape.config
-        rows, s = slice(b0, b0 + n), shape.branch_scale
+        s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
         if r % shape.S < shape.S - 1:
-            kernels.leaf_receives[(n * self.G, L)](
-                self.table, b["ga"], b["delta"], b["gkv"], w.slopes, r, b0, B, self.K**-0.5, **self.size,
-                **self.attention, S=shape.S, num_warps=1,
+            heads, warps = RECEIVE
+            heads = min(heads, k["GB"])
+            kernels.leaf_receives[(B * triton.cdiv(self.G, heads), L)](
+                self.table, b["ga"], b["delta"], b["gkv"], w.slopes, r, B, self.K**-0.5, **self.size,
+                **self.attention, S=shape.S, HP=heads, num_warps=warps,
             )  # fmt: skip
-        kernels.pair_gradient[(n, L)](
-            self.table, b["gkv"], b["k_raw"], w.kv_bias, w.k_norm, b["g_pair"], b["g_key"], r, b0, B, self.eps,
+        kernels.pair_gradient[(B, L)](
+            self.table, b["gkv"], b["k_raw"], w.kv_bias, w.k_norm, b["g_pair"], b["g_key"], r, B, self.eps,
             **self.size, **self.heads, NORM=self.norm,
         )  # fmt: skip
-        self.product(b["g_pair"][:, r, rows], w.kv, b["g_hz"][:, r, rows], transposed=False)
-        kernels.output_gradient[(n, L)](
-            self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], r, b0, B, s, self.eps, **self.size,
+        self.product(b["g_pair"][:, r], w.kv, b["g_hz"][:, r], transposed=False)
+        kernels.output_gradient[(B, L)](
+            self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], r, B, s, self.eps, **self.size,
             **row,
         )  # fmt: skip
-        self.product(b["sgz"][:, r, rows], w.down, b["g_inner"][:, rows], transposed=False)
+        self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
         FB = min(2048, triton.next_power_of_2(self.F))
-        kernels.activation_gradient[(n, triton.cdiv(self.F, FB), L)](
-            self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, b0, B, **self.size, F=self.F, FB=FB,
+        kernels.activation_gradient[(B, triton.cdiv(self.F, FB), L)](
+            self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, B, **self.size, F=self.F, FB=FB,
             KIND=self.kind, BIAS=config.mlp_bias, num_warps=8 if FB > 1024 else 4,
         )  # fmt: skip
-        self.product(b["g_up"][:, r, rows], w.up, b["g_hy"][:, r, rows], transposed=False)
-        kernels.attended_gradient[(n, L)](
-            self.table, b["y"], b["g_hy"], w.mlp_norm, b["gz"], b["gy"], b["sgy"], r, b0, B, s, self.eps, **self.size,
+        self.product(b["g_up"][:, r], w.up, b["g_hy"][:, r], transposed=False)
+        kernels.attended_gradient[(B, L)](
+            self.table, b["y"], b["g_hy"], w.mlp_norm, b["gz"], b["gy"], b["sgy"], r, B, s, self.eps, **self.size,
             **row,
         )  # fmt: skip
-        self.product(b["sgy"][:, r, rows], w.o, b["ga"][:, r, rows], transposed=False)
+        self.product(b["sgy"][:, r], w.o, b["ga"][:, r], transposed=False)
 
     def weight_gradients(self) -> None:
         """Add a chunk's part to the gradients of all weights."""
@@ -493,7 +475,7 @@ class Engine:
         def norm(name: str, x: Tensor, grad: Tensor, source: int, per_row: int, bias: Tensor | None = None) -> None:
             W = g[name].shape[2]
             WB = triton.next_power_of_2(W)
-            tile = max(1, 2048 // WB)
+            tile = max(1, 4096 // WB)
             kernels.norm_weight_gradient[(PARTS, L)](
                 self.table, x, grad, w.qkv_bias if bias is None else bias, g[name], C * B, per_row, x.stride(2),
                 grad.stride(2), B, self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=PARTS, SOURCE=source,

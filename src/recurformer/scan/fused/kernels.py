@@ -318,12 +318,12 @@ def store_pair_row(
 
 @triton.jit
 def store_pairs(
-    table, raw, k_weight, bias, r0, rows, b0, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+    table, raw, k_weight, bias, r0, rows, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
     ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Persistent pairs of positions r0 ... of the chunk, from raw (L, rows, B, 2 G K), into their slots."""
-    b, r, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, REVERSE)
     if not active:
         return
@@ -337,7 +337,7 @@ def store_pairs(
 
 @triton.jit
 def absorb(
-    table, m_state, l_state, acc_state, slopes, q0, queries, k0, keys, b0, B, scale, L: tl.constexpr, C: tl.constexpr,
+    table, m_state, l_state, acc_state, slopes, q0, queries, k0, keys, B, scale, L: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PULL: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -345,7 +345,7 @@ def absorb(
 
     PULL: all keys before the chunk, the past included, into states that start here; else keys k0 ... of the chunk.
     """
-    b, h, l = tl.program_id(0).to(tl.int64) // H + b0, tl.program_id(0) % H, tl.program_id(2).to(tl.int64)
+    b, h, l = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H, tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, False)
     if not active:
         return
@@ -400,52 +400,58 @@ def absorb(
 
 @triton.jit
 def attend(
-    table, m_state, l_state, acc_state, slopes, out, r, b0, B, scale, L: tl.constexpr, C: tl.constexpr,
-    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, KEEP: tl.constexpr,
+    table, m_state, l_state, acc_state, slopes, out, r, B, scale, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, KEEP: tl.constexpr,
     ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Attention output of one position: its state, the pairs of its own leaf, and its temporary pair in its own slot."""
-    b, h, l = tl.program_id(0).to(tl.int64) // H + b0, tl.program_id(0) % H, tl.program_id(1).to(tl.int64)
+    """Attention output of one position: its state, the pairs of its own leaf, and its temporary pair in its own slot.
+
+    A program has HP heads of one sequence.
+    """
+    parts: tl.constexpr = (H + HP - 1) // HP
+    b, l = tl.program_id(0).to(tl.int64) // parts, tl.program_id(1).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, False)
     if not active:
         return
     dtype = out.dtype.element_ty
     past, n, i = tl.load(table + PAST), tl.load(table + LENGTH), start + r
-    c, row = tl.arange(0, KB), r - r % S + tl.arange(0, S)
+    h, c, row = (tl.program_id(0) % parts) * HP + tl.arange(0, HP), tl.arange(0, KB), r - r % S + tl.arange(0, S)
     j = past + start + row
     seen = row <= r
-    q = tl.load(pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K) + h * K + c, mask=c < K, other=0.0)
-    at = pointer(table, KV, dtype) + ((l * (past + whole) + j)[:, None] * B + b) * (2 * G * K)
-    at = at + (h // (H // G)) * K + c[None, :]
-    mask = seen[:, None] & (c < K)[None, :]
+    columns, in_heads = h[:, None] * K + c[None, :], (h < H)[:, None] & (c < K)[None, :]
+    q = tl.load(pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K) + columns, mask=in_heads, other=0.0)
+    at = pointer(table, KV, dtype) + ((l * (past + whole) + j) * B + b)[:, None, None] * (2 * G * K)
+    at = at + ((h // (H // G)) * K)[None, :, None] + c[None, None, :]
+    mask = seen[:, None, None] & in_heads[None, :, :]
     k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(at + G * K, mask=mask, other=0.0).to(tl.float32)
     state = ((l * C + r) * B + b) * H + h
-    m, total = tl.load(m_state + state), tl.load(l_state + state)
-    acc = tl.load(acc_state + state * K + c, mask=c < K, other=0.0)
+    m = tl.load(m_state + state, mask=h < H, other=0.0)
+    total = tl.load(l_state + state, mask=h < H, other=0.0)
+    acc = tl.load(acc_state + ((l * C + r) * B + b) * (H * K) + columns, mask=in_heads, other=0.0)
 
-    s = tl.sum(q.to(tl.float32)[None, :] * k, 1) * scale
-    slope = tl.load(slopes + h) if ALIBI else 0.0
-    s = biased(s, table, b, i, j, past, slope, B, ALIBI, SEGMENTS, i < n, j < past + n)
-    s = tl.where(seen, s, float("-inf"))
+    s = tl.sum(q.to(tl.float32)[None, :, :] * k, 2) * scale
+    slope = tl.load(slopes + h, mask=h < H, other=0.0)[None, :] if ALIBI else 0.0
+    s = biased(s, table, b, i, j[:, None], past, slope, B, ALIBI, SEGMENTS, i < n, (j < past + n)[:, None])
+    s = tl.where(seen[:, None], s, float("-inf"))
     new = tl.maximum(m, tl.max(s, 0))
-    p, decay = tl.exp(s - new), tl.exp(m - new)
+    p, decay = tl.exp(s - new[None, :]), tl.exp(m - new)
     total = total * decay + tl.sum(p, 0)
-    a = (acc * decay + tl.sum(p[:, None] * v, 0)) / total
-    tl.store(out + (l * B + b) * (H * K) + h * K + c, a.to(dtype), mask=c < K)
+    a = (acc * decay[:, None] + tl.sum(p[:, :, None] * v, 0)) / total[:, None]
+    tl.store(out + (l * B + b) * (H * K) + columns, a.to(dtype), mask=in_heads)
     if KEEP:
         kept = (l * whole + i) * B + b
-        tl.store(pointer(table, A, dtype) + kept * (H * K) + h * K + c, a.to(dtype), mask=c < K)
-        tl.store(pointer(table, LSE, tl.float32) + kept * H + h, new + tl.log(total))
+        tl.store(pointer(table, A, dtype) + kept * (H * K) + columns, a.to(dtype), mask=in_heads)
+        tl.store(pointer(table, LSE, tl.float32) + kept * H + h, new + tl.log(total), mask=h < H)
 
 
 @triton.jit
 def attended_rows(
-    table, branch, bias, weight, y, h, r0, rows, b0, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    table, branch, bias, weight, y, h, r0, rows, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """y = x + s (branch + bias) and h, its norm, at positions r0 ... of the chunk; rows of buffers (L, rows, B, D)."""
-    b, r, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, REVERSE)
     if not active:
         return
@@ -465,11 +471,11 @@ def attended_rows(
 
 @triton.jit
 def finished_rows(
-    table, branch, bias, weight, y, h, r, b0, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    table, branch, bias, weight, y, h, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """z = y + s (branch + bias), stored as the layer's output, and h, its norm; buffers (L, B, D)."""
-    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1).to(tl.int64)
+    b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, False)
     if not active:
         return
@@ -488,11 +494,11 @@ def finished_rows(
 
 @triton.jit
 def activate_rows(
-    up, bias, inner, first, rows, up_stride, inner_stride, F: tl.constexpr, FB: tl.constexpr, KIND: tl.constexpr,
+    up, bias, inner, rows, up_stride, inner_stride, F: tl.constexpr, FB: tl.constexpr, KIND: tl.constexpr,
     BIAS: tl.constexpr,
 ):  # fmt: skip
     """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers."""
-    row, l = tl.program_id(0).to(tl.int64) + first, tl.program_id(2).to(tl.int64)
+    row, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * FB + tl.arange(0, FB)
     mask = c < F
     width: tl.constexpr = 2 * F if KIND == 2 else F
@@ -525,7 +531,7 @@ def load_attended(table, out, B, L: tl.constexpr, C: tl.constexpr, W: tl.constex
 
 @triton.jit
 def keys_receive(
-    table, ga, gkv, slopes, q0, queries, k0, keys, b0, B, scale, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    table, ga, gkv, slopes, q0, queries, k0, keys, B, scale, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PULL: tl.constexpr,
     ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -534,7 +540,7 @@ def keys_receive(
     PULL: all queries behind the chunk, and gkv starts here; else queries q0 ... of the chunk, whose ga is in the chunk's
     buffer and whose delta is made here.
     """
-    b, g, l = tl.program_id(0).to(tl.int64) // G + b0, tl.program_id(0) % G, tl.program_id(2).to(tl.int64)
+    b, g, l = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, True)
     if not active:
         return
@@ -593,63 +599,69 @@ def keys_receive(
 
 @triton.jit
 def leaf_receives(
-    table, ga, delta_chunk, gkv, slopes, r, b0, B, scale, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
+    table, ga, delta_chunk, gkv, slopes, r, B, scale, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, ALIBI: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """What the later queries of its own leaf send to pair r, whose gradient is complete with it.
 
-    Query r + 1 is new: its delta is made and kept in delta_chunk (L, C, B, H) for the pairs before.
+    Query r + 1 is new: its delta is made and kept in delta_chunk (L, C, B, H) for the pairs before. A program has HP
+    key-value heads of one sequence.
     """
-    b, g, l = tl.program_id(0).to(tl.int64) // G + b0, tl.program_id(0) % G, tl.program_id(1).to(tl.int64)
+    parts: tl.constexpr = (G + HP - 1) // HP
+    b, l = tl.program_id(0).to(tl.int64) // parts, tl.program_id(1).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, True)
     if not active:
         return
     dtype = ga.dtype.element_ty
     past, n = tl.load(table + PAST), tl.load(table + LENGTH)
-    c, row = tl.arange(0, KB), r - r % S + tl.arange(0, S)
-    reads = row > r
-    new = row == r + 1
+    g, c, row = (tl.program_id(0) % parts) * HP + tl.arange(0, HP), tl.arange(0, KB), r - r % S + tl.arange(0, S)
+    reads, new = row > r, row == r + 1
     i, j = start + row, past + start + r
-    in_c = c < K
-    mask = reads[:, None] & in_c[None, :]
-    at = pointer(table, KV, dtype) + ((l * (past + whole) + j) * B + b) * (2 * G * K) + g * K + c
-    k = tl.load(at, mask=in_c, other=0.0).to(tl.float32)
-    v = tl.load(at + G * K, mask=in_c, other=0.0).to(tl.float32)
-    to = gkv + ((l * C + r) * B + b) * (2 * G * K) + g * K + c
-    gk = tl.load(to, mask=in_c, other=0.0)
-    gv = tl.load(to + G * K, mask=in_c, other=0.0)
+    in_heads = (g < G)[:, None] & (c < K)[None, :]
+    mask = reads[:, None, None] & in_heads[None, :, :]
+    columns = g[:, None] * K + c[None, :]
+    at = pointer(table, KV, dtype) + ((l * (past + whole) + j) * B + b) * (2 * G * K) + columns
+    k = tl.load(at, mask=in_heads, other=0.0).to(tl.float32)
+    v = tl.load(at + G * K, mask=in_heads, other=0.0).to(tl.float32)
+    to = gkv + ((l * C + r) * B + b) * (2 * G * K) + columns
+    gk = tl.load(to, mask=in_heads, other=0.0)
+    gv = tl.load(to + G * K, mask=in_heads, other=0.0)
     place, here = (l * whole + i) * B + b, (l * C + row) * B + b
+    of_leaf, of_new = (reads & (row > r + 1))[:, None] & (g < G)[None, :], new[:, None] & (g < G)[None, :]
     for head in range(H // G):
         h = g * (H // G) + head
-        columns = h * K + c[None, :]
-        q = tl.load(pointer(table, Q, dtype) + place[:, None] * (H * K) + columns, mask=mask, other=0.0)
-        ga_i = tl.load(ga + here[:, None] * (H * K) + columns, mask=mask, other=0.0).to(tl.float32)
-        a_at = pointer(table, A, dtype) + place[:, None] * (H * K) + columns
-        a = tl.load(a_at, mask=new[:, None] & in_c[None, :], other=0.0).to(tl.float32)
-        made = tl.sum(ga_i * a, 1)
-        tl.store(delta_chunk + here * H + h, made, mask=new)
-        delta = tl.where(new, made, tl.load(delta_chunk + here * H + h, mask=reads & (row > r + 1), other=0.0))
-        lse = tl.load(pointer(table, LSE, tl.float32) + place * H + h, mask=reads, other=0.0)
+        columns = (h[:, None] * K + c[None, :])[None, :, :]
+        q = tl.load(pointer(table, Q, dtype) + place[:, None, None] * (H * K) + columns, mask=mask, other=0.0)
+        ga_i = tl.load(ga + here[:, None, None] * (H * K) + columns, mask=mask, other=0.0).to(tl.float32)
+        a_at = pointer(table, A, dtype) + place[:, None, None] * (H * K) + columns
+        a = tl.load(a_at, mask=mask & new[:, None, None], other=0.0).to(tl.float32)
+        made = tl.sum(ga_i * a, 2)
+        delta_at = delta_chunk + here[:, None] * H + h[None, :]
+        tl.store(delta_at, made, mask=of_new)
+        delta = tl.where(new[:, None], made, tl.load(delta_at, mask=of_leaf, other=0.0))
+        lse_at = pointer(table, LSE, tl.float32) + place[:, None] * H + h[None, :]
+        lse = tl.load(lse_at, mask=of_leaf | of_new, other=0.0)
         q = q.to(tl.float32)
-        s = tl.sum(q * k[None, :], 1) * scale
-        slope = tl.load(slopes + h) if ALIBI else 0.0
-        s = biased(s, table, b, i, j, past, slope, B, ALIBI, SEGMENTS, i < n, j < past + n)
-        p = tl.where(reads, tl.exp(s - lse), 0.0)
-        ds = p * (tl.sum(ga_i * v[None, :], 1) - delta) * scale
-        gk += tl.sum(ds[:, None] * q, 0)
-        gv += tl.sum(p[:, None] * ga_i, 0)
-    tl.store(to, gk, mask=in_c)
-    tl.store(to + G * K, gv, mask=in_c)
+        s = tl.sum(q * k[None, :, :], 2) * scale
+        slope = tl.load(slopes + h, mask=g < G, other=0.0)[None, :] if ALIBI else 0.0
+        s = biased(s, table, b, i[:, None], j, past, slope, B, ALIBI, SEGMENTS, (i < n)[:, None], j < past + n)
+        p = tl.where(reads[:, None], tl.exp(s - lse), 0.0)
+        ds = p * (tl.sum(ga_i * v[None, :, :], 2) - delta) * scale
+        gk += tl.sum(ds[:, :, None] * q, 0)
+        gv += tl.sum(p[:, :, None] * ga_i, 0)
+    tl.store(to, gk, mask=in_heads)
+    tl.store(to + G * K, gv, mask=in_heads)
 
 
 @triton.jit
 def pair_gradient(
-    table, gkv, raw, bias, k_weight, g_pair, g_key, r, b0, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+    table, gkv, raw, bias, k_weight, g_pair, g_key, r, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
     ROPE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of pair r back to those of the products K h and V h; all buffers (L, C, B, ...)."""
-    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1).to(tl.int64)
+    b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
     place = (l * C + r) * B + b
     dtype = g_pair.dtype.element_ty
@@ -675,11 +687,11 @@ def pair_gradient(
 
 @triton.jit
 def output_gradient(
-    table, ring, g_h, weight, gz, scaled, r, b0, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    table, ring, g_h, weight, gz, scaled, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """gz: what comes from above plus what the pair sends through the norm of z; gz (L, B, D), others (L, C, B, D)."""
-    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1).to(tl.int64)
+    b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
     c = tl.arange(0, DB)
     mask = c < D
@@ -702,11 +714,11 @@ def output_gradient(
 
 @triton.jit
 def attended_gradient(
-    table, y, g_h, weight, gz, gy, scaled, r, b0, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    table, y, g_h, weight, gz, gy, scaled, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """gy = gz plus what the MLP sends through the norm of y; gz (L, B, D), others (L, C, B, D)."""
-    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(1).to(tl.int64)
+    b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
     c = tl.arange(0, DB)
     mask = (c < D) & active
@@ -720,11 +732,11 @@ def attended_gradient(
 
 @triton.jit
 def activation_gradient(
-    table, up, bias, g_inner, g_up, r, b0, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
+    table, up, bias, g_inner, g_up, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
     KIND: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F)."""
-    b, l = tl.program_id(0).to(tl.int64) + b0, tl.program_id(2).to(tl.int64)
+    b, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
     c = tl.program_id(1) * FB + tl.arange(0, FB)
     mask = c < F
