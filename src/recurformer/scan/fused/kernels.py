@@ -620,11 +620,11 @@ def leaf_receives(
     i, j = start + row, past + start + r
     in_heads = (g < G)[:, None] & (c < K)[None, :]
     mask = reads[:, None, None] & in_heads[None, :, :]
-    columns = g[:, None] * K + c[None, :]
-    at = pointer(table, KV, dtype) + ((l * (past + whole) + j) * B + b) * (2 * G * K) + columns
+    own = g[:, None] * K + c[None, :]
+    at = pointer(table, KV, dtype) + ((l * (past + whole) + j) * B + b) * (2 * G * K) + own
     k = tl.load(at, mask=in_heads, other=0.0).to(tl.float32)
     v = tl.load(at + G * K, mask=in_heads, other=0.0).to(tl.float32)
-    to = gkv + ((l * C + r) * B + b) * (2 * G * K) + columns
+    to = gkv + ((l * C + r) * B + b) * (2 * G * K) + own
     gk = tl.load(to, mask=in_heads, other=0.0)
     gv = tl.load(to + G * K, mask=in_heads, other=0.0)
     place, here = (l * whole + i) * B + b, (l * C + row) * B + b
