@@ -23,8 +23,9 @@ from recurformer.scan.fused import kernels
 from recurformer.scan.schedule import Schedule
 
 ENGINES = 8  # kept with their graphs, least recently used ones go
-ATTEND, RECEIVE = (4, 4), (4, 4)  # heads and warps of a program in the two kernels that every position needs
-PULL_WARPS = {"absorb": 4, "receive": 4, "query": 4}
+ATTEND, RECEIVE = (2, 1, 4), (2, 1, 4)  # heads, warps and rows at a time of the two kernels that every position needs
+ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
+PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
 
@@ -258,10 +259,10 @@ class Engine:
 
         def absorb(q0: int, queries: int, k0: int, keys: int, pull: bool) -> None:
             bm = min(64, max(16, triton.next_power_of_2(queries)))
-            bn = 64 if pull else min(64, max(16, keys))
+            bn, warps = PULL["absorb"] if pull else (min(64, max(16, keys)), 4)
             kernels.absorb[(B * self.H, triton.cdiv(queries, bm), L)](
                 self.table, b["m"], b["l"], b["acc"], w.slopes, q0, queries, k0, keys, B, scale, **self.size,
-                **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=PULL_WARPS["absorb"],
+                **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=warps,
             )  # fmt: skip
 
         absorb(0, C, 0, 0, True)
@@ -277,19 +278,22 @@ class Engine:
         L, B, config = shape.L, shape.B, shape.config
         s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
-        heads, warps = ATTEND
+        heads, warps, many = ATTEND
         heads = min(heads, k["HB"])
         kernels.attend[(B * triton.cdiv(self.H, heads), L)](
             self.table, b["m"], b["l"], b["acc"], w.slopes, b["a"], r, B, self.K**-0.5, **self.size,
-            **self.attention, S=shape.S, HP=heads, KEEP=shape.keep, num_warps=warps,
+            **self.attention, S=shape.S, HP=heads, RB=min(many, shape.S), KEEP=shape.keep, num_warps=warps,
         )  # fmt: skip
         self.product(b["a"], w.o, b["branch"])
         kernels.attended_rows[(B, 1, L)](
             self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h"], r, 1, B, s, self.eps, **self.size,
             **row, BIAS=config.attention_bias, REVERSE=False,
         )  # fmt: skip
-        self.product(b["h"], w.up, b["up"])
-        self.activate(b["up"], b["inner"], B)
+        if self.fused_activation:
+            self.product_activated(b["h"], w.up, b["up"], b["inner"], False)
+        else:
+            self.product(b["h"], w.up, b["up"])
+            self.activate(b["up"], b["inner"], B)
         self.product(b["inner"], w.down, b["branch"])
         kernels.finished_rows[(B, L)](
             self.table, b["branch"], w.down_bias, w.attention_norm, b["y"], b["h"], r, B, s, self.eps,
@@ -307,6 +311,21 @@ class Engine:
         kernels.activate_rows[(rows, triton.cdiv(F, FB), self.shape.L)](
             up, self.w.up_bias, inner, rows, up.stride(0), inner.stride(0), F=F, FB=FB, KIND=self.kind,
             BIAS=self.shape.config.mlp_bias, num_warps=8 if FB > 1024 else 4,
+        )  # fmt: skip
+
+    @property
+    def fused_activation(self) -> bool:
+        """Whether the products around the activation end with it; library products are better in float32."""
+        return self.kind < 2 and self.shape.dtype.itemsize == 2
+
+    def product_activated(self, a: Tensor, weight: Tensor, up: Tensor, out: Tensor, backward: bool) -> None:
+        """GELU after the product with `up`, or its slope after the backward's product with `down`; (L, B, ...)."""
+        L, B = self.shape.L, self.shape.B
+        w_in, w_out = (weight.stride(1), 1) if backward else (1, weight.stride(1))
+        options = {**ACTIVATED, "BM": min(ACTIVATED["BM"], max(16, triton.next_power_of_2(B)))}
+        kernels.product_activated[(triton.cdiv(self.F, options["BN"]), triton.cdiv(B, options["BM"]), L)](
+            a, weight, self.w.up_bias, up, out, B, a.stride(0), up.stride(0), out.stride(0), w_in, w_out, IN=self.D,
+            F=self.F, KIND=self.kind, BIAS=self.shape.config.mlp_bias, BACKWARD=backward, **options,
         )  # fmt: skip
 
     # --- backward ---
@@ -367,10 +386,10 @@ class Engine:
     def keys_receive(self, q0: int, queries: int, k0: int, keys: int, pull: bool) -> None:
         b, shape = self.backward_buffers, self.shape
         bn = min(64, max(16, triton.next_power_of_2(keys)))
-        bm = 64 if pull else min(64, max(16, queries))
+        bm, warps = PULL["receive"] if pull else (min(32, max(16, queries)), 4)
         kernels.keys_receive[(shape.B * self.G, triton.cdiv(keys, bn), shape.L)](
             self.table, b["ga"], b["gkv"], self.w.slopes, q0, queries, k0, keys, shape.B, self.K**-0.5,
-            **self.size, **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=PULL_WARPS["receive"],
+            **self.size, **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=warps,
         )  # fmt: skip
 
     def backward(self) -> None:
@@ -411,9 +430,10 @@ class Engine:
 
         # In parallel again: queries, temporary pairs, inputs, every weight.
         bm = min(64, max(16, C))
+        bn, warps = PULL["query"]
         kernels.query_gradient[(B * self.H, triton.cdiv(C, bm), L)](
             self.table, b["ga"], b["tmp"], w.slopes, b["gq"], b["g_own"], B, self.K**-0.5, **self.size,
-            **self.attention, **self.dots, BM=bm, BN=64, num_warps=PULL_WARPS["query"],
+            **self.attention, **self.dots, BM=bm, BN=bn, num_warps=warps,
         )  # fmt: skip
         kernels.heads_gradient[(B, C, L)](
             self.table, b["gq"], b["g_own"], b["qkv"], w.qkv_bias, w.q_norm, w.k_norm, b["g_raw"], b["g_normed"], B,
@@ -431,11 +451,11 @@ class Engine:
         s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
         if r % shape.S < shape.S - 1:
-            heads, warps = RECEIVE
+            heads, warps, many = RECEIVE
             heads = min(heads, k["GB"])
             kernels.leaf_receives[(B * triton.cdiv(self.G, heads), L)](
                 self.table, b["ga"], b["delta"], b["gkv"], w.slopes, r, B, self.K**-0.5, **self.size,
-                **self.attention, S=shape.S, HP=heads, num_warps=warps,
+                **self.attention, S=shape.S, HP=heads, RB=min(many, shape.S), num_warps=warps,
             )  # fmt: skip
         kernels.pair_gradient[(B, L)](
             self.table, b["gkv"], b["k_raw"], w.kv_bias, w.k_norm, b["g_pair"], b["g_key"], r, B, self.eps,
@@ -446,12 +466,15 @@ class Engine:
             self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], r, B, s, self.eps, **self.size,
             **row,
         )  # fmt: skip
-        self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
-        FB = min(2048, triton.next_power_of_2(self.F))
-        kernels.activation_gradient[(B, triton.cdiv(self.F, FB), L)](
-            self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, B, **self.size, F=self.F, FB=FB,
-            KIND=self.kind, BIAS=config.mlp_bias, num_warps=8 if FB > 1024 else 4,
-        )  # fmt: skip
+        if self.fused_activation:
+            self.product_activated(b["sgz"][:, r], w.down, b["up"][:, r], b["g_up"][:, r], True)
+        else:
+            self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
+            FB = min(2048, triton.next_power_of_2(self.F))
+            kernels.activation_gradient[(B, triton.cdiv(self.F, FB), L)](
+                self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, B, **self.size, F=self.F, FB=FB,
+                KIND=self.kind, BIAS=config.mlp_bias, num_warps=8 if FB > 1024 else 4,
+            )  # fmt: skip
         self.product(b["g_up"][:, r], w.up, b["g_hy"][:, r], transposed=False)
         kernels.attended_gradient[(B, L)](
             self.table, b["y"], b["g_hy"], w.mlp_norm, b["gz"], b["gy"], b["sgy"], r, B, s, self.eps, **self.size,

@@ -401,12 +401,12 @@ def absorb(
 @triton.jit
 def attend(
     table, m_state, l_state, acc_state, slopes, out, r, B, scale, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, KEEP: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, RB: tl.constexpr, KEEP: tl.constexpr,
     ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Attention output of one position: its state, the pairs of its own leaf, and its temporary pair in its own slot.
 
-    A program has HP heads of one sequence.
+    A program has HP heads of one sequence and takes RB slots at a time: few registers, many programs in flight.
     """
     parts: tl.constexpr = (H + HP - 1) // HP
     b, l = tl.program_id(0).to(tl.int64) // parts, tl.program_id(1).to(tl.int64)
@@ -415,34 +415,37 @@ def attend(
         return
     dtype = out.dtype.element_ty
     past, n, i = tl.load(table + PAST), tl.load(table + LENGTH), start + r
-    h, c, row = (tl.program_id(0) % parts) * HP + tl.arange(0, HP), tl.arange(0, KB), r - r % S + tl.arange(0, S)
-    j = past + start + row
-    seen = row <= r
+    h, c = (tl.program_id(0) % parts) * HP + tl.arange(0, HP), tl.arange(0, KB)
     columns, in_heads = h[:, None] * K + c[None, :], (h < H)[:, None] & (c < K)[None, :]
     q = tl.load(pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K) + columns, mask=in_heads, other=0.0)
-    at = pointer(table, KV, dtype) + ((l * (past + whole) + j) * B + b)[:, None, None] * (2 * G * K)
-    at = at + ((h // (H // G)) * K)[None, :, None] + c[None, None, :]
-    mask = seen[:, None, None] & in_heads[None, :, :]
-    k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(at + G * K, mask=mask, other=0.0).to(tl.float32)
+    q = q.to(tl.float32) * scale
     state = ((l * C + r) * B + b) * H + h
     m = tl.load(m_state + state, mask=h < H, other=0.0)
     total = tl.load(l_state + state, mask=h < H, other=0.0)
     acc = tl.load(acc_state + ((l * C + r) * B + b) * (H * K) + columns, mask=in_heads, other=0.0)
-
-    s = tl.sum(q.to(tl.float32)[None, :, :] * k, 2) * scale
     slope = tl.load(slopes + h, mask=h < H, other=0.0)[None, :] if ALIBI else 0.0
-    s = biased(s, table, b, i, j[:, None], past, slope, B, ALIBI, SEGMENTS, i < n, (j < past + n)[:, None])
-    s = tl.where(seen[:, None], s, float("-inf"))
-    new = tl.maximum(m, tl.max(s, 0))
-    p, decay = tl.exp(s - new[None, :]), tl.exp(m - new)
-    total = total * decay + tl.sum(p, 0)
-    a = (acc * decay[:, None] + tl.sum(p[:, :, None] * v, 0)) / total[:, None]
+    kv = pointer(table, KV, dtype) + (l * (past + whole) * B + b) * (2 * G * K)
+    kv = kv + ((h // (H // G)) * K)[None, :, None] + c[None, None, :]
+    for first in range(r - r % S, r + 1, RB):
+        row = first + tl.arange(0, RB)
+        seen, j = row <= r, past + start + row
+        at, mask = kv + (j * B)[:, None, None] * (2 * G * K), seen[:, None, None] & in_heads[None, :, :]
+        k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(at + G * K, mask=mask, other=0.0).to(tl.float32)
+        s = tl.sum(q[None, :, :] * k, 2)
+        s = biased(s, table, b, i, j[:, None], past, slope, B, ALIBI, SEGMENTS, i < n, (j < past + n)[:, None])
+        s = tl.where(seen[:, None], s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, 0))
+        p, decay = tl.exp(s - new[None, :]), tl.exp(m - new)
+        total = total * decay + tl.sum(p, 0)
+        acc = acc * decay[:, None] + tl.sum(p[:, :, None] * v, 0)
+        m = new
+    a = acc / total[:, None]
     tl.store(out + (l * B + b) * (H * K) + columns, a.to(dtype), mask=in_heads)
     if KEEP:
         kept = (l * whole + i) * B + b
         tl.store(pointer(table, A, dtype) + kept * (H * K) + columns, a.to(dtype), mask=in_heads)
-        tl.store(pointer(table, LSE, tl.float32) + kept * H + h, new + tl.log(total), mask=h < H)
+        tl.store(pointer(table, LSE, tl.float32) + kept * H + h, m + tl.log(total), mask=h < H)
 
 
 @triton.jit
@@ -513,6 +516,48 @@ def activate_rows(
             gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
     out = activated(u, gate, KIND)
     tl.store(inner + l * inner_stride + row * F + c, out.to(inner.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product_activated(
+    a, weight, bias, up, out, B, a_stride, up_stride, out_stride, w_in, w_out, IN: tl.constexpr, F: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """A product and what follows it, in one: out (B, F) = GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W).
+
+    a (B, IN); weight is read as (IN, F) with strides w_in and w_out; a_stride, up_stride and out_stride lie between
+    layers.
+    """
+    row, column, l = tl.program_id(1) * BM, tl.program_id(0) * BN, tl.program_id(2).to(tl.int64)
+    m, f, c = row + tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, BK)
+    a_at = a + l * a_stride + (m % B)[:, None] * IN + c[None, :]
+    w_at = weight + l * (IN * F) + c[:, None] * w_in + (f % F)[None, :] * w_out
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, IN, BK):
+        if IN % BK == 0:
+            left, right = tl.load(a_at), tl.load(w_at)
+        else:
+            left = tl.load(a_at, mask=(k + c < IN)[None, :], other=0.0)
+            right = tl.load(w_at, mask=(k + c < IN)[:, None], other=0.0)
+        acc = tl.dot(left, right, acc)
+        a_at += BK
+        w_at += BK * w_in
+    mask = (m < B)[:, None] & (f < F)[None, :]
+    dtype = out.dtype.element_ty
+    acc = acc.to(dtype).to(tl.float32)
+    at = m.to(tl.int64)[:, None] * F + f[None, :]
+    if BACKWARD:
+        u = tl.load(up + l * up_stride + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        u = acc
+    if BIAS:
+        u += tl.load(bias + l * F + f, mask=f < F, other=0.0)[None, :]
+    if BACKWARD:
+        acc = acc * activation_slope(u, KIND)
+    else:
+        acc = activated(u, u, KIND)
+    tl.store(out + l * out_stride + at, acc.to(dtype), mask=mask)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -600,13 +645,13 @@ def keys_receive(
 @triton.jit
 def leaf_receives(
     table, ga, delta_chunk, gkv, slopes, r, B, scale, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, ALIBI: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, RB: tl.constexpr,
+    ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """What the later queries of its own leaf send to pair r, whose gradient is complete with it.
 
     Query r + 1 is new: its delta is made and kept in delta_chunk (L, C, B, H) for the pairs before. A program has HP
-    key-value heads of one sequence.
+    key-value heads of one sequence and takes RB queries at a time.
     """
     parts: tl.constexpr = (G + HP - 1) // HP
     b, l = tl.program_id(0).to(tl.int64) // parts, tl.program_id(1).to(tl.int64)
@@ -615,41 +660,44 @@ def leaf_receives(
         return
     dtype = ga.dtype.element_ty
     past, n = tl.load(table + PAST), tl.load(table + LENGTH)
-    g, c, row = (tl.program_id(0) % parts) * HP + tl.arange(0, HP), tl.arange(0, KB), r - r % S + tl.arange(0, S)
-    reads, new = row > r, row == r + 1
-    i, j = start + row, past + start + r
+    g, c = (tl.program_id(0) % parts) * HP + tl.arange(0, HP), tl.arange(0, KB)
+    j, end = past + start + r, r - r % S + S
     in_heads = (g < G)[:, None] & (c < K)[None, :]
-    mask = reads[:, None, None] & in_heads[None, :, :]
     own = g[:, None] * K + c[None, :]
     at = pointer(table, KV, dtype) + ((l * (past + whole) + j) * B + b) * (2 * G * K) + own
-    k = tl.load(at, mask=in_heads, other=0.0).to(tl.float32)
+    k = tl.load(at, mask=in_heads, other=0.0).to(tl.float32) * scale
     v = tl.load(at + G * K, mask=in_heads, other=0.0).to(tl.float32)
     to = gkv + ((l * C + r) * B + b) * (2 * G * K) + own
     gk = tl.load(to, mask=in_heads, other=0.0)
     gv = tl.load(to + G * K, mask=in_heads, other=0.0)
-    place, here = (l * whole + i) * B + b, (l * C + row) * B + b
-    of_leaf, of_new = (reads & (row > r + 1))[:, None] & (g < G)[None, :], new[:, None] & (g < G)[None, :]
+    q_at, a_at = pointer(table, Q, dtype), pointer(table, A, dtype)
+    lse_at = pointer(table, LSE, tl.float32)
     for head in range(H // G):
         h = g * (H // G) + head
         columns = (h[:, None] * K + c[None, :])[None, :, :]
-        q = tl.load(pointer(table, Q, dtype) + place[:, None, None] * (H * K) + columns, mask=mask, other=0.0)
-        ga_i = tl.load(ga + here[:, None, None] * (H * K) + columns, mask=mask, other=0.0).to(tl.float32)
-        a_at = pointer(table, A, dtype) + place[:, None, None] * (H * K) + columns
-        a = tl.load(a_at, mask=mask & new[:, None, None], other=0.0).to(tl.float32)
-        made = tl.sum(ga_i * a, 2)
-        delta_at = delta_chunk + here[:, None] * H + h[None, :]
-        tl.store(delta_at, made, mask=of_new)
-        delta = tl.where(new[:, None], made, tl.load(delta_at, mask=of_leaf, other=0.0))
-        lse_at = pointer(table, LSE, tl.float32) + place[:, None] * H + h[None, :]
-        lse = tl.load(lse_at, mask=of_leaf | of_new, other=0.0)
-        q = q.to(tl.float32)
-        s = tl.sum(q * k[None, :, :], 2) * scale
         slope = tl.load(slopes + h, mask=g < G, other=0.0)[None, :] if ALIBI else 0.0
-        s = biased(s, table, b, i[:, None], j, past, slope, B, ALIBI, SEGMENTS, (i < n)[:, None], j < past + n)
-        p = tl.where(reads[:, None], tl.exp(s - lse), 0.0)
-        ds = p * (tl.sum(ga_i * v[None, :, :], 2) - delta) * scale
-        gk += tl.sum(ds[:, :, None] * q, 0)
-        gv += tl.sum(p[:, :, None] * ga_i, 0)
+        for first in range(r + 1, end, RB):
+            row = first + tl.arange(0, RB)
+            reads, new, i = row < end, row == r + 1, start + row
+            mask, known = reads[:, None, None] & in_heads[None, :, :], reads[:, None] & (g < G)[None, :]
+            place, here = (l * whole + i) * B + b, (l * C + row) * B + b
+            q = tl.load(q_at + place[:, None, None] * (H * K) + columns, mask=mask, other=0.0).to(tl.float32)
+            ga_i = tl.load(ga + here[:, None, None] * (H * K) + columns, mask=mask, other=0.0).to(tl.float32)
+            lse = tl.load(lse_at + place[:, None] * H + h[None, :], mask=known, other=0.0)
+            delta_at = delta_chunk + here[:, None] * H + h[None, :]
+            delta = tl.load(delta_at, mask=known & (row > r + 1)[:, None], other=0.0)
+            if first == r + 1:
+                a_mask = mask & new[:, None, None]
+                a = tl.load(a_at + place[:, None, None] * (H * K) + columns, mask=a_mask, other=0.0).to(tl.float32)
+                made = tl.sum(ga_i * a, 2)
+                tl.store(delta_at, made, mask=known & new[:, None])
+                delta = tl.where(new[:, None], made, delta)
+            s = tl.sum(q * k[None, :, :], 2)
+            s = biased(s, table, b, i[:, None], j, past, slope, B, ALIBI, SEGMENTS, (i < n)[:, None], j < past + n)
+            p = tl.where(reads[:, None], tl.exp(s - lse), 0.0)
+            ds = p * (tl.sum(ga_i * v[None, :, :], 2) - delta) * scale
+            gk += tl.sum(ds[:, :, None] * q, 0)
+            gv += tl.sum(p[:, :, None] * ga_i, 0)
     tl.store(to, gk, mask=in_heads)
     tl.store(to + G * K, gv, mask=in_heads)
 
