@@ -23,8 +23,9 @@ from recurformer.scan.fused import kernels
 from recurformer.scan.schedule import Schedule
 
 ENGINES = 8  # kept with their graphs, least recently used ones go
-ATTEND, RECEIVE = (2, 1, 4), (2, 1, 4)  # heads, warps and rows at a time of the two kernels that every position needs
+ATTEND, RECEIVE = (2, 1, 2), (2, 1, 2)  # heads, warps and rows at a time of the two kernels that every position needs
 ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
+FUSE_BACKWARD = True
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
@@ -198,7 +199,8 @@ class Engine:
             "m": self.fresh(L, C, B, self.H, dtype=f32),
             "l": self.fresh(L, C, B, self.H, dtype=f32),
             "acc": self.fresh(L, C, B, self.H, self.K, dtype=f32),
-            "a": self.fresh(L, B, self.H * self.K),
+            "a": self.fresh(L, C, B, self.H * self.K),
+            "lse": self.fresh(L, C, B, self.H, dtype=f32),
             "branch": self.fresh(L, B, self.D),
             "y": self.fresh(L, B, self.D, dtype=f32),
             "h": self.fresh(L, B, self.D),
@@ -272,6 +274,11 @@ class Engine:
             if push is not None:
                 keys, queries = push
                 absorb(queries.start, queries.stop - queries.start, keys.start, keys.stop - keys.start, False)
+        if shape.keep:
+            kernels.keep_chunk[(B, C, L)](
+                self.table, b["a"], b["lse"], B, **self.size, H=self.H, HB=self.blocks["HB"], W=self.H * self.K,
+                WB=triton.next_power_of_2(self.H * self.K),
+            )  # fmt: skip
 
     def forward_position(self, r: int) -> None:
         b, w, shape, k = self.forward_buffers, self.w, self.shape, self.blocks
@@ -281,10 +288,10 @@ class Engine:
         heads, warps, many = ATTEND
         heads = min(heads, k["HB"])
         kernels.attend[(B * triton.cdiv(self.H, heads), L)](
-            self.table, b["m"], b["l"], b["acc"], w.slopes, b["a"], r, B, self.K**-0.5, **self.size,
+            self.table, b["m"], b["l"], b["acc"], w.slopes, b["a"], b["lse"], r, B, self.K**-0.5, **self.size,
             **self.attention, S=shape.S, HP=heads, RB=min(many, shape.S), KEEP=shape.keep, num_warps=warps,
         )  # fmt: skip
-        self.product(b["a"], w.o, b["branch"])
+        self.product(b["a"][:, r], w.o, b["branch"])
         kernels.attended_rows[(B, 1, L)](
             self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h"], r, 1, B, s, self.eps, **self.size,
             **row, BIAS=config.attention_bias, REVERSE=False,
@@ -466,7 +473,7 @@ class Engine:
             self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], r, B, s, self.eps, **self.size,
             **row,
         )  # fmt: skip
-        if self.fused_activation:
+        if self.fused_activation and FUSE_BACKWARD:
             self.product_activated(b["sgz"][:, r], w.down, b["up"][:, r], b["g_up"][:, r], True)
         else:
             self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
