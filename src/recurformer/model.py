@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from recurformer.cache import KVCache
 from recurformer.config import LayerKind, ModelConfig
 from recurformer.scan import SCAN_CHOICES, choose_scan, scan_by_name
+from recurformer.scan.wavefront import wavefront_scan
 
 IGNORE = -100  # the target that counts for nothing
 LOGITS_AT_ONCE = 2**25  # elements; above this the loss without logits works in chunks that are recomputed backward
@@ -476,12 +477,38 @@ class LanguageModel(nn.Module):
         x = x.to(accumulation_dtype(x.dtype))
         if valid is not None:
             x = torch.where(valid[:, :, None], x, 0.0)
-        scan, _ = choose_scan(self.scan, self.config, tokens.device)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, layout, scan, cache, index)
+        scan, _ = choose_scan(
+            self.scan, self.config, tokens.device, batch_size=B, length=N, dtype=compute_dtype(self.embedding.weight)
+        )
+        for stack in self._stacks(scan):
+            if len(stack) == 1:
+                x = self.layers[stack[0]](x, layout, scan, cache, stack[0])
+            else:
+                x = self._wavefront(x, stack, layout, cache)
         if cache is not None:
             cache.advance(N, valid)
         return normalise(x, self.norm.weight, self.config)
+
+    def _stacks(self, scan: str) -> list[list[int]]:
+        """Layers that are evaluated together: consecutive recurrent ones under "wavefront", else each by itself."""
+        stacks: list[list[int]] = []
+        for index, kind in enumerate(self.config.layer_kinds):
+            if scan == "wavefront" and stacks and kind == self.config.layer_kinds[index - 1] == "recurrent":
+                stacks[-1].append(index)
+            else:
+                stacks.append([index])
+        return stacks
+
+    def _wavefront(self, x: Tensor, stack: list[int], layout: Layout, cache: KVCache | None) -> Tensor:
+        """Outputs of consecutive recurrent layers; appends their new pairs to the cache when there is one."""
+        maths = [self.layers[index].maths(compute_dtype(self.embedding.weight)) for index in stack]
+        past = [None if cache is None else cache.past(index) for index in stack]
+        with torch.autocast(x.device.type, enabled=False):
+            z, pairs = wavefront_scan(x, maths, layout, past)
+        if cache is not None:
+            for index, (keys, values) in zip(stack, pairs, strict=True):
+                cache.write(index, keys, values)
+        return z
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) in the compute dtype, of what `hidden` returns."""

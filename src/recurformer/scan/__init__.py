@@ -17,22 +17,60 @@ from recurformer.scan.fused import obstacle as fused_obstacle
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.tiled import tiled_scan
 
-SCANS: dict[str, Callable] = {"reference": reference_scan, "tiled": tiled_scan, "fused": fused_scan}
+SCANS: dict[str, Callable] = {
+    "reference": reference_scan,
+    "tiled": tiled_scan,
+    "fused": fused_scan,
+    "wavefront": fused_scan,  # of one layer; `wavefront_scan` takes several
+}
+GPU_SCANS = ("fused", "wavefront")
 SCAN_CHOICES = ("auto", *SCANS)
+SHORT = 8  # positions up to which a call is made of plain operations: decoding, above all
+WAVEFRONT_ROWS = 128  # batch up to which layers side by side beat one after the other
 
 
 def scan_by_name(name: str) -> Callable:
-    """The function of one scan."""
+    """The function of one scan, for one layer."""
     return SCANS[name]
 
 
-def choose_scan(requested: str, config: ModelConfig, device: torch.device) -> tuple[str, str]:
-    """The scan that will run and why, in words."""
+def choose_scan(
+    requested: str,
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    batch_size: int | None = None,
+    length: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[str, str]:
+    """The scan that will run and why, in words.
+
+    Args:
+        requested: the model's setting.
+        config, device: of the model.
+        batch_size, length: B and N of the call; None: those of a usual training step.
+        dtype: the compute dtype; None: one that the kernels take.
+
+    Raises:
+        ValueError: if the scan asked for can't run here, naming what can.
+    """
+    obstacle = fused_obstacle(config, device, dtype)
     if requested != "auto":
+        if requested in GPU_SCANS and obstacle is not None:
+            raise ValueError(f"model.scan is {requested!r}, which can't run: {obstacle}")
         return requested, "as asked"
+    if device.type == "cuda" and obstacle is None:
+        if length is not None and length <= SHORT:
+            return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
+        kinds = config.layer_kinds
+        stacked = any(pair == ("recurrent", "recurrent") for pair in zip(kinds, kinds[1:], strict=False))
+        if stacked and batch_size is not None and batch_size <= WAVEFRONT_ROWS:
+            return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
+        return "fused", "Triton kernels and CUDA graphs, one layer after the other"
     if device.type not in ("cpu", "cuda", "meta") or torch.version.hip:
         warn_unknown_device("AMD GPU" if torch.version.hip and device.type == "cuda" else device.type)
-    return "tiled", "exact tiling with a hand-written backward, in PyTorch operations on any device"
+    why = "exact tiling with a hand-written backward, in PyTorch operations on any device"
+    return "tiled", why if device.type != "cuda" else f"{why}; not fused: {obstacle}"
 
 
 @cache

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from recurformer.model import LayerMaths, Layout
 
 CHUNK, LEAF = 64, 16  # positions of a chunk up to N = 1024, twice as many behind that; of a leaf
-KEEP_PART = 64  # save="auto" keeps queries and pairs of a layer up to this part of the device's memory
+KEEP_PART = 32  # save="auto" keeps queries and pairs of a layer up to this part of the device's memory
 MAX_HEAD_WIDTH = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

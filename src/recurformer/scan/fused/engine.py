@@ -27,6 +27,7 @@ ATTEND, RECEIVE = (2, 1, 2), (2, 1, 2)  # heads, warps and rows at a time of the
 ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
 FUSE_BACKWARD = True
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
+THIN = 16  # rows up to which a product is bound by reading its weights
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
 
@@ -170,8 +171,16 @@ class Engine:
 
     def product(self, a: Tensor, weight: Tensor, out: Tensor, transposed: bool = True) -> None:
         """out = a weight^T, or a weight: a (L, n, in), weight (L, out, in), out (L, n, out)."""
+        rows, L = a.shape[1], self.shape.L
+        if rows <= THIN and transposed and self.shape.dtype.itemsize == 2:
+            width, bn = weight.shape[1], 32 if weight.shape[1] * L <= 2**15 else 64
+            kernels.product_thin[(triton.cdiv(width, bn), L)](
+                a, weight, out, rows, a.stride(0), weight.stride(0), out.stride(0), IN=a.shape[2], OUT=width, BM=16, BN=bn, BK=128,
+                num_warps=4, num_stages=4,
+            )  # fmt: skip
+            return
         weight = weight.transpose(1, 2) if transposed else weight
-        if self.shape.L == 1:
+        if L == 1:
             torch.mm(a[0], weight[0], out=out[0])
         else:
             torch.bmm(a, weight, out=out)
@@ -447,9 +456,10 @@ class Engine:
             self.eps, **self.size, H=self.H, **self.heads, HB=k["HB"], NORM=self.norm,
         )  # fmt: skip
         self.product(b["g_raw"].flatten(1, 2), w.qkv, b["g_hx"].flatten(1, 2), transposed=False)
-        kernels.input_gradient[(B, C, L)](
-            self.table, b["ring"], b["g_hx"], w.attention_norm, b["gy"], B, self.eps, **self.size, **row
-        )
+        kernels.input_gradient[(PARTS, L)](
+            self.table, b["ring"], b["g_hx"], w.attention_norm, b["gy"], self.gradients["attention_norm"], B, self.eps,
+            **self.size, **row, PARTS=PARTS,
+        )  # fmt: skip
         self.weight_gradients()
 
     def backward_position(self, r: int) -> None:
@@ -513,8 +523,7 @@ class Engine:
                 num_warps=4,
             )  # fmt: skip
 
-        norm("attention_norm", b["h_x"], b["g_hx"], 1, 1)
-        norm("attention_norm", b["h_z"], b["g_hz"], 2, 1)
+        norm("attention_norm", b["h_z"], b["g_hz"], 1, 1)  # that of the inputs is in input_gradient
         norm("mlp_norm", b["y"], b["g_hy"], 0, 1)
         if self.norm:
             q_per, k_per = (1, 1) if self.norm == 2 else (self.H, self.G)

@@ -586,6 +586,27 @@ def product_activated(
     tl.store(out + l * out_stride + at, acc.to(dtype), mask=mask)
 
 
+@triton.jit
+def product_thin(
+    a, weight, out, rows, a_stride, w_stride, out_stride, IN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out (rows, OUT) = a (rows, IN) weight^T for a handful of rows: the weights go by at full memory bandwidth."""
+    column, l = tl.program_id(0) * BN, tl.program_id(1).to(tl.int64)
+    m, f, c = tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, BK)
+    a_at = a + l * a_stride + m[None, :] * IN + c[:, None]
+    w_at = weight + l * w_stride + f.to(tl.int64)[:, None] * IN + c[None, :]
+    acc = tl.zeros([BN, BM], tl.float32)
+    for k in range(0, IN, BK):
+        inside = k + c < IN
+        w = tl.load(w_at, mask=inside[None, :] & (f < OUT)[:, None], other=0.0)
+        acc = tl.dot(w, tl.load(a_at, mask=inside[:, None] & (m < rows)[None, :], other=0.0), acc)
+        a_at += BK
+        w_at += BK
+    at = out + l * out_stride + m[None, :] * OUT + f[:, None]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (f < OUT)[:, None])
+
+
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
@@ -637,6 +658,12 @@ def keys_receive(
         first, last = start + q0, start + q0 + queries
         gk = tl.load(to, mask=mask_k, other=0.0)
         gv = tl.load(to + G * K, mask=mask_k, other=0.0)
+    # Addresses are read before the loop: one that waits for another load can't be fetched ahead.
+    q_at, lse_at = pointer(table, Q, DT), pointer(table, LSE, tl.float32)
+    if PULL:
+        ga_at, delta_at = pointer(table, GA, DT), pointer(table, DELTA, tl.float32)
+    else:
+        a_at = pointer(table, A, DT)
     for i0 in range(first, last, BM):
         i = i0 + tl.arange(0, BM)
         in_q = i < last
@@ -645,17 +672,16 @@ def keys_receive(
             h = g * (H // G) + head
             slope = tl.load(slopes + h) if ALIBI else 0.0
             place = (l * whole + i) * B + b
-            q = tl.load(pointer(table, Q, DT) + place[:, None] * (H * K) + h * K + c[None, :], mask=mask_q, other=0.0)
-            lse = tl.load(pointer(table, LSE, tl.float32) + place * H + h, mask=in_q, other=0.0)
+            q = tl.load(q_at + place[:, None] * (H * K) + h * K + c[None, :], mask=mask_q, other=0.0)
+            lse = tl.load(lse_at + place * H + h, mask=in_q, other=0.0)
             if PULL:
-                g_at = pointer(table, GA, DT) + place[:, None] * (H * K) + h * K + c[None, :]
-                ga_i = tl.load(g_at, mask=mask_q, other=0.0)
-                delta = tl.load(pointer(table, DELTA, tl.float32) + place * H + h, mask=in_q, other=0.0)
+                ga_i = tl.load(ga_at + place[:, None] * (H * K) + h * K + c[None, :], mask=mask_q, other=0.0)
+                delta = tl.load(delta_at + place * H + h, mask=in_q, other=0.0)
             else:
                 here = (l * C + i - start) * B + b
                 ga_i = tl.load(ga + here[:, None] * (H * K) + h * K + c[None, :], mask=mask_q, other=0.0)
-                a_at = pointer(table, A, DT) + place[:, None] * (H * K) + h * K + c[None, :]
-                delta = tl.sum(ga_i.to(tl.float32) * tl.load(a_at, mask=mask_q, other=0.0).to(tl.float32), 1)
+                a = tl.load(a_at + place[:, None] * (H * K) + h * K + c[None, :], mask=mask_q, other=0.0)
+                delta = tl.sum(ga_i.to(tl.float32) * a.to(tl.float32), 1)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             s = biased(s, table, b, i[None, :], j[:, None], past, slope, B, ALIBI, SEGMENTS, (i < n)[None, :],
                        (j < past + n)[:, None])  # fmt: skip
@@ -960,25 +986,36 @@ def heads_gradient(
 
 @triton.jit
 def input_gradient(
-    table, ring, g_h, weight, gy, B, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
-    CENTRED: tl.constexpr,
+    table, ring, g_h, weight, gy, partial, B, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    DB: tl.constexpr, PARTS: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a chunk's inputs: to the caller from the first layer, else to the ring that the layer below reads."""
-    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Gradient of a chunk's inputs: to the caller from the first layer, else to the ring that the layer below reads.
+
+    The norm weight's gradient is added to partial (L, PARTS, D) on the way.
+    """
+    part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
     if not active:
         return
-    c = tl.arange(0, DB)
-    i, n = start + r, tl.load(table + LENGTH)
-    mask = (c < D) & (i < n)
-    at = ((l * C + r) * B + b) * D + c
-    xhat, rstd = normalised(tl.load(input_row(table, l, b, i, B, D) + c, mask=mask, other=0.0), mask, D, eps, CENTRED)
-    g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32) * tl.load(weight + l * D + c, mask=mask, other=0.0)
-    out = norm_gradient(g, xhat, rstd, mask, D, CENTRED) + tl.load(gy + at, mask=mask, other=0.0)
-    if L > 1:
-        parity = (start // C) % 2
-        tl.store(ring + (((l * 2 + parity) * C + r) * B + b) * D + c, out, mask=mask & (l > 0))
-    tl.store(pointer(table, GX, tl.float32) + (b * n + i) * D + c, out, mask=mask & (l == 0))
+    c, n = tl.arange(0, DB), tl.load(table + LENGTH)
+    x, gx = input_row(table, l, 0, 0, B, D), pointer(table, GX, tl.float32)
+    w = tl.load(weight + l * D + c, mask=c < D, other=0.0)
+    total = tl.zeros([DB], tl.float32)
+    for row in range(part, C * B, PARTS):
+        r, b = (row // B).to(tl.int64), (row % B).to(tl.int64)
+        i = start + r
+        mask = (c < D) & (i < n)
+        at = ((l * C + r) * B + b) * D + c
+        xhat, rstd = normalised(tl.load(x + (b * n + i) * D + c, mask=mask, other=0.0), mask, D, eps, CENTRED)
+        g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32)
+        total += g * xhat
+        out = norm_gradient(g * w, xhat, rstd, mask, D, CENTRED) + tl.load(gy + at, mask=mask, other=0.0)
+        if L > 1:
+            parity = (start // C) % 2
+            tl.store(ring + (((l * 2 + parity) * C + r) * B + b) * D + c, out, mask=mask & (l > 0))
+        tl.store(gx + (b * n + i) * D + c, out, mask=mask & (l == 0))
+    to = partial + (l * PARTS + part) * D + c
+    tl.store(to, tl.load(to, mask=c < D, other=0.0) + total, mask=c < D)
 
 
 @triton.jit
@@ -989,7 +1026,7 @@ def norm_weight_gradient(
 ):  # fmt: skip
     """Add to partial (L, PARTS, W) the sums over a chunk's rows of g times the normalised x.
 
-    A row holds per_row vectors of width W. SOURCE: 0 x is a chunk's buffer, 1 the layer's inputs, 2 its outputs.
+    A row holds per_row vectors of width W. SOURCE: 0 x is a chunk's buffer, 1 the layer's outputs.
     """
     part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
@@ -1007,11 +1044,7 @@ def norm_weight_gradient(
         else:
             i, b = start + row // B, row % B
             mask = mask & (i < n)[:, None]
-            if SOURCE == 1:
-                source = input_row(table, l, 0, 0, B, W)
-            else:
-                source = output_row(table, l, 0, 0, B, W)
-            at = source + (b * n + i)[:, None] * W + c[None, :]
+            at = output_row(table, l, 0, 0, B, W) + (b * n + i)[:, None] * W + c[None, :]
         u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if BIAS:
             u += tl.load(bias + l * bias_stride + (sub * W)[:, None] + c[None, :], mask=mask, other=0.0)

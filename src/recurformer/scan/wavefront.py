@@ -1,0 +1,41 @@
+"""Several recurrent layers at once (design: wavefront): layer l works on a chunk while layer l - 1 works on the next.
+
+One layer leaves a GPU idle when the batch is small: its products have few rows, and each waits for the one before. A
+stack of L layers needs L times as many of them, but those of different layers are independent as soon as layer l stays
+a chunk behind layer l - 1. They become one batched product, so that N + (L - 1) C steps take the place of N L, forward
+and backward. The work is that of `recurformer.scan.fused`, whose kernels take a stack; its order is what is new here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from recurformer.scan.fused import stack_scan
+
+if TYPE_CHECKING:
+    from recurformer.model import LayerMaths, Layout
+
+CHUNK = 16  # positions that a layer is behind the one below: fewer fill the stack faster, more save kernel launches
+
+
+def wavefront_scan(
+    x: Tensor,
+    layers: Sequence[LayerMaths],
+    layout: Layout,
+    past: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    **options: Any,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Outputs of the last of consecutive recurrent layers and the persistent pairs of each.
+
+    Args:
+        x: (B, N, D), the first layer's inputs.
+        layers: maths and weights, all of one shape.
+        layout, past: as `recurformer.scan.fused.stack_scan`, whose options are taken too.
+
+    Returns:
+        z (B, N, D), and keys and values (B, G, N, K) of each layer.
+    """
+    return stack_scan(x, layers, layout, past, **{"chunk": CHUNK, **options})
