@@ -102,6 +102,7 @@ class Engine:
             "HB": triton.next_power_of_2(H), "GB": triton.next_power_of_2(G), "KB": triton.next_power_of_2((K + 1) // 2),
         }  # fmt: skip
         self.warps = 4 if D <= 1024 else 8
+        self.parts = min(PARTS, shape.C * shape.B)
         self.schedule = Schedule(shape.C, 0, None, shape.S)
 
     def fresh(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -377,7 +378,7 @@ class Engine:
         found = {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv", "kv", "o", "up", "down")}
         for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
             if self.norm or name in ("attention_norm", "mlp_norm"):
-                found[name] = self.fresh(L, PARTS, getattr(w, name).shape[1], dtype=f32)
+                found[name] = self.fresh(L, self.parts, getattr(w, name).shape[1], dtype=f32)
         if config.attention_bias:
             found |= {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv_bias", "kv_bias", "o_bias")}
         if config.mlp_bias:
@@ -456,9 +457,9 @@ class Engine:
             self.eps, **self.size, H=self.H, **self.heads, HB=k["HB"], NORM=self.norm,
         )  # fmt: skip
         self.product(b["g_raw"].flatten(1, 2), w.qkv, b["g_hx"].flatten(1, 2), transposed=False)
-        kernels.input_gradient[(PARTS, L)](
+        kernels.input_gradient[(self.parts, L)](
             self.table, b["ring"], b["g_hx"], w.attention_norm, b["gy"], self.gradients["attention_norm"], B, self.eps,
-            **self.size, **row, PARTS=PARTS,
+            **self.size, **row, PARTS=self.parts,
         )  # fmt: skip
         self.weight_gradients()
 
@@ -516,9 +517,9 @@ class Engine:
             W = g[name].shape[2]
             WB = triton.next_power_of_2(W)
             tile = max(1, 4096 // WB)
-            kernels.norm_weight_gradient[(PARTS, L)](
+            kernels.norm_weight_gradient[(self.parts, L)](
                 self.table, x, grad, w.qkv_bias if bias is None else bias, g[name], C * B, per_row, x.stride(2),
-                grad.stride(2), B, self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=PARTS, SOURCE=source,
+                grad.stride(2), B, self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=self.parts, SOURCE=source,
                 CENTRED=self.centred, BIAS=bias is not None, bias_stride=0 if bias is None else bias.stride(0),
                 num_warps=4,
             )  # fmt: skip
