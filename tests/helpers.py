@@ -11,13 +11,13 @@ from torch import Tensor
 
 from recurformer import LanguageModel, ModelConfig
 from recurformer.model import Layer
-from recurformer.scan import SCANS
+from recurformer.scan import GPU_SCANS, SCANS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 V = 97  # vocabulary of the tiny models
 
 # Every exact algorithm that runs on a CPU, present and future.
-CPU_SCANS = tuple(name for name in SCANS if name != "fused")
+CPU_SCANS = tuple(name for name in SCANS if name not in GPU_SCANS)
 every_scan = pytest.mark.parametrize("scan", CPU_SCANS)
 
 # Largest absolute difference that counts as equal, by dtype.

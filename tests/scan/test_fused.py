@@ -1,0 +1,189 @@
+"""The fused scan's kernels in Triton's interpreter: every gradient against the definition, alone and as a stack.
+
+The same code runs compiled in tests/test_cuda.py. Chunks and leaves are made tiny here, so that a few positions meet
+every kernel: pulls and pushes, several leaves, a last chunk that is not full.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import layer_of, random_tokens, relative_rms, tiny
+from torch import Tensor
+
+from recurformer import KVCache, LanguageModel, ModelConfig
+from recurformer.model import LayerMaths, Layout
+from recurformer.scan import choose_scan
+from recurformer.scan.fused import stack_scan
+from recurformer.scan.reference import reference_scan
+from recurformer.scan.wavefront import wavefront_scan
+
+interpreter = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="needs Triton, and a machine without a GPU, where its interpreter takes the place of the compiler",
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield
+    from recurformer.scan.fused import engine
+
+    engine._engines.clear()
+
+
+def small(**options: Any) -> LanguageModel:
+    return tiny(**{"d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 12, **options})
+
+
+def compare(
+    model: LanguageModel,
+    length: int,
+    limit: float,
+    *,
+    batch: int = 1,
+    past: int = 0,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> None:
+    """Outputs, pairs and every gradient of the model's layers as a stack, within `limit` of the definition's, relative.
+
+    The definition runs in float64.
+    """
+    cache = None
+    if past:
+        cache = KVCache(model.config, batch)
+        with torch.no_grad():
+            model(random_tokens(batch, past, seed=5), cache=cache)
+    layout = model._layout(batch, length, mask, documents, cache)
+    pairs = [None if cache is None else cache.past(l) for l in range(len(model.layers))]
+    draw = torch.Generator().manual_seed(7)
+    x, weight = (torch.randn(batch, length, model.config.d_model, generator=draw) for _ in range(2))
+
+    def outcome(layers: list[LayerMaths], x: Tensor, layout: Layout, exact: bool) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        if exact:
+            z, made = x, []
+            for maths, p in zip(layers, pairs, strict=True):
+                z, k, v = reference_scan(z, maths, layout, None if p is None else (p[0].double(), p[1].double()))
+                made.append((k, v))
+        else:
+            z, made = stack_scan(x, layers, layout, pairs if past else None, **options)
+        (z * weight).sum().backward()
+        assert x.grad is not None
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return [t.detach().double() for t in (z, x.grad, *(t for pair in made for t in pair), *gradients)]
+
+    found = outcome([layer_of(model, l).maths(dtype) for l in range(len(model.layers))], x, layout, False)
+    model.double()
+    exact_layout = model._layout(batch, length, mask, documents, cache)
+    expected = outcome([layer_of(model, l).maths() for l in range(len(model.layers))], x.double(), exact_layout, True)
+    assert len(found) == len(expected)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert relative_rms(one, other) <= limit, index
+
+
+@interpreter
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({}, {"length": 9, "chunk": 4, "leaf": 2}),
+        ({"position": "rope", "n_kv_heads": 1, "head_dim": 6}, {"length": 3, "batch": 2, "past": 2, "save": "minimal"}),
+        (
+            {"norm": "layer", "qk_norm": "full", "activation": "swiglu", "attention_bias": True, "mlp_bias": True,
+             "n_heads": 3, "head_dim": 5, "position": "none"},
+            {"length": 3},
+        ),
+    ],
+    ids=["pulls and pushes", "rope, a past, shared heads", "full norm, swiglu, biases, odd width"],
+)  # fmt: skip
+def test_a_layer_equals_the_definition(interpreted: None, options: dict[str, Any], settings: dict[str, Any]) -> None:
+    compare(small(**options), limit=1e-5, **{"chunk": 4, "leaf": 4, **settings})
+
+
+@interpreter
+def test_pads_and_documents_equal_the_definition(interpreted: None, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("poisoned_memory")
+    mask = torch.tensor([[True, False, True, True, True, True], [True, True, True, True, False, True]])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [2, 3, 3, 3, 3, 3]])
+    compare(small(), 6, 1e-5, batch=2, mask=mask, documents=documents, chunk=4, leaf=2)
+
+
+@interpreter
+def test_a_stack_of_layers_equals_one_after_the_other(interpreted: None) -> None:
+    compare(small(n_layers=2), 5, 1e-5, chunk=2, leaf=2)
+
+
+@interpreter
+def test_half_precision_with_the_activation_inside_the_products(interpreted: None) -> None:
+    # float16, for the interpreter multiplies bfloat16 matrices wrongly.
+    compare(small(activation="gelu_tanh"), 3, 1e-2, dtype=torch.float16, chunk=4, leaf=4)
+
+
+@interpreter
+def test_a_model_runs_it_and_fills_its_cache(interpreted: None) -> None:
+    model = small(n_layers=2)
+    tokens = random_tokens(1, 3)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=True)
+        model.scan = "wavefront"
+        found = model(tokens, use_cache=True)
+    assert relative_rms(found.logits, expected.logits) <= 1e-5
+    for layer in range(2):
+        for one, other in zip(found.cache.past(layer), expected.cache.past(layer), strict=True):
+            assert relative_rms(one, other) <= 1e-5
+
+
+# --- what can't run says so ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fused", "wavefront"])
+def test_without_a_gpu_the_error_names_what_runs(name: str) -> None:
+    model = tiny()
+    model.scan = name
+    with pytest.raises(ValueError, match="can't run: .*model.scan = 'tiled'"):
+        model(random_tokens(1, 4))
+
+
+def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("recurformer.scan.fused.has_triton", lambda: True)
+    model = small()
+    maths, layout = layer_of(model, 0).maths(), model._layout(1, 2, None, None, None)
+    x = torch.randn(1, 2, 8)
+    with pytest.raises(ValueError, match="chunk is 12; it must be a power of two"):
+        stack_scan(x, [maths], layout, chunk=12)
+    with pytest.raises(ValueError, match="leaf is 3; it must be a power of two"):
+        wavefront_scan(x, [maths], layout, leaf=3)
+    with pytest.raises(ValueError, match="save is 'some'"):
+        stack_scan(x, [maths], layout, save="some")
+    with pytest.raises(ValueError, match="compute dtype is torch.float64"):
+        stack_scan(x.double(), [layer_of(model.double(), 0).maths()], layout)
+    wide = ModelConfig(d_model=8, n_heads=1, head_dim=300)
+    with pytest.raises(ValueError, match="head width is 300; it must be 1 to 256"):
+        choose_scan("fused", wide, CPU)
+
+
+def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, config = torch.device("cuda"), ModelConfig()
+    monkeypatch.setattr("recurformer.scan.fused.has_triton", lambda: True)
+
+    def chosen(config: ModelConfig, **shape: int) -> str:
+        return choose_scan("auto", config, gpu, **shape)[0]  # pyright: ignore[reportArgumentType]
+
+    assert chosen(config, batch_size=512, length=512) == "fused"
+    assert chosen(config, batch_size=64, length=512) == "wavefront"
+    assert chosen(ModelConfig(layers="first:1"), batch_size=64, length=512) == "fused"
+    assert chosen(config, batch_size=1, length=1) == "tiled"
+    name, why = choose_scan("auto", config, gpu, dtype=torch.float64)
+    assert name == "tiled"
+    assert "float64" in why
