@@ -501,7 +501,8 @@ class LanguageModel(nn.Module):
 
     def _wavefront(self, x: Tensor, stack: list[int], layout: Layout, cache: KVCache | None) -> Tensor:
         """Outputs of consecutive recurrent layers; appends their new pairs to the cache when there is one."""
-        maths = [self.layers[index].maths(compute_dtype(self.embedding.weight)) for index in stack]
+        layers = [self.layers[index] for index in stack]
+        maths = [layer.maths(compute_dtype(layer.q_proj.weight)) for layer in layers if isinstance(layer, Layer)]
         past = [None if cache is None else cache.past(index) for index in stack]
         with torch.autocast(x.device.type, enabled=False):
             z, pairs = wavefront_scan(x, maths, layout, past)

@@ -150,7 +150,7 @@ def test_a_model_runs_it_and_fills_its_cache(interpreted: None) -> None:
 def test_without_a_gpu_the_error_names_what_runs(name: str) -> None:
     model = tiny()
     model.scan = name
-    with pytest.raises(ValueError, match="can't run: .*model.scan = 'tiled'"):
+    with pytest.raises(ValueError, match=r"can't run: .*model\.scan = 'tiled'"):
         model(random_tokens(1, 4))
 
 
@@ -166,7 +166,7 @@ def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) 
         wavefront_scan(x, [maths], layout, leaf=3)
     with pytest.raises(ValueError, match="save is 'some'"):
         stack_scan(x, [maths], layout, save="some")
-    with pytest.raises(ValueError, match="compute dtype is torch.float64"):
+    with pytest.raises(ValueError, match=r"compute dtype is torch\.float64"):
         stack_scan(x.double(), [layer_of(model.double(), 0).maths()], layout)
     wide = ModelConfig(d_model=8, n_heads=1, head_dim=300)
     with pytest.raises(ValueError, match="head width is 300; it must be 1 to 256"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -63,7 +64,7 @@ def choose_scan(
         if length is not None and length <= SHORT:
             return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
         kinds = config.layer_kinds
-        stacked = any(pair == ("recurrent", "recurrent") for pair in zip(kinds, kinds[1:], strict=False))
+        stacked = ("recurrent", "recurrent") in pairwise(kinds)
         if stacked and batch_size is not None and batch_size <= WAVEFRONT_ROWS:
             return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
         return "fused", "Triton kernels and CUDA graphs, one layer after the other"

@@ -48,9 +48,13 @@ def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | Non
     if torch.version.hip:
         return "the GPU is not NVIDIA's; model.scan = 'tiled' runs anywhere"
     if config.head_width > MAX_HEAD_WIDTH:
-        return f"the head width is {config.head_width}; it must be 1 to {MAX_HEAD_WIDTH}, model.scan = 'tiled' takes any"
+        return (
+            f"the head width is {config.head_width}; it must be 1 to {MAX_HEAD_WIDTH}, model.scan = 'tiled' takes any"
+        )
     if dtype is not None and dtype not in DTYPES:
-        return f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, model.scan = 'tiled' takes any"
+        return (
+            f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, model.scan = 'tiled' takes any"
+        )
     return None
 
 
@@ -116,10 +120,11 @@ def stack_scan(
         pairs = B * N * (config.n_heads + 2 * config.kv_heads) * config.head_width * first.compute_dtype.itemsize
         total = torch.cuda.get_device_properties(x.device).total_memory if x.device.type == "cuda" else 2**36
         save = "all" if pairs <= total // KEEP_PART else "minimal"
+    segmented = layout.valid is not None or layout.documents is not None
     shape = Shape(
         replace(config, n_layers=1, layers="recurrent", vocab_size=1, vocab_multiple=1, residual_scale="none"),
-        len(layers), B, chunk, leaf, first.compute_dtype, x.device, layout.valid is not None or layout.documents is not None,
-        differentiable, config.branch_scale,
+        len(layers), B, chunk, leaf, first.compute_dtype, x.device, segmented, differentiable,
+        config.branch_scale,
     )  # fmt: skip
     call = Call(shape, layout, list(past) if past is not None else [None] * len(layers), save == "all", names, config)
     z, keys, values = StackScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
@@ -132,7 +137,14 @@ class Call:
     def __init__(
         self, shape: Any, layout: Layout, past: list[Past], keep: bool, names: list[str], config: ModelConfig
     ) -> None:
-        self.shape, self.layout, self.past, self.keep, self.names, self.config = shape, layout, past, keep, names, config
+        self.shape, self.layout, self.past, self.keep, self.names, self.config = (
+            shape,
+            layout,
+            past,
+            keep,
+            names,
+            config,
+        )
 
     def layers(self, tensors: Sequence[Tensor | None]) -> list[LayerMaths]:
         from recurformer.model import LayerMaths
@@ -199,7 +211,7 @@ class Entries:
 def segments(layout: Layout, B: int, C: int, chunks: int) -> dict[str, Tensor]:
     """Who sees whom as integers: a query sees earlier keys of its own segment; pads are keys of none.
 
-    FIRST and LAST, (B, chunks): the first slot that a chunk's queries see, and the end of the queries that see its keys.
+    FIRST and LAST, (B, chunks): the first slot that a chunk's queries see, and the end of those that see its keys.
     """
     P, N, device = layout.past, layout.length, layout.positions.device
     M = P + N
@@ -255,7 +267,9 @@ class StackScan(torch.autograd.Function):
         if shape.keep:
             # Outputs of the inner layers belong to this function alone; the last one's are what it returns.
             inner = z[:-1] if shape.L > 1 else None
-            ctx.save_for_backward(x, inner, z[-1], kept["A"], kept["LSE"], *((q, kv) if call.keep else (None, None)), *tensors)
+            ctx.save_for_backward(
+                x, inner, z[-1], kept["A"], kept["LSE"], *((q, kv) if call.keep else (None, None)), *tensors
+            )
         ctx.call = call
         ctx.mark_non_differentiable(keys, values)
         ctx.set_materialize_grads(False)

@@ -19,13 +19,14 @@ import triton
 from torch import Tensor
 
 from recurformer.config import ModelConfig
-from recurformer.scan.fused import kernels
+from recurformer.scan.fused import kernels as triton_kernels
 from recurformer.scan.schedule import Schedule
+
+kernels: Any = triton_kernels  # the types of a launch are Triton's to check, when it compiles
 
 ENGINES = 8  # kept with their graphs, least recently used ones go
 ATTEND, RECEIVE = (2, 1, 2), (2, 1, 2)  # heads, warps and rows at a time of the two kernels that every position needs
 ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
-FUSE_BACKWARD = True
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
 THIN = 16  # rows up to which a product is bound by reading its weights
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
@@ -99,7 +100,8 @@ class Engine:
         )  # fmt: skip
         self.blocks = {
             "D": D, "DB": triton.next_power_of_2(D), "K": K, "G": G,
-            "HB": triton.next_power_of_2(H), "GB": triton.next_power_of_2(G), "KB": triton.next_power_of_2((K + 1) // 2),
+            "HB": triton.next_power_of_2(H), "GB": triton.next_power_of_2(G),
+            "KB": triton.next_power_of_2((K + 1) // 2),
         }  # fmt: skip
         self.warps = 4 if D <= 1024 else 8
         self.parts = min(PARTS, shape.C * shape.B)
@@ -176,8 +178,8 @@ class Engine:
         if rows <= THIN and transposed and self.shape.dtype.itemsize == 2:
             width, bn = weight.shape[1], 32 if weight.shape[1] * L <= 2**15 else 64
             kernels.product_thin[(triton.cdiv(width, bn), L)](
-                a, weight, out, rows, a.stride(0), weight.stride(0), out.stride(0), IN=a.shape[2], OUT=width, BM=16, BN=bn, BK=128,
-                num_warps=4, num_stages=4,
+                a, weight, out, rows, a.stride(0), weight.stride(0), out.stride(0), IN=a.shape[2], OUT=width, BM=16,
+                BN=bn, BK=128, num_warps=4, num_stages=4,
             )  # fmt: skip
             return
         weight = weight.transpose(1, 2) if transposed else weight
@@ -380,7 +382,9 @@ class Engine:
             if self.norm or name in ("attention_norm", "mlp_norm"):
                 found[name] = self.fresh(L, self.parts, getattr(w, name).shape[1], dtype=f32)
         if config.attention_bias:
-            found |= {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv_bias", "kv_bias", "o_bias")}
+            found |= {
+                name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv_bias", "kv_bias", "o_bias")
+            }
         if config.mlp_bias:
             found |= {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("up_bias", "down_bias")}
         return found
@@ -484,7 +488,7 @@ class Engine:
             self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], r, B, s, self.eps, **self.size,
             **row,
         )  # fmt: skip
-        if self.fused_activation and FUSE_BACKWARD:
+        if self.fused_activation:
             self.product_activated(b["sgz"][:, r], w.down, b["up"][:, r], b["g_up"][:, r], True)
         else:
             self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
@@ -504,7 +508,7 @@ class Engine:
         """Add a chunk's part to the gradients of all weights."""
         b, w, g, shape = self.backward_buffers, self.w, self.gradients, self.shape
         L, B, C = shape.L, shape.B, shape.C
-        HK, GK = self.H * self.K, self.G * self.K
+        HK = self.H * self.K
         for name, out, inputs in (
             ("qkv", "g_raw", "h_x"), ("kv", "g_pair", "h_z"), ("o", "sgy", "a"), ("up", "g_up", "h_y"),
             ("down", "sgz", "inner"),

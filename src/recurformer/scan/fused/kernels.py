@@ -1,3 +1,6 @@
+# Triton compiles this; to a type checker it is no Python.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false
 """Triton kernels of the fused scan: attention between blocks, and everything between two matrix products.
 
 They work on L stacked layers, of which layer l handles chunk w - l at step w (backward: the mirror image); one layer by
@@ -148,9 +151,7 @@ def normalised_heads(u1, u2, m1, m2, width: tl.constexpr, eps, FULL: tl.constexp
 
 
 @triton.jit
-def head_weights(
-    weight, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr, FULL: tl.constexpr
-):
+def head_weights(weight, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr, FULL: tl.constexpr):
     """A QK-norm's weight as two halves: of width heads K, or K and shared by the heads."""
     h, c = tl.arange(0, HB)[:, None], tl.arange(0, KB)[None, :]
     half: tl.constexpr = (K + 1) // 2
@@ -410,8 +411,9 @@ def absorb(
 
 @triton.jit
 def attend(
-    table, m_state, l_state, acc_state, slopes, out, lse_out, r, B, scale, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, RB: tl.constexpr, KEEP: tl.constexpr,
+    table, m_state, l_state, acc_state, slopes, out, lse_out, r, B, scale, L: tl.constexpr, C: tl.constexpr,
+    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr,
+    RB: tl.constexpr, KEEP: tl.constexpr,
     ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """Attention output of one position: its state, the pairs of its own leaf, and its temporary pair in its own slot.
@@ -629,8 +631,8 @@ def keys_receive(
 ):  # fmt: skip
     """Gradients that queries send to the pairs k0 ... of the chunk, into gkv (L, C, B, 2 G K), float32.
 
-    PULL: all queries behind the chunk, and gkv starts here; else queries q0 ... of the chunk, whose ga is in the chunk's
-    buffer and whose delta is made here.
+    PULL: all queries behind the chunk, and gkv starts here; else queries q0 ... of the chunk, whose ga is in the
+    chunk's buffer and whose delta is made here.
     """
     b, g, l = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, True)
@@ -668,7 +670,7 @@ def keys_receive(
         i = i0 + tl.arange(0, BM)
         in_q = i < last
         mask_q = in_q[:, None] & (c < K)[None, :]
-        for head in range(H // G):
+        for head in tl.static_range(H // G):  # unrolled: the loop around it is then fetched ahead
             h = g * (H // G) + head
             slope = tl.load(slopes + h) if ALIBI else 0.0
             place = (l * whole + i) * B + b
