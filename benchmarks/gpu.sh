@@ -12,7 +12,6 @@ sections=${*:-layer wide stack long model prefill traffic}
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 known() { # those of a list of scans that exist here
     $python - "$1" <<'PYTHON'

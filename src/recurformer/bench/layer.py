@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DTYPES = ("fp32", "bf16")
+OFFICIAL = {"official": "recurrent", "official standard": "sequential"}  # rows, and its names of these blocks
 OFFICIAL_DEVICES = ("cuda",)  # its code says so in many places
 PASSES = ("forward", "both")  # of the measurements: without gradients, and forward and backward
 
@@ -114,8 +115,7 @@ def bench_layer(settings: LayerSettings, progress: Callable[[str, int, int], Non
         progress: called with what is being done, measurements done and measurements in all.
     """
     s, device = settings, torch.device(settings.device)
-    names = [f"recurrent {scan}" for scan in dict.fromkeys(s.scans)]
-    names += ["standard"] * s.standard + ["official recurrent", "official sequential"] * (s.official is not None)
+    names = [*dict.fromkeys(s.scans), *["standard"] * s.standard, *(OFFICIAL if s.official is not None else ())]
     passes = PASSES if s.backward else PASSES[:1]
     rows: list[dict[str, Any]] = []
     for done, name in enumerate(names):
@@ -126,7 +126,7 @@ def bench_layer(settings: LayerSettings, progress: Callable[[str, int, int], Non
             try:
                 row |= _measure(s, name, which, device)
             except torch.OutOfMemoryError:
-                row["failed"] = "out of memory"
+                row["failed"] = "no memory"
             release(device)
         rows.append(row)
     notes = [f"{row['path']}: {row['how']}" for row in rows if row.get("how")]
@@ -144,7 +144,7 @@ def _measure(s: LayerSettings, name: str, which: str, device: torch.device) -> d
     with torch.set_grad_enabled(gradients):
         with peak_memory_of(device) as peak:
             gradient = torch.randn(s.batch_size, s.length, s.d_model, device=device) if gradients else None
-            subject = _official(s, name, device) if name.startswith("official") else _ours(s, name, device)
+            subject = _official(s, OFFICIAL[name], device) if name in OFFICIAL else _ours(s, name, device)
 
             def prepare(number: int) -> Work:
                 subject.clear()
@@ -184,7 +184,7 @@ def _pool(s: LayerSettings, device: torch.device) -> Callable[[int], Tensor]:
 
 
 def _ours(s: LayerSettings, name: str, device: torch.device) -> Subject:
-    kind, _, scan = name.partition(" ")
+    scan, kind = ("", name) if name == "standard" else (name, "recurrent")
     model = build_model(s.config(kind), device, scan or "auto", s.compile)
     why = ""
     if scan:
@@ -218,11 +218,10 @@ def _ours(s: LayerSettings, name: str, device: torch.device) -> Subject:
     return Subject(forward_layer, _pool(s, device), clear, 1, parameters, why)
 
 
-def _official(s: LayerSettings, name: str, device: torch.device) -> Subject:
+def _official(s: LayerSettings, kind: str, device: torch.device) -> Subject:
     from recurformer.bench.official import load_block
 
     assert s.official is not None
-    kind = name.split()[1]
     block = load_block(s.official, kind, s.batch_size, s.length, s.d_model, s.n_heads, device)
 
     def clear() -> None:
@@ -256,7 +255,7 @@ def show_layer(results: dict[str, Any], console: Console) -> None:
             entries += [
                 milliseconds(row.get(f"{part}_layer_s")),
                 spread(row, part, row.get("layers", 1)),
-                "-" if position is None else f"{position:,.1f}",
+                "-" if position is None else f"{position:,.{1 if position < 1000 else 0}f}",
             ]
         peak = row.get(f"{which}_peak_bytes")
         entries += [

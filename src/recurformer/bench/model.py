@@ -117,7 +117,7 @@ def bench_model(settings: ModelSettings, progress: Callable[[str, int, int], Non
         try:
             row |= _measure(s, s.training(preset, kind, size, recompute), device)
         except torch.OutOfMemoryError:
-            row["failed"] = "out of memory"
+            row["failed"] = "no memory"
         release(device)
         rows.append(row)
     for preset, kind in s.models():

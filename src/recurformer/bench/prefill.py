@@ -101,14 +101,14 @@ def bench_prefill(settings: PrefillSettings, progress: Callable[[str, int, int],
     """
     s, device = settings, torch.device(settings.device)
     bandwidth = copy_bandwidth(device)
-    paths = [f"recurrent {scan}" for scan in dict.fromkeys(s.scans)] + ["standard"] * s.standard
+    paths = [*dict.fromkeys(s.scans), *["standard"] * s.standard]
     plan = [(preset, path) for preset in dict.fromkeys(s.presets) for path in paths]
     rows: list[dict[str, Any]] = []
     notes = []
     for done, (preset, path) in enumerate(plan):
         if progress is not None:
             progress(f"{preset} {path}", done, len(plan))
-        kind, _, scan = path.partition(" ")
+        scan, kind = ("", path) if path == "standard" else (path, "recurrent")
         config = ModelConfig.preset(preset, layers=kind)
         row: dict[str, Any] = {"preset": preset, "path": path}
         if kind == "recurrent":
@@ -120,7 +120,7 @@ def bench_prefill(settings: PrefillSettings, progress: Callable[[str, int, int],
             if kind == "recurrent":
                 row["of_limit"] = row["tokens_per_s"] / row["limit_tokens_per_s"]
         except torch.OutOfMemoryError:
-            row["failed"] = "out of memory"
+            row["failed"] = "no memory"
         release(device)
         rows.append(row)
     facts = {"settings": asdict(s), "machine": machine(), "copy_bytes_per_s": bandwidth, "rows": rows, "notes": notes}

@@ -174,7 +174,8 @@ def profile(ncu: str, s: MeasureSettings, length: int) -> float:
         command = [
             ncu, "--metrics", METRIC, "--csv", "--print-units", "base", "--log-file", str(log),
             "--replay-mode", s.replay, "--cache-control", "none", "--clock-control", "none",
-            "--profile-from-start", "off", "--target-processes", "application-only",
+            "--target-processes", "application-only",
+            *(("--profile-from-start", "off") if s.replay == "kernel" else ()),  # a range begins where it begins
             sys.executable, "-m", "recurformer.bench.profiled", json.dumps({**asdict(s), "length": length}),
         ]  # fmt: skip
         try:
