@@ -18,7 +18,7 @@ from recurformer.scan import SCAN_CHOICES, SCANS
 
 out, official = sys.argv[1:]
 gpu = torch.cuda.is_available()
-layers = ",".join(name for name in SCANS if name != "reference")
+layers = ",".join(name for name in SCANS if name not in ("reference", "wavefront"))
 stacks = ",".join(name for name in SCAN_CHOICES if name not in ("auto", "reference"))
 N = 128 if gpu else 16  # FlexAttention begins at 128
 small = ["--d-model", "128", "--n-heads", "2", "--batch-size", "4", "--length", str(N), "--repeats", "2", "--warmup", "2"]

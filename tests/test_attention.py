@@ -155,6 +155,12 @@ def test_compiled_layers_give_the_same_and_share_their_graphs(shape: str, eager_
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_decoding_compiles_nothing(eager_compiler: list[Any]):
+    fused = compile_layers(tiny(layers="standard"))
+    fused.generate(random_tokens(2, 5), 3, seed=1)
+    assert eager_compiler == []
+
+
 @pytest.mark.usefixtures("eager_compiler")
 def test_a_bounded_number_of_compilations_over_lengths():
     fused = compile_layers(tiny(layers="standard"))

@@ -130,7 +130,7 @@ def test_where_the_fused_loss_runs(monkeypatch: pytest.MonkeyPatch):
     name, why = choose_loss(torch.device("cuda"))
     assert (name, "recurformer[gpu]" in why) == ("chunked", True)
     monkeypatch.setattr(loss, "liger_loss", lambda: object())
-    monkeypatch.setattr(loss.metadata, "version", lambda name: "1.2.3")
+    monkeypatch.setattr(loss, "liger_version", lambda: "1.2.3")
     assert choose_loss(torch.device("cuda")) == (
         "fused", "liger-kernel 1.2.3: logits and their gradient in one pass, by blocks"
     )  # fmt: skip

@@ -28,6 +28,15 @@ def liger_loss() -> Any:
     return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
 
 
+@cache
+def liger_version() -> str:
+    """Of the installed package, "" when it does not say."""
+    try:
+        return metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def choose_loss(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """How the loss is made where no logits are wanted, "fused" or "chunked", and why, in words.
 
@@ -41,7 +50,7 @@ def choose_loss(device: torch.device, dtype: torch.dtype = torch.float32) -> tup
         return "chunked", "the fused loss works in float32"
     if liger_loss() is None:
         return "chunked", "liger-kernel is not installed (extra: recurformer[gpu])"
-    return "fused", f"liger-kernel {metadata.version('liger-kernel')}: logits and their gradient in one pass, by blocks"
+    return "fused", f"liger-kernel {liger_version()}: logits and their gradient in one pass, by blocks"
 
 
 def fused_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

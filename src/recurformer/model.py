@@ -275,7 +275,8 @@ class Layer(nn.Module):
 
     Attributes:
         compiled: a standard layer's steps before and after attention run through torch.compile, which fuses norms,
-            activations and residuals. Recurrent layers are never compiled.
+            activations and residuals. Recurrent layers are never compiled, and nothing is where there is a cache:
+            decoding meets too many shapes.
         recompute: a standard layer keeps only its input for the backward and is evaluated again there.
     """
 
@@ -340,7 +341,7 @@ class Layer(nn.Module):
 
     def _standard(self, x: Tensor, layout: Layout, cache: KVCache | None, index: int) -> Tensor:
         before, after = LayerMaths.projections, LayerMaths.outputs
-        if self.compiled:
+        if self.compiled and cache is None:
             before, after = compiled(before), compiled(after)
         maths = self.maths(compute_dtype(self.q_proj.weight))
         with torch.autocast(x.device.type, enabled=False):

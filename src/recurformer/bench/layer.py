@@ -21,7 +21,7 @@ from recurformer.bench.timing import (
     time_runs,
 )
 from recurformer.config import OFFICIAL_OPTIONS, ModelConfig, suggest
-from recurformer.scan import SCAN_CHOICES, SCANS, choose_scan
+from recurformer.scan import SCAN_CHOICES, choose_scan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DTYPES = ("fp32", "bf16")
 OFFICIAL = {"official": "recurrent", "official standard": "sequential"}  # rows, and its names of these blocks
 OFFICIAL_DEVICES = ("cuda",)  # its code says so in many places
+STACK_SCANS = ("wavefront",)  # those that advance several layers at once
 PASSES = ("forward", "both")  # of the measurements: without gradients, and forward and backward
 
 
@@ -72,7 +73,7 @@ class LayerSettings:
         check_counts(self, "batch_size", "length", "stack", "repeats", "warmup", "inputs")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}")
-        known = SCAN_CHOICES if self.stack > 1 else ("auto", *SCANS)
+        known = tuple(name for name in SCAN_CHOICES if self.stack > 1 or name not in STACK_SCANS)
         for scan in self.scans:
             if scan not in known:
                 advice = " (it takes a stack of 2 or more)" if scan in SCAN_CHOICES else suggest(scan, known)
