@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from helpers import relative_rms
 
 from recurformer import LanguageModel, ModelConfig
+from recurformer.loss import choose_loss
+from recurformer.model import Layer
 from recurformer.scan import SCANS
 
 pytestmark = [
@@ -108,3 +111,136 @@ def test_generation_runs_and_repeats_with_its_seed() -> None:
     first, second = (model.generate(prompt, 12, seed=3) for _ in range(2))
     assert first.shape == (2, 17)
     assert torch.equal(first, second)
+
+
+# --- training: standard layers, the loss, one step -------------------------------------------------------------------
+
+
+STANDARD = {
+    "alibi": {},
+    "gqa": {"n_kv_heads": 2},
+    "official": {"norm": "layer", "qk_norm": "full", "residual_scale": "none"},
+    "rope": {"position": "rope"},
+    "width-24": {"head_dim": 24},
+    "width-80": {"head_dim": 80},
+}
+
+
+CASES = [  # each is compiled anew, which takes seconds
+    ("alibi", "plain", 300, True),
+    ("alibi", "pads", 300, False),
+    ("alibi", "documents", 128, True),
+    ("gqa", "pads", 300, True),
+    ("official", "plain", 300, False),
+    ("rope", "documents", 300, True),
+    ("width-24", "plain", 128, True),
+    ("width-80", "documents", 300, True),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "length", "bf16"), CASES)
+def test_compiled_standard_layers_match_the_definition(options: str, kind: str, length: int, bf16: bool) -> None:
+    """FlexAttention and fused element-wise steps, outputs and all gradients, against plain float64 on the CPU."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        **{"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "layers": "standard", **STANDARD[options]}
+    )
+    model = LanguageModel(config)
+    tokens, given = torch.randint(0, 97, (3, length)), {}
+    if kind == "pads":
+        given["attention_mask"] = torch.rand(3, length) > 0.3
+    if kind == "documents":
+        given["document_ids"] = (torch.rand(3, length) < 0.03).cumsum(1)
+    real = given.get("attention_mask", torch.ones(3, length, dtype=torch.bool))
+
+    def outcome(of: LanguageModel, autocast: bool) -> dict[str, torch.Tensor]:
+        device = of.embedding.weight.device
+        of.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            moved = {name: tensor.to(device) for name, tensor in given.items()}
+            out = of(tokens.to(device), targets=tokens.roll(-1, 1).masked_fill(~real, -100).to(device), **moved)
+        out.loss.backward()
+        found = {name: p.grad.double().cpu() for name, p in of.named_parameters() if p.grad is not None}
+        return {"logits": out.logits.detach().double().cpu()[real], **found}
+
+    expected = outcome(copy.deepcopy(model).double(), False)
+    plain = outcome(model.cuda(), bf16)
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        layer.compiled = True
+    found = outcome(model, bf16)
+    floor = 1e-2 * max(rms(value) for name, value in expected.items() if name != "logits")
+    for name, value in found.items():
+        assert value.isfinite().all(), name
+        scale = rms(expected[name]) + floor
+        error, own = rms(value - expected[name]) / scale, rms(plain[name] - expected[name]) / scale
+        limit = 1e-4 if not bf16 else 2e-2 if name == "logits" else max(2e-2, 1.5 * own)
+        assert error <= limit, f"{name} is off by {error:.2g}, uncompiled by {own:.2g}"
+
+
+def test_a_standard_layer_makes_no_square_bias() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=1, n_heads=4, layers="standard")).cuda()
+    N = 4096
+    with torch.autocast("cuda", torch.bfloat16):
+        model(torch.zeros(1, N, dtype=torch.int64, device="cuda")[:, :256])  # kernels are made
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model.hidden(torch.randint(0, 97, (1, N), device="cuda"), None)
+    assert torch.cuda.max_memory_allocated() - before < N * N  # a bias of 4 heads in 16 bits takes 8 N^2 bytes
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"vocab_multiple": 128}, {"vocab_multiple": 128, "tie_embeddings": True}])
+def test_the_fused_loss_is_the_plain_one(options: dict, bf16: bool) -> None:
+    if choose_loss(torch.device("cuda"))[0] != "fused":
+        pytest.skip("needs liger-kernel")
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=1000, d_model=64, n_layers=1, n_heads=4, **options)).cuda()
+    tokens, targets = torch.randint(0, 1000, (2, 4, 60), device="cuda")
+    targets[0, :20] = -100
+    outcomes = []
+    for wanted in (True, False):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss = model(tokens, targets=targets, return_logits=wanted).loss
+        assert loss.dtype == torch.float32
+        (3 * loss).backward()
+        outcomes.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    plain, fused = outcomes
+    assert not fused["embedding.weight" if model.config.tie_embeddings else "head.weight"][1000:].any()
+    for name, value in fused.items():
+        assert relative_rms(value, plain[name]) <= (2e-2 if bf16 else 1e-4), name
+
+
+def test_a_step_of_micro_batches_waits_for_the_gpu_once() -> None:
+    """Besides liger-kernel, which reads two numbers in each micro-batch."""
+    from recurformer.data.windows import Batch
+    from recurformer.training.config import TrainConfig
+    from recurformer.training.loop import World, gradient_step
+    from recurformer.training.optimizer import make_optimizer
+
+    torch.manual_seed(0)
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=97, d_model=64, n_layers=2, n_heads=4, layers="first:1"),
+        batch_size=8, micro_batch_size=2, precision="bf16",
+    )  # fmt: skip
+    model = LanguageModel(config.model).cuda()
+    optimizer = make_optimizer(model, config.optimizer)
+    tokens = torch.randint(0, 97, (8, 40))
+    batch = Batch(tokens=tokens, targets=tokens.roll(-1, 1), document_ids=None, window_ids=torch.arange(8))
+
+    def step() -> tuple[float, float, int]:
+        return gradient_step(model, optimizer, batch, config, torch.device("cuda"), World())
+
+    assert step()[2] == 8 * 40  # every target of every micro-batch is counted
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in seen if "synchroniz" in str(warning.message)]
+    allowed = 1 + (4 * 2 if choose_loss(torch.device("cuda"))[0] == "fused" else 0)
+    assert len(waits) <= allowed, waits

@@ -319,7 +319,6 @@ def bench_scan(lengths: tuple[int, ...], paths: tuple[str, ...], device: str, ou
     from pathlib import Path
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from recurformer.bench import common, scan
     from recurformer.text import pick_device
@@ -329,36 +328,185 @@ def bench_scan(lengths: tuple[int, ...], paths: tuple[str, ...], device: str, ou
     )  # fmt: skip
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)  # a name that can't be a folder fails now, not after minutes
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("start", total=None)
-        results = scan.bench_scan(
-            settings, lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-        )
+    results = _with_progress(scan.bench_scan, settings)
     scan.show_scan(results, Console())
     if out is not None:
         made = common.write(out, "scan", results, scan.draw_scan(results))
         print("\n".join(map(str, made)))
 
 
+def _with_progress(measure: Any, settings: Any) -> Any:
+    """What a benchmark returns; a bar on stderr meanwhile."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("start", total=None)
+        return measure(
+            settings, lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        )
+
+
+def _bench(name: str, measure: Any, show: Any, draw: Any, settings: Any, out: str | None) -> None:
+    """Measure, print the table on 100 columns or more, and write NAME.json and NAME.png into a folder."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from recurformer.bench import common
+
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # a name that can't be a folder fails now, not after minutes
+    results = _with_progress(measure, settings)
+    show(results, Console(width=max(100, Console().width)))
+    if out is not None:
+        print("\n".join(map(str, common.write(out, name, results, draw(results)))))
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """A list of names with commas between."""
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """A list of whole numbers with commas between."""
+    try:
+        return tuple(int(number) for number in _names(context, parameter, value))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of whole numbers; write them as 64,128") from None
+
+
+def timing_options(command):
+    """What every benchmark of a GPU has."""
+    for option in (
+        click.option("--dtype", default="bf16", help="bf16, or fp32."),
+        click.option("--repeats", default=5, type=int, help="Timed runs, of which the median counts."),
+        click.option("--warmup", default=3, type=int, help="Runs before them."),
+        click.option("--seed", default=0, type=int, help="Of weights and inputs."),
+        device_option,
+        click.option("--out", type=click.Path(), metavar="DIR", help="Folder for the numbers (JSON) and a picture."),
+    ):
+        command = option(command)
+    return command
+
+
+compile_option = click.option("--compile/--no-compile", default=None, help="Fuse element-wise steps of standard "
+                              "layers.  [default: on a GPU]")  # fmt: skip
+
+
+@bench.command("layer")
+@click.option("--batch-size", default=64, type=int, help="Sequences.")
+@click.option("--length", default=512, type=int, metavar="N", help="Positions.")
+@click.option("--d-model", default=1024, type=int, help="Width of the residual stream.")
+@click.option("--n-heads", default=16, type=int, help="Query heads.")
+@click.option("--n-kv-heads", type=int, metavar="G", help="Key-value heads.  [default: as many as query heads]")
+@click.option("--stack", default=1, type=int, metavar="L", help="Layers on top of each other; times are of one.")
+@click.option("--scans", default="auto", callback=_names, metavar="NAME,...", help="How the recurrent layer is "
+              "evaluated, a row each.")  # fmt: skip
+@click.option("--standard/--no-standard", default=True, help="Measure a standard layer beside it.")
+@click.option("--official", type=click.Path(), metavar="CHECKOUT", help="Folder with the code of "
+              "github.com/geniucos/recurrent-transformer, whose blocks are measured in the same run.")  # fmt: skip
+@click.option("--backward/--forward-only", default=True, help="Forward and backward besides the forward alone.")
+@click.option("--inputs", default=3, type=int, help="Different inputs that the runs take in turn.")
+@compile_option
+@timing_options
+def bench_layer(scans: tuple[str, ...], device: str, out: str | None, **shape: Any) -> None:
+    """One layer, or a stack of them: forward, and forward and backward, beside a standard layer."""
+    from recurformer.bench import layer
+    from recurformer.text import pick_device
+
+    settings = layer.LayerSettings(scans=scans, device=str(pick_device(device)), **shape)
+    _bench("layer", layer.bench_layer, layer.show_layer, layer.draw_layer, settings, out)
+
+
+@bench.command("model")
+@click.option("--presets", default="150m-12", callback=_names, metavar="NAME,...", help="Shapes.")
+@click.option("--kinds", default="standard,recurrent,first:1,first:3", callback=_names, metavar="KIND,...",
+              help="Of their layers.")  # fmt: skip
+@click.option("--tokens", default=262_144, type=int, help="Of one optimizer step.")
+@click.option("--length", default=512, type=int, metavar="N", help="Positions of a sequence.")
+@click.option("--micro-batch-sizes", default="64,128", callback=_sizes, metavar="B,...", help="Sequences at once, each "
+              "tried.")  # fmt: skip
+@click.option("--recompute", default="off", type=click.Choice(["off", "on", "both"]), help="Evaluate standard layers "
+              "again in the backward.")  # fmt: skip
+@click.option("--scan", default="auto", help="How recurrent layers are evaluated.")
+@compile_option
+@timing_options
+def bench_model(recompute: str, device: str, out: str | None, **options: Any) -> None:
+    """Whole optimizer steps: tokens a second of recurrent models and hybrids against the Transformer, each with its own
+    fastest micro-batch."""
+    from recurformer.bench import model
+    from recurformer.text import pick_device
+
+    again = {"off": (False,), "on": (True,), "both": (False, True)}[recompute]
+    settings = model.ModelSettings(recompute=again, device=str(pick_device(device)), **options)
+    _bench("model", model.bench_model, model.show_model, model.draw_model, settings, out)
+
+
+@bench.command("prefill")
+@click.option("--presets", default="300m-6,300m-24", callback=_names, metavar="NAME,...", help="Shapes.")
+@click.option("--scans", default="auto", callback=_names, metavar="NAME,...", help="How recurrent layers read, a row "
+              "each.")  # fmt: skip
+@click.option("--standard/--no-standard", default=True, help="Measure standard layers beside them.")
+@click.option("--length", default=2048, type=int, metavar="N", help="Positions of the prompt.")
+@click.option("--batch-size", default=1, type=int, help="Prompts.")
+@click.option("--inputs", default=3, type=int, help="Different prompts that the runs take in turn.")
+@timing_options
+def bench_prefill(device: str, out: str | None, **options: Any) -> None:
+    """Reading a prompt: tokens a second against what streaming the weights once a position allows."""
+    from recurformer.bench import prefill
+    from recurformer.text import pick_device
+
+    settings = prefill.PrefillSettings(device=str(pick_device(device)), **options)
+    _bench("prefill", prefill.bench_prefill, prefill.show_prefill, prefill.draw_prefill, settings, out)
+
+
 @bench.command("traffic")
+@click.option("--measure", is_flag=True, help="Read what a GPU's memory really moves, with NVIDIA's profiler ncu.")
 @click.option("--length", "lengths", multiple=True, type=int, metavar="N", help="Positions; may be repeated.  "
-              "[default: powers of two from 64 to 65536]")  # fmt: skip
-@click.option("--batch-size", default=1, type=int, help="Sequences.")
+              "[default: powers of two from 64 to 65536; measured: 256 to 4096]")  # fmt: skip
+@click.option("--batch-size", type=int, help="Sequences.  [default: 1; measured: 16]")
 @click.option("--n-heads", default=16, type=int, help="Query heads.")
 @click.option("--n-kv-heads", type=int, metavar="G", help="Key-value heads.  [default: as many as query heads]")
 @click.option("--head-dim", default=64, type=int, help="Width of a head.")
 @click.option("--element-bytes", default=2, type=int, help="Of queries, keys, values and outputs.")
 @click.option("--chunk", type=int, metavar="C", help="Positions of a chunk, a power of two.  [default: pure tiling]")
 @click.option("--leaf", default=1, type=int, help="Positions that read each other directly, a power of two.")
+@click.option("--scan", default="fused", help="Measured: how the layer is evaluated, in pure tiling.")
+@click.option("--backward/--forward-only", default=False, help="Measured: forward and backward.")
+@click.option("--replay", default="app-range", help="Measured: ncu reads the counters around the whole scan, or around "
+              "every kernel (kernel: slow).")  # fmt: skip
 @click.option("--out", type=click.Path(), metavar="DIR", help="Folder for traffic.json and traffic.png.")
-def bench_traffic(lengths: tuple[int, ...], out: str | None, **shape: Any) -> None:
-    """Modelled HBM traffic of a recurrent layer's attention, naive against tiled, over the length."""
+def bench_traffic(
+    measure: bool,
+    lengths: tuple[int, ...],
+    batch_size: int | None,
+    scan: str,
+    backward: bool,
+    replay: str,
+    out: str | None,
+    **shape: Any,
+) -> None:
+    """HBM traffic of a recurrent layer over the length: of its attention, modelled, naive against tiled; with --measure
+    the DRAM bytes of one layer in bf16 in pure tiling, and how they grow."""
     from rich.console import Console
 
     from recurformer.bench import common, traffic
 
-    settings = traffic.TrafficSettings(**({"lengths": lengths} if lengths else {}), **shape)
+    given: dict[str, Any] = {"lengths": lengths} if lengths else {}
+    given |= {"batch_size": batch_size} if batch_size is not None else {}
+    if measure:
+        if (shape["n_kv_heads"], shape["element_bytes"], shape["chunk"], shape["leaf"]) != (None, 2, None, 1):
+            raise ValueError("--measure is of pure tiling in bf16; drop --n-kv-heads, --element-bytes, --chunk, --leaf")
+        settings = traffic.MeasureSettings(
+            n_heads=shape["n_heads"], head_dim=shape["head_dim"], scan=scan, backward=backward, replay=replay, **given
+        )
+        name = f"traffic-measured{'-backward' if backward else ''}"
+        _bench(name, traffic.measure_traffic, traffic.show_measured, traffic.draw_measured, settings, out)
+        return
+    settings = traffic.TrafficSettings(**given, **shape)
     results = traffic.bench_traffic(settings)
     traffic.show_traffic(results, Console())
     if out is not None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from recurformer.attention import choose_attention
 from recurformer.config import PRESETS, ModelConfig, suggest
+from recurformer.loss import choose_loss
 from recurformer.report import kind_of, parameters
 from recurformer.scan import choose_scan
 from recurformer.version import __version__
@@ -59,13 +61,15 @@ def describe(target: str, layers: str | None = None) -> dict[str, Any]:
         "kv_bytes_per_token_16_bit": config.kv_bytes_per_token(2),
         "kv_bytes_per_token_32_bit": config.kv_bytes_per_token(4),
     }
-    facts["scan"] = {str(device): asdict(chosen_scan(config, device)) for device in devices()}
+    choosers = {"scan": chosen_scan, "attention": chosen_attention, "loss": chosen_loss}
+    for what, choose in choosers.items():
+        facts[what] = {str(device): asdict(choose(config, device)) for device in devices()}
     return facts
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The scan that `auto` picks, and why."""
+    """One of several ways to compute the same, and why it is the one."""
 
     name: str
     why: str
@@ -76,6 +80,18 @@ def chosen_scan(config: ModelConfig, device: torch.device) -> Choice:
     if "recurrent" not in config.layer_kinds:
         return Choice("none", "the model has no recurrent layer")
     return Choice(*choose_scan("auto", config, device))
+
+
+def chosen_attention(config: ModelConfig, device: torch.device) -> Choice:
+    """How standard layers attend on a device."""
+    if "standard" not in config.layer_kinds:
+        return Choice("none", "the model has no standard layer")
+    return Choice(*choose_attention(config, device))
+
+
+def chosen_loss(_: ModelConfig, device: torch.device) -> Choice:
+    """How training takes its loss on a device."""
+    return Choice(*choose_loss(device))
 
 
 def devices() -> list[torch.device]:
@@ -146,8 +162,10 @@ def show(facts: dict[str, Any]) -> None:
     )
     half, full = facts["kv_bytes_per_token_16_bit"], facts["kv_bytes_per_token_32_bit"]
     _lines("KV cache", f"{half:,} bytes a token in 16 bits, {full:,} in 32")
-    for device, choice in facts["scan"].items():
-        _lines(f"scan on {device}", f"{choice['name']}: {choice['why']}")
+    for what in ("scan", "attention", "loss"):
+        for device, choice in facts[what].items():
+            where = "" if choice["name"] == "none" else f" on {device}"
+            _lines(what, f"{choice['name']}{where}: {choice['why']}")
 
 
 def show_presets() -> None:

@@ -14,6 +14,7 @@ D width, F MLP width, H query heads, G key-value heads, K head width, V vocabula
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recurformer.attention import biased_scores, compiled, flex, flex_applies, visible_blocks
 from recurformer.cache import KVCache
 from recurformer.config import LayerKind, ModelConfig
+from recurformer.loss import IGNORE, choose_loss, fused_loss
 from recurformer.scan import SCAN_CHOICES, choose_scan, scan_by_name
 from recurformer.scan.wavefront import wavefront_scan
 
-IGNORE = -100  # the target that counts for nothing
 LOGITS_AT_ONCE = 2**25  # elements; above this the loss without logits works in chunks that are recomputed backward
 
 
@@ -154,6 +156,11 @@ class Layout:
         """`bias` of all N queries and M keys, made once for all layers."""
         return self.bias(slice(0, self.length), slice(0, self.past + self.length))
 
+    @cached_property
+    def flex(self) -> tuple[Any, Any]:
+        """`bias` and `visible` as FlexAttention takes them, made once for all layers."""
+        return biased_scores(self), visible_blocks(self)
+
 
 # --- one layer -------------------------------------------------------------------------------------------------------
 
@@ -209,6 +216,11 @@ class LayerMaths:
         """h = RMS(x), (B, N, D), in the compute dtype. Of outputs z it gives what the persistent pairs are made of."""
         return normalise(x, self.attention_norm, self.config).to(self.compute_dtype)
 
+    def projections(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, K) and pairs (B, G, N, K) of x (B, N, D): what a standard layer's attention needs."""
+        h = self.attention_input(x)
+        return self.queries(h, rotation), *self.pairs(h, rotation)
+
     def queries(self, h: Tensor, rotation: Rotation | None) -> Tensor:
         """q = RMSq(Q h), rotated; (B, N, D) to (B, H, N, K)."""
         return self._heads(F.linear(h, self.q, self.q_bias), self.q_norm, rotation)
@@ -260,11 +272,19 @@ class Norm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer, recurrent or standard: the parameters, and the choice between scan and parallel attention."""
+    """One layer, recurrent or standard: the parameters, and the choice between scan and parallel attention.
+
+    Attributes:
+        compiled: a standard layer's steps before and after attention run through torch.compile, which fuses norms,
+            activations and residuals. Recurrent layers are never compiled, and nothing is where there is a cache:
+            decoding meets too many shapes.
+        recompute: a standard layer keeps only its input for the backward and is evaluated again there.
+    """
 
     def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
         self.config, self.kind = config, kind
+        self.compiled = self.recompute = False
         D, F_, K = config.d_model, config.mlp_width, config.head_width
         H, G = config.n_heads, config.kv_heads
         self.attention_norm = Norm(D)
@@ -298,29 +318,50 @@ class Layer(nn.Module):
         self, x: Tensor, layout: Layout, scan: str = "reference", cache: KVCache | None = None, index: int = 0
     ) -> Tensor:
         """The layer's outputs z (B, N, D); appends the new pairs to layer `index` of the cache when there is one."""
-        device = x.device.type
+        if self.kind == "recurrent":
+            return self._recurrent(x, layout, scan, cache, index)
+        if self.recompute and cache is None and torch.is_grad_enabled():
+            return checkpoint(  # pyright: ignore[reportReturnType]
+                self._standard, x, layout, None, index, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._standard(x, layout, cache, index)
+
+    def _recurrent(self, x: Tensor, layout: Layout, scan: str, cache: KVCache | None, index: int) -> Tensor:
+        run: Callable[..., Any] = scan_by_name(scan)
+        if (
+            torch.compiler.is_compiling()
+        ):  # somebody compiles the whole model: loops over positions are not to be traced
+            run = torch.compiler.disable(run)
+        past = None if cache is None else cache.past(index)
         maths = self.maths(compute_dtype(self.q_proj.weight))
-        with torch.autocast(device, enabled=False):  # every cast is written out
-            if self.kind == "recurrent":
-                past = None if cache is None else cache.past(index)
-                z, keys, values = scan_by_name(scan)(x, maths, layout, past)
-                if cache is not None:
-                    cache.write(index, keys, values)
-                return z
-            h = maths.attention_input(x)
-            q, (keys, values) = maths.queries(h, layout.rotation), maths.pairs(h, layout.rotation)
+        with torch.autocast(x.device.type, enabled=False):  # every cast is written out
+            z, keys, values = run(x, maths, layout, past)  # pyright: ignore[reportCallIssue]
+        if cache is not None:
+            cache.write(index, keys, values)
+        return z
+
+    def _standard(self, x: Tensor, layout: Layout, cache: KVCache | None, index: int) -> Tensor:
+        before, after = LayerMaths.projections, LayerMaths.outputs
+        if self.compiled and cache is None:
+            before, after = compiled(before), compiled(after)
+        maths = self.maths(compute_dtype(self.q_proj.weight))
+        with torch.autocast(x.device.type, enabled=False):
+            q, keys, values = before(maths, x, layout.rotation)
             if cache is not None:
                 keys, values = cache.extend(index, keys, values)
-            return maths.outputs(x, parallel_attention(q, keys, values, layout))
+            return after(maths, x, parallel_attention(q, keys, values, layout))
 
 
 def parallel_attention(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
     """Attention of a standard layer: q (B, H, N, K) over keys and values (B, G, M, K), to (B, H, N, K)."""
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
+    if flex_applies(q, layout):
+        return flex(q, keys, values, layout)
     bias = None if layout.causal_only else layout.full_bias
     return F.scaled_dot_product_attention(
         q,
-        keys.to(q.dtype),
-        values.to(q.dtype),
+        keys,
+        values,
         attn_mask=None if bias is None else bias.to(q.dtype),
         is_causal=layout.causal_only and layout.length > 1,
         enable_gqa=q.shape[1] != keys.shape[1],
@@ -551,8 +592,14 @@ class LanguageModel(nn.Module):
             return F.cross_entropy(made, wanted.flatten(), ignore_index=IGNORE, reduction="sum")
 
         targets = targets.long()
+        weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
+        dtype = compute_dtype(weight)
         rows = max(1, LOGITS_AT_ONCE // self.config.padded_vocab_size)
-        if logits is not None or targets.numel() <= rows:
+        if logits is None and choose_loss(x.device, dtype)[0] == "fused":
+            with torch.autocast(x.device.type, enabled=False):
+                flat = x.flatten(0, 1).to(dtype)
+                loss = fused_loss(flat, weight.to(dtype), targets.flatten(), self.config.vocab_size)
+        elif logits is not None or targets.numel() <= rows:
             loss = total(x, targets, logits)
         else:
             # Chunks whose logits are thrown away and made again in the backward: all V * B * N never exist at once.

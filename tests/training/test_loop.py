@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 import recurformer
-from recurformer import LanguageModel
+from recurformer import LanguageModel, attention
 from recurformer.cli import cli
 from recurformer.data import TokenDataset
 from recurformer.training import NonFiniteError, TrainingError, loop, read_metrics, train
@@ -45,8 +45,8 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch, seen: Callable[..., None]) -> N
     """Call `seen(model, optimizer, batch)` after every gradient, before the update."""
     original = loop.gradient_step
 
-    def watched(forward, model, optimizer, batch, *rest):
-        result = original(forward, model, optimizer, batch, *rest)
+    def watched(model, optimizer, batch, *rest):
+        result = original(model, optimizer, batch, *rest)
         seen(model, optimizer, batch)
         return result
 
@@ -61,7 +61,7 @@ def gradients(tiny, batch: Sequences, size: int) -> tuple[float, float, int, dic
     torch.manual_seed(0)
     model = LanguageModel(config.model).double()
     optimizer = make_optimizer(model, config.optimizer)
-    loss, norm, targets = gradient_step(model, model, optimizer, batch, config, torch.device("cpu"), World())  # pyright: ignore[reportArgumentType]
+    loss, norm, targets = gradient_step(model, optimizer, batch, config, torch.device("cpu"), World())  # pyright: ignore[reportArgumentType]
     return loss, norm, targets, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -384,14 +384,23 @@ def test_a_terminal_gets_a_progress_line(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides its own; "error" finds it first
-def test_compiling_changes_no_name(tiny, tmp_path, monkeypatch, weights):
-    monkeypatch.setattr(torch, "compile", lambda model, original=torch.compile: original(model, backend="eager"))
+def test_compiling_changes_no_name(tiny, tmp_path, monkeypatch, weights, request):
+    seen: list[str] = []
+
+    def compile_eagerly(function, original=torch.compile):
+        seen.append(function.__name__)
+        return original(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    attention.compiled.cache_clear()
+    request.addfinalizer(attention.compiled.cache_clear)
     options = {"schedule__steps": 4, "scan": "reference"}
     plain, compiled = tiny(**options), tiny(**options, compile=True)
     train(plain, tmp_path / "plain", quiet=True)
     train(compiled, tmp_path / "compiled", stop_at=2, quiet=True)
     train(plain, tmp_path / "compiled", resume=True, allow_change=["compile"], stop_at=3, quiet=True)
     train(compiled, tmp_path / "compiled", resume=True, allow_change=["compile"], quiet=True)
+    assert seen == ["projections", "outputs"]  # of the standard layer, once, in every run that compiles
     a, b = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     assert a.keys() == b.keys()
     assert not [name for name in b if "_orig_mod" in name]
@@ -399,6 +408,14 @@ def test_compiling_changes_no_name(tiny, tmp_path, monkeypatch, weights):
     read = newest_checkpoint(tmp_path / "compiled" / "checkpoints")
     assert read is not None
     assert {k.partition("/")[2] for k in read.read()[1]} == a.keys()
+
+
+def test_recomputing_standard_layers_changes_nothing(tiny, tmp_path, weights):
+    options = {"schedule__steps": 3, "model__layers": "standard"}
+    for recompute in (False, True):
+        train(tiny(**options, recompute=recompute), tmp_path / str(recompute), quiet=True)
+    a, b = (weights(tmp_path / name) for name in ("False", "True"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_bf16_keeps_float32_weights(tiny, tmp_path, weights, records):

@@ -1,11 +1,28 @@
-"""Speed and memory of the scans, measured; HBM traffic of the tiling, modelled.
+"""Speed and memory, measured; HBM traffic of the tiling, modelled and measured.
 
 Each benchmark returns its rows and what they were made under as one dictionary that is ready for JSON; `show` functions
 print tables, `draw` functions make pictures.
 """
 
+from recurformer.bench.layer import LayerSettings, bench_layer
 from recurformer.bench.memory import peak_memory
+from recurformer.bench.model import ModelSettings, bench_model
+from recurformer.bench.prefill import PrefillSettings, bench_prefill
 from recurformer.bench.scan import ScanSettings, bench_scan
-from recurformer.bench.traffic import TrafficSettings, bench_traffic
+from recurformer.bench.traffic import MeasureSettings, TrafficSettings, bench_traffic, measure_traffic
 
-__all__ = ["ScanSettings", "TrafficSettings", "bench_scan", "bench_traffic", "peak_memory"]
+__all__ = [
+    "LayerSettings",
+    "MeasureSettings",
+    "ModelSettings",
+    "PrefillSettings",
+    "ScanSettings",
+    "TrafficSettings",
+    "bench_layer",
+    "bench_model",
+    "bench_prefill",
+    "bench_scan",
+    "bench_traffic",
+    "measure_traffic",
+    "peak_memory",
+]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+TEXTS = ("path", "layers", "preset")  # headings of columns that hold words
 
 
 def machine() -> dict[str, Any]:
@@ -21,8 +27,14 @@ def machine() -> dict[str, Any]:
     from recurformer.info import environment
 
     facts = environment()
+    versions = dict(facts["versions"])
+    if torch.cuda.is_available():
+        versions["cuda"] = torch.version.cuda
+        for package in ("triton", "liger-kernel"):
+            with suppress(metadata.PackageNotFoundError):
+                versions[package] = metadata.version(package)
     return {
-        "versions": facts["versions"],
+        "versions": versions,
         "cpu": processor(),
         "devices": facts["devices"],
         "threads": torch.get_num_threads(),
@@ -47,6 +59,18 @@ def in_words(facts: dict[str, Any]) -> str:
     return "; ".join([facts["cpu"], *gpus, threads, versions, facts["date"]])
 
 
+def milliseconds(seconds: float | None) -> str:
+    """At least three digits; a dash for None."""
+    return "-" if seconds is None else f"{1e3 * seconds:,.{0 if seconds >= 1 else 1 if seconds >= 1e-3 else 3}f}"
+
+
+def spread(row: dict[str, Any], name: str, parts: int = 1) -> str:
+    """The fastest and the slowest run (or one of its equal parts), in milliseconds; a dash where the row has none."""
+    if f"{name}_s" not in row:
+        return "-"
+    return "..".join(milliseconds(row[f"{name}_{which}_s"] / parts) for which in ("fastest", "slowest"))
+
+
 def bytes_text(count: float) -> str:
     """A number of bytes with three digits and a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -65,12 +89,48 @@ def show_table(
 
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "path" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in TEXTS else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)
     for note in notes:
         console.print(note, style="dim", highlight=False)
+
+
+def draw_bars(panels: Sequence[tuple[str, dict[str, float], float | None]], title: str) -> bytes:
+    """Horizontal bars, one panel beside the other; a PNG.
+
+    Args:
+        panels: each a label, the values by name, and where a dashed line stands, if anywhere.
+        title: above all of them.
+    """
+    import matplotlib
+
+    from recurformer.report import COLOURS
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = max(len(values) for _, values, _ in panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 1.5 + 0.35 * rows), layout="constrained", squeeze=False
+    )
+    for panel, (label, values, line) in zip(axes[0], panels, strict=True):
+        bars = panel.barh(
+            list(values), list(values.values()), color=[COLOURS[n % len(COLOURS)] for n in range(len(values))]
+        )
+        panel.bar_label(bars, labels=[f" {value:,.4g}" for value in values.values()], padding=2)
+        if line is not None:
+            panel.axvline(line, color="#777777", linestyle="--", linewidth=1.2)
+        panel.set_xlabel(label)
+        panel.margins(x=0.2)
+        panel.invert_yaxis()
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 def write(out: str | Path, name: str, results: dict[str, Any], picture: bytes) -> tuple[Path, Path]:

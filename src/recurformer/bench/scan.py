@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recurformer.bench.common import bytes_text, in_words, machine, show_table
+from recurformer.bench.common import bytes_text, in_words, machine, milliseconds, show_table
 from recurformer.bench.memory import peak_memory
 from recurformer.config import ModelConfig, suggest
 from recurformer.model import LanguageModel
@@ -265,11 +265,6 @@ def _shape(s: dict[str, Any]) -> str:
         f"B {s['batch_size']}, D {s['d_model']}, L {s['n_layers']}, H {s['n_heads']}, {s['dtype']}, "
         f"{pass_}, {s['device']}"
     )
-
-
-def milliseconds(seconds: float | None) -> str:
-    """At least three digits."""
-    return "-" if seconds is None else f"{1e3 * seconds:,.{0 if seconds >= 1 else 1}f}"
 
 
 def show_scan(results: dict[str, Any], console: Console) -> None:

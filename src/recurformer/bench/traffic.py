@@ -1,14 +1,26 @@
-"""HBM traffic of attention in a recurrent layer, naive against tiled, as the model in `scan.schedule` has it."""
+"""HBM traffic of attention in a recurrent layer, naive against tiled, as the model in `scan.schedule` has it; and, with
+NVIDIA's profiler, what the memory of a GPU really moves."""
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import math
-from collections.abc import Sequence
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recurformer.bench.common import bytes_text, show_table
+import numpy as np
+
+from recurformer.bench.common import bytes_text, in_words, machine, show_table
+from recurformer.bench.timing import check_counts
+from recurformer.scan import SCANS
 from recurformer.scan.schedule import Schedule, attention_traffic, naive_schedule
 
 if TYPE_CHECKING:
@@ -56,6 +68,200 @@ def bench_traffic(settings: TrafficSettings) -> dict[str, Any]:
             row |= {f"{name}_bytes": traffic.bytes, f"{name}_intensity": traffic.intensity, "flops": traffic.flops}
         rows.append(row)
     return {"benchmark": "traffic", "settings": asdict(settings), "rows": rows}
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+METRIC = "dram__bytes.sum"  # read from and written to the GPU's memory
+UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
+REPLAYS = ("app-range", "kernel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """One layer whose traffic is read with Nsight Compute.
+
+    Args:
+        lengths: N, each scanned by itself; at least four, for the fit has three terms.
+        batch_size, n_heads, head_dim: B, H, K; D is H K.
+        scan: how the layer is evaluated, in pure tiling where it offers a choice.
+        backward: forward and backward; else the forward alone.
+        replay: how the profiler works: "app-range" reads the counters around the whole scan, which runs as ever;
+            "kernel" reads them around every kernel, one kernel at a time, which takes long.
+        timeout_s: of one run under the profiler.
+    """
+
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    batch_size: int = 16
+    n_heads: int = 16
+    head_dim: int = 64
+    scan: str = "fused"
+    backward: bool = False
+    replay: str = "app-range"
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "lengths", "batch_size", "n_heads", "head_dim")
+        if len(set(self.lengths)) < 4:
+            raise ValueError(f"lengths are {self.lengths}; a fit of three terms needs at least four different ones")
+        if self.scan not in SCANS:
+            raise ValueError(f"there is no scan {self.scan!r}; choose among {', '.join(map(repr, SCANS))}")
+        if self.replay not in REPLAYS:
+            raise ValueError(f"replay is {self.replay!r}; choose one of {', '.join(map(repr, REPLAYS))}")
+
+
+class Fit(NamedTuple):
+    """y = a + b N + c g(N) by least squares of the relative errors."""
+
+    coefficients: tuple[float, float, float]
+    fitted: tuple[float, ...]
+    residual: float  # the largest relative deviation of a point
+
+
+def fit(lengths: Sequence[int], measured: Sequence[float], growth: Callable[[float], float]) -> Fit:
+    """Fit a + b N + c growth(N)."""
+    N, y = np.asarray(lengths, dtype=float), np.asarray(measured, dtype=float)
+    terms = np.stack([np.ones_like(N), N, [growth(n) for n in N]], axis=1)
+    # Columns of equal size: N^2 beside 1 would be lost in rounding.
+    weighted = terms / y[:, None]
+    size = np.abs(weighted).max(axis=0)
+    found = np.linalg.lstsq(weighted / size, np.ones_like(y), rcond=None)[0] / size
+    fitted = terms @ found
+    a, b, c = found.tolist()
+    return Fit((a, b, c), tuple(fitted.tolist()), float(np.abs(fitted / y - 1).max()))
+
+
+GROWTHS: dict[str, Callable[[float], float]] = {"n_log_n": lambda n: n * math.log2(n), "n_squared": lambda n: n * n}
+
+
+def measure_traffic(
+    settings: MeasureSettings, progress: Callable[[str, int, int], None] | None = None
+) -> dict[str, Any]:
+    """DRAM bytes of one layer's scan at each length beside the modelled bytes of its attention, and two fits.
+
+    Args:
+        progress: called with what is being done, lengths done and lengths in all.
+
+    Raises:
+        ValueError: when the profiler is not there, or can't read the counters (with its own words).
+    """
+    s, rows = settings, []
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        raise ValueError("ncu (NVIDIA Nsight Compute) is not on the PATH; install it, or leave out --measure")
+    lengths = sorted(set(s.lengths))
+    for done, N in enumerate(lengths):
+        if progress is not None:
+            progress(f"N {N}", done, len(lengths))
+        traffic = attention_traffic(Schedule(N), s.batch_size, s.n_heads, s.head_dim, None, 2)
+        rows.append({"length": N, "measured_bytes": profile(ncu, s, N), "modelled_bytes": traffic.bytes})
+    fits = {name: fit(lengths, [row["measured_bytes"] for row in rows], growth) for name, growth in GROWTHS.items()}
+    for row, fitted in zip(rows, fits["n_log_n"].fitted, strict=True):
+        row["fitted_bytes"] = fitted
+    return {
+        "benchmark": "traffic-measured",
+        "settings": asdict(s),
+        "machine": machine(),
+        "rows": rows,
+        "fits": {name: {"coefficients": f.coefficients, "residual": f.residual} for name, f in fits.items()},
+    }
+
+
+def profile(ncu: str, s: MeasureSettings, length: int) -> float:
+    """DRAM bytes of one scan, which a process of its own runs under the profiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.csv"
+        command = [
+            ncu, "--metrics", METRIC, "--csv", "--print-units", "base", "--log-file", str(log),
+            "--replay-mode", s.replay, "--cache-control", "none", "--clock-control", "none",
+            "--target-processes", "application-only",
+            *(("--profile-from-start", "off") if s.replay == "kernel" else ()),  # a range begins where it begins
+            sys.executable, "-m", "recurformer.bench.profiled", json.dumps({**asdict(s), "length": length}),
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=s.timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ValueError(
+                f"ncu took more than {s.timeout_s:.0f} seconds for N {length}; shorten or raise it"
+            ) from None
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    found = counted(text)
+    if done.returncode != 0 or not found:
+        said = [line for line in f"{text}\n{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
+        errors = [line for line in said if "ERROR" in line or "Error" in line]
+        raise ValueError(f"ncu read no {METRIC} for N {length}: {' '.join((errors or said)[-2:]) or 'it said nothing'}")
+    return sum(found)
+
+
+def counted(log: str) -> list[float]:
+    """The values of the metric, in bytes, one for each kernel or range, in ncu's CSV among its other lines."""
+    lines = log.splitlines()
+    start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    return [
+        float(row["Metric Value"].replace(",", "")) * UNITS[row["Metric Unit"]]
+        for row in csv.DictReader(line for line in lines[start:] if line.startswith('"'))
+        if row["Metric Name"] == METRIC
+    ]
+
+
+def show_measured(results: dict[str, Any], console: Console) -> None:
+    """A table on a console of 80 columns."""
+    s, fits = results["settings"], results["fits"]
+    cells = [
+        [
+            str(r["length"]),
+            bytes_text(r["measured_bytes"]),
+            bytes_text(r["measured_bytes"] / r["length"]),
+            bytes_text(r["modelled_bytes"]),
+            f"{r['measured_bytes'] / r['modelled_bytes']:.2f}",
+            f"{100 * (r['fitted_bytes'] / r['measured_bytes'] - 1):+.1f} %",
+        ]
+        for r in results["rows"]
+    ]
+    a, b, c = fits["n_log_n"]["coefficients"]
+    passes = "forward and backward" if s["backward"] else "forward"
+    notes = [
+        f"B {s['batch_size']}, H {s['n_heads']}, K {s['head_dim']}, bf16; scan {s['scan']}, {passes}; {METRIC}.",
+        "Measured: the whole layer, its products with weights too. Model: attention's forward alone, nothing cached.",
+        f"Fit a + b N + c N log2 N: a {a:.3g}, b {b:.3g}, c {c:.3g} bytes; largest residual "
+        f"{100 * fits['n_log_n']['residual']:.1f} %. N^2 instead: {100 * fits['n_squared']['residual']:.1f} %.",
+        in_words(results["machine"]),
+    ]
+    headings = ["N", "measured", "a position", "model", "ratio", "fit"]
+    show_table(console, "DRAM bytes of a recurrent layer in pure tiling", headings, cells, notes)
+
+
+def draw_measured(results: dict[str, Any]) -> bytes:
+    """Measured, fitted and modelled bytes against N; a PNG."""
+    import matplotlib
+
+    from recurformer.report import COLOURS
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = results["rows"]
+    lengths = [row["length"] for row in rows]
+    figure, axes = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
+    axes.plot(lengths, [r["measured_bytes"] for r in rows], "o", color=COLOURS[0], label="measured, whole layer")
+    axes.plot(lengths, [r["fitted_bytes"] for r in rows], color=COLOURS[0], label="a + b N + c N log N")
+    axes.plot(lengths, [r["modelled_bytes"] for r in rows], "--", color=COLOURS[1], label="modelled, attention")
+    _guide(axes, lengths, [n * n for n in lengths], rows[-1]["measured_bytes"], "N²", ":")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("positions N")
+    axes.set_ylabel("DRAM bytes")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(in_words(results["machine"]), fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+# --- table and picture of the model ----------------------------------------------------------------------------------
 
 
 def show_traffic(results: dict[str, Any], console: Console) -> None:

@@ -180,7 +180,12 @@ class TrainConfig(_Section):
         "fp32", '"fp32", "bf16" (autocast: weights stay float32) or "fp64" (for checking; CPU).'
     )
     scan: str = setting("auto", 'How recurrent layers are evaluated: "auto" or the name of a scan, as `model.scan`.')
-    compile: bool = setting(False, "Run the model through torch.compile.")
+    compile: bool | None = setting(
+        None, "Fuse the element-wise steps of standard layers with torch.compile; none: on a GPU only."
+    )
+    recompute: bool = setting(
+        False, "Standard layers keep only their inputs and are evaluated again in the backward: less memory, slower."
+    )
     device: str = setting("auto", '"auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...')
     seed: Seed = setting(0, "Seed of the initial weights.")
     init_from: str | None = setting(

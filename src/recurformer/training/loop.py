@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import recurformer
 from recurformer.evaluation import check_vocabulary, evaluate
-from recurformer.model import IGNORE, LanguageModel
+from recurformer.model import IGNORE, LanguageModel, Layer
 from recurformer.training.checkpoint import (
     Checkpoint,
     TrainingState,
@@ -161,7 +161,6 @@ def train(
                 "--allow-change schedule.steps")  # fmt: skip
             return TrainResult(state.step, True, None, state.validation_loss, checkpoint and checkpoint.path, None)
 
-        forward: Callable[..., Any] = torch.compile(model) if config.compile else model
         metrics = Metrics(out, config, state if checkpoint else None)
         stack.callback(metrics.close)
         metrics.write("resume" if checkpoint else "start", state.step, changes=changes, **machine(device))
@@ -215,7 +214,7 @@ def train(
             began = time.perf_counter()
             batch = next(batches)
             rate = set_rates(optimizer, state.step, config.optimizer, config.schedule)
-            loss, norm, targets = gradient_step(forward, model, optimizer, batch, config, device, world)
+            loss, norm, targets = gradient_step(model, optimizer, batch, config, device, world)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteError(
                     f"step {state.step + 1}: loss {loss}, gradient norm {norm}, from the windows "
@@ -257,7 +256,6 @@ def train(
 
 
 def gradient_step(
-    forward: Callable[..., Any],
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
@@ -277,9 +275,11 @@ def gradient_step(
     for part in micro_batches(batch, config.micro_batch_size or len(batch.tokens)):
         # The model's loss is a mean over the part's own targets; the step's loss weighs the parts by their targets.
         share = int((part["targets"] != IGNORE).sum()) / max(1, targets)
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in part.items()}
+        inputs = {name: to_device(tensor, device) for name, tensor in part.items()}
         with autocast(config, device):
-            loss = forward(**inputs, return_logits=False).loss * share
+            loss = model(**inputs, return_logits=False).loss
+        assert loss is not None
+        loss = loss * share
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     world.sum_gradients(model)
@@ -294,6 +294,11 @@ def micro_batches(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
     for start in range(0, len(batch.tokens), size):
         inputs = {name: getattr(batch, name) for name in ("tokens", "targets", "attention_mask", "document_ids")}
         yield {name: tensor[start : start + size] for name, tensor in inputs.items() if tensor is not None}
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy there. From pinned memory it is queued behind the work under way; from other memory it waits for it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def step_batches(windows: Any, config: TrainConfig, position: int, world: World) -> Iterator[Batch]:
@@ -341,6 +346,10 @@ def make_model(config: TrainConfig, device: torch.device, checkpoint: Checkpoint
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     model = LanguageModel(config.model).to(dtype)
     model.scan = config.scan
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        layer.compiled, layer.recompute = compiled, config.recompute
     source = checkpoint.model if checkpoint else config.init_from and resolve_model_folder(config.init_from)
     if source:
         weights = recurformer.load(source).state_dict()
