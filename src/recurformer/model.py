@@ -512,15 +512,15 @@ class LanguageModel(nn.Module):
             cache: continued in place.
         """
         B, N = tokens.shape
+        scan, _ = choose_scan(
+            self.scan, self.config, tokens.device, batch_size=B, length=N, dtype=compute_dtype(self.embedding.weight)
+        )
         layout = self._layout(B, N, valid, documents, cache)
         # Pads enter as zeros: nothing of their contents, be it NaN, reaches a real position or a gradient.
         x = F.embedding(tokens if valid is None else tokens.masked_fill(~valid, 0), self.embedding.weight)
         x = x.to(accumulation_dtype(x.dtype))
         if valid is not None:
             x = torch.where(valid[:, :, None], x, 0.0)
-        scan, _ = choose_scan(
-            self.scan, self.config, tokens.device, batch_size=B, length=N, dtype=compute_dtype(self.embedding.weight)
-        )
         for stack in self._stacks(scan):
             if len(stack) == 1:
                 x = self.layers[stack[0]](x, layout, scan, cache, stack[0])
