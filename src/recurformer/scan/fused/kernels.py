@@ -34,7 +34,8 @@ NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, so that the state
 
 @triton.jit
 def pointer(table, slot, dtype: tl.constexpr):
-    return tl.multiple_of(tl.load(table + slot), 16).to(tl.pointer_type(dtype))
+    """What a slot points to; that it is aligned has to be said of the pointer for loads to be wide."""
+    return tl.multiple_of(tl.load(table + slot).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
@@ -53,9 +54,8 @@ def chunk_of(table, l, L: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
 def input_row(table, l, b, i, B, D: tl.constexpr):
     """Address of layer l's input at (b, i): x, or the outputs of the layer below."""
     n = tl.load(table + LENGTH)
-    x, z = tl.multiple_of(tl.load(table + X), 16), tl.multiple_of(tl.load(table + Z), 16)
-    base = tl.where(l == 0, x, z + (l - 1) * (n * B) * (D * 4)).to(tl.pointer_type(tl.float32))
-    return base + (b * n + i) * D
+    x, z = pointer(table, X, tl.float32), pointer(table, Z, tl.float32)
+    return tl.where(l == 0, x, z + (l - 1) * (n * B) * D) + (b * n + i) * D
 
 
 @triton.jit
@@ -387,7 +387,7 @@ def absorb(
         total = tl.load(l_state + state, mask=in_q, other=0.0)
         acc = tl.load(acc_at, mask=acc_mask, other=0.0)
     kv = pointer(table, KV, DT) + (l * (past + whole) * B + b) * (2 * G * K) + (h // (H // G)) * K
-    for j0 in range(first, last, BN):
+    for j0 in range(first.to(tl.int32), last.to(tl.int32), BN):
         j = j0 + tl.arange(0, BN)
         in_k = j < last
         at = kv + j[:, None] * B * (2 * G * K) + c[None, :]
@@ -666,7 +666,7 @@ def keys_receive(
         ga_at, delta_at = pointer(table, GA, DT), pointer(table, DELTA, tl.float32)
     else:
         a_at = pointer(table, A, DT)
-    for i0 in range(first, last, BM):
+    for i0 in range(first.to(tl.int32), last.to(tl.int32), BM):
         i = i0 + tl.arange(0, BM)
         in_q = i < last
         mask_q = in_q[:, None] & (c < K)[None, :]
@@ -910,7 +910,7 @@ def query_gradient(
     if SEGMENTS:
         first = tl.load(pointer(table, FIRST, tl.int32) + b * (whole // C) + start // C).to(tl.int64)
     kv = pointer(table, KV, DT) + (l * (past + whole) * B + b) * (2 * G * K)
-    for j0 in range(first, last, BN):
+    for j0 in range(first.to(tl.int32), last.to(tl.int32), BN):
         j = j0 + tl.arange(0, BN)
         in_k = j < last
         at = kv + j[:, None] * B * (2 * G * K) + group
