@@ -158,13 +158,19 @@ class Leaf:
             self.scores.unflatten(0, (self.attention.B, -1))[..., :n, 1 : n + 1] = bias
         self.o = (acc / l.clamp_min(torch.finfo(l.dtype).tiny)[..., None]).unbind(2)
         self.q = self.attention.q[:, :, positions].unbind(2)
+        self.peaks: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Attention output (E, R, K) and log-sum-exp (E, R) of one position: state, leaf, and its own slot."""
+    def read(self, row: int) -> Tensor:
+        """Attention output (E, R, K) of one position: state, leaf, and its own slot."""
         s = torch.baddbmm(self.scores_upto[row], self.q[row], self.k_upto[row])
         p = s.softmax(dim=-1)
-        a = torch.baddbmm(p[..., :1] * self.o[row], p, self.v_upto[row])
-        return a, s.amax(-1).sub_(p.amax(-1).log_())
+        self.peaks.append((s.amax(-1), p.amax(-1)))
+        return torch.baddbmm(p[..., :1] * self.o[row], p, self.v_upto[row])
+
+    def log_sum_exp(self) -> Tensor:
+        """Of all scores of every position, (E, R, S): its largest score less the logarithm of that one's probability."""
+        s, p = (torch.stack(peaks, dim=-1) for peaks in zip(*self.peaks, strict=True))
+        return s - p.log()
 
     def set_pair(self, row: int, k: Tensor, v: Tensor) -> None:
         """Put the persistent pair (B, G, 1, K) of a position into its slot."""

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from recurformer.config import ModelConfig
     from recurformer.model import LayerMaths, Layout, Rotation
 
-LEAF = 16  # positions that read each other directly: launches are what a small tile costs
+LEAF = 32  # positions that read each other directly: launches are what a small tile costs
 POSITION_BLOCK = 64  # positions recomputed together in the backward
-ONE_THREAD = 2**21  # multiply-adds of a position's largest product up to which the loop runs on one CPU thread
+ONE_THREAD = 2**22  # multiply-adds of a position's largest product up to which the loop runs on one CPU thread
 KEEP_BYTES = 2**29  # save="auto" keeps what the backward needs up to this many bytes a layer
 
 pick_schedule = lru_cache(maxsize=256)(choose_schedule)
@@ -120,13 +120,13 @@ class TiledScan(torch.autograd.Function):
         kept = Kept.empty(call, layer, attention) if call.keep else None
 
         small = layer.packed()
-        with few_threads(x, config):
-            for positions, pull, push in schedule.leaves():
-                if pull is not None:
-                    attention.absorb(state, pull.queries, pull.keys)
-                leaf.begin(state, positions)
+        for positions, pull, push in schedule.leaves():
+            if pull is not None:
+                attention.absorb(state, pull.queries, pull.keys)
+            leaf.begin(state, positions)
+            with few_threads(x, config), torch.inference_mode():
                 for row, i in enumerate(range(positions.start, positions.stop)):
-                    a, lse = leaf.read(row)
+                    a = leaf.read(row)
                     y = small.attended(x_rows[i], a.view(B, -1).to(small.compute_dtype))
                     up, gate = small.mlp_inner(y)
                     z_i = small.finished(y, up, gate)
@@ -134,10 +134,12 @@ class TiledScan(torch.autograd.Function):
                     leaf.set_pair(row, *small.pairs(h_z, None if rotation is None else rotation[i : i + 1]))
                     z_rows[i].copy_(z_i)
                     if kept is not None:
-                        kept.store(i, a, lse, up, gate)
-                leaf.end()
-                if push is not None:
-                    attention.absorb(state, push.queries, push.keys)
+                        kept.store(i, a, up, gate)
+            leaf.end()
+            if kept is not None:
+                kept.lse[:, :, positions] = leaf.log_sum_exp()
+            if push is not None:
+                attention.absorb(state, push.queries, push.keys)
 
         z = z.transpose(0, 1)
         keys, values = (t.view(B, config.kv_heads, N, -1).to(layer.compute_dtype) for t in (attention.k, attention.v))
@@ -163,6 +165,11 @@ class TiledScan(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             gx, gradients = Backward(call, call.layer(tensors), x, z, kept, wanted).run(gz_out)
         return (gx, None, *(gradients.get(name) for name in call.names))
+
+
+def rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The views of each tensor at every index of its first dimension."""
+    return [tensor.unbind(0) for tensor in tensors]
 
 
 @contextmanager
@@ -202,10 +209,11 @@ class Kept(NamedTuple):
         a = q.new_empty(attention.N, *q.shape[:2], attention.K)
         return cls(q, attention.k, attention.v, a, q.new_empty(q.shape[:3]), up, gate)
 
-    def store(self, position: int, a: Tensor, lse: Tensor, up: Tensor, gate: Tensor | None) -> None:
-        self.a[position], self.lse[:, :, position], self.up[position] = a, lse, up
+    def store(self, position: int, a: Tensor, up: Tensor, gate: Tensor | None) -> None:
+        self.a[position].copy_(a)
+        self.up[position].copy_(up)
         if self.gate is not None and gate is not None:
-            self.gate[position] = gate
+            self.gate[position].copy_(gate)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -225,16 +233,19 @@ class NormTape:
             x = x - x.mean(-1, keepdim=True)
         rstd = (x.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
         self.xhat = x * rstd
-        self.output, self.slope, self.pull = self.xhat * weight, rstd * weight, self.xhat * (rstd / -x.shape[-1])
+        self.output = self.xhat * weight
+        self.output_rows, self.slope_rows, self.pull_rows = rows(
+            self.output, rstd * weight, self.xhat * (rstd / -x.shape[-1])
+        )
 
     def backward(self, g: Tensor, row: int, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Gradient of the input at `row` of the first dimension, given that of the output; plus the residual's."""
-        along = (g * self.output[row]).sum(-1, keepdim=True)
-        slope = self.slope[row]
+        along = (g * self.output_rows[row]).sum(-1, keepdim=True)
+        slope = self.slope_rows[row]
         gx = g * slope if residual is None else torch.addcmul(residual, g, slope, out=out)
         if self.centred:
             gx -= (g * slope).mean(-1, keepdim=True)
-        return gx.addcmul_(self.pull[row], along)
+        return gx.addcmul_(self.pull_rows[row], along)
 
     def weight_gradient(self, g: Tensor) -> Tensor:
         """Sum over everything but the normalised dimension."""
@@ -321,52 +332,53 @@ class Backward:
         key_norm = None
         if layer.k_norm is not None:
             k_raw = F.linear(h_z, layer.k, layer.k_bias)
-            key_norm = NormTape(
-                k_raw.unflatten(-1, (G, -1)) if config.qk_norm == "head" else k_raw, layer.k_norm, config
-            )
+            k_raw = k_raw.view(n, B, G, K) if config.qk_norm == "head" else k_raw
+            key_norm = NormTape(k_raw, layer.k_norm, config)
 
-        # One by one, from the last: data gradients alone.
+        # One by one, from the last: data gradients alone. `rows` of a tensor are its views by position, made at once.
         gz, gy = (self.x.new_empty(n, B, self.x.shape[2]) for _ in range(2))
         g_mlp_norm, g_z_norm = (torch.empty_like(gz, dtype=self.dtype) for _ in range(2))
         g_up = torch.empty_like(inner)
         g_gate = None if slope_gate is None else torch.empty_like(inner)
         g_pair = gz.new_empty(n, B, 2, G, K)
-        g_key = None if key_norm is None else torch.empty_like(key_norm.xhat)
-        gz_out = gz_out.contiguous()
-        with few_threads(self.x, config):
-            for positions, pull, push in reversed(leaves):
-                if push is not None:
-                    self.push(push.queries, push.keys)
-                leaf = LeafGradients(attention, positions, self.lse, self.gkv)
+        g_k = g_pair[:, :, 0]
+        g_key = None if key_norm is None else torch.empty_like(key_norm.output)  # before the norm of keys
+        gz_rows, gy_rows, g_up_rows, g_mlp_norm_rows, g_z_norm_rows = rows(gz, gy, g_up, g_mlp_norm, g_z_norm)
+        gz_out_rows, a_by_row, slope_rows = rows(gz_out.contiguous(), a, slope_up)
+        g_pair_rows, g_k_rows = rows(g_pair, g_k)
+        for positions, pull, push in reversed(leaves):
+            if push is not None:
+                self.push(push.queries, push.keys)
+            leaf = LeafGradients(attention, positions, self.lse, self.gkv)
+            with few_threads(self.x, config), torch.inference_mode():
                 for row in reversed(range(positions.stop - positions.start)):
                     r = positions.start + row - block.start
                     # z_i, through the persistent pair
-                    pair = g_pair[r]
-                    leaf.pair(row, pair.view(-1, 1, K))
+                    leaf.pair(row, g_pair_rows[r].view(-1, 1, K))
                     if rotation is not None:
-                        turned = rotation[r : r + 1].inverse()(pair[:, 0, :, None])
-                        pair[:, 0] = turned[:, :, 0]
+                        g_k_rows[r].copy_(rotation[r : r + 1].inverse()(g_k_rows[r].unsqueeze(2)).squeeze(2))
                     if key_norm is not None and g_key is not None:
-                        g_key[r] = pair[:, 0].view(g_key.shape[1:])
-                        pair[:, 0] = key_norm.backward(g_key[r], r).view(B, G, K)
-                    torch.mm(pair.view(B, -1).to(self.dtype), self.kv_weight, out=g_z_norm[r])
-                    z_norm.backward(g_z_norm[r], r, gz_out[r], out=gz[r])
+                        g_key[r] = g_k_rows[r].reshape(g_key.shape[1:])
+                        g_k_rows[r].copy_(key_norm.backward(g_key[r], r).view(B, G, K))
+                    g_z_norm_i = g_z_norm_rows[r]
+                    torch.mm(g_pair_rows[r].view(B, -1).to(self.dtype), self.kv_weight, out=g_z_norm_i)
+                    gz_i = z_norm.backward(g_z_norm_i, r, gz_out_rows[r], out=gz_rows[r])
                     # y_i, through the MLP
-                    g_inner = torch.mm((s * gz[r]).to(self.dtype), layer.down)
-                    torch.mul(g_inner, slope_up[r], out=g_up[r])
-                    torch.mm(g_up[r], layer.up, out=g_mlp_norm[r])
+                    g_inner, g_up_i = torch.mm((s * gz_i).to(self.dtype), layer.down), g_up_rows[r]
+                    torch.mul(g_inner, slope_rows[r], out=g_up_i)
+                    g_mlp_norm_i = torch.mm(g_up_i, layer.up, out=g_mlp_norm_rows[r])
                     if g_gate is not None and slope_gate is not None and layer.gate is not None:
                         torch.mul(g_inner, slope_gate[r], out=g_gate[r])
-                        g_mlp_norm[r].addmm_(g_gate[r], layer.gate)
-                    mlp_norm.backward(g_mlp_norm[r], r, gz[r], out=gy[r])
+                        g_mlp_norm_i.addmm_(g_gate[r], layer.gate)
+                    gy_i = mlp_norm.backward(g_mlp_norm_i, r, gz_i, out=gy_rows[r])
                     # a_i, through the attention output
-                    ga = torch.mm((s * gy[r]).to(self.dtype), layer.o).view(B * G, R, K).to(self.acc)
-                    leaf.meet(row, ga, a[r])
-                self.ga[:, :, positions] = leaf.ga.reshape(B * G, R, -1, K)
-                here = a[positions.start - block.start : positions.stop - block.start].permute(1, 2, 0, 3)
-                self.delta[:, :, positions] = (self.ga[:, :, positions] * here).sum(-1)
-                if pull is not None:
-                    self.push(pull.queries, slice(0, pull.keys.stop))  # the past is constant
+                    ga = torch.mm((s * gy_i).to(self.dtype), layer.o)
+                    leaf.meet(row, ga.view(B * G, R, K).to(self.acc), a_by_row[r])
+            self.ga[:, :, positions] = leaf.ga.reshape(B * G, R, -1, K)
+            here = a[positions.start - block.start : positions.stop - block.start].permute(1, 2, 0, 3)
+            self.delta[:, :, positions] = (self.ga[:, :, positions] * here).sum(-1)
+            if pull is not None:
+                self.push(pull.queries, slice(0, pull.keys.stop))  # the past is constant
 
         # In parallel again: every weight, the queries, the temporary pairs, the inputs.
         self.add_product("down", s * gz, inner)
@@ -375,7 +387,7 @@ class Backward:
             self.add_product("gate", g_gate, mlp_norm.output)
         self.add("mlp_norm", mlp_norm.weight_gradient(g_mlp_norm))
         self.add_product("o", s * gy, a_rows)
-        self.add_product("k", g_pair[:, :, 0].flatten(2), h_z)
+        self.add_product("k", g_k.flatten(2), h_z)
         self.add_product("v", g_pair[:, :, 1].flatten(2), h_z)
         if key_norm is not None and g_key is not None:
             self.add("k_norm", key_norm.weight_gradient(g_key))
