@@ -384,9 +384,10 @@ def test_a_terminal_gets_a_progress_line(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides its own; "error" finds it first
-def test_compiling_changes_no_name(tiny, tmp_path, monkeypatch, weights):
+@pytest.mark.parametrize("scan", ["reference", "tiled"])
+def test_compiling_changes_no_name(scan, tiny, tmp_path, monkeypatch, weights):
     monkeypatch.setattr(torch, "compile", lambda model, original=torch.compile: original(model, backend="eager"))
-    options = {"schedule__steps": 4, "scan": "reference"}
+    options = {"schedule__steps": 4, "scan": scan}
     plain, compiled = tiny(**options), tiny(**options, compile=True)
     train(plain, tmp_path / "plain", quiet=True)
     train(compiled, tmp_path / "compiled", stop_at=2, quiet=True)

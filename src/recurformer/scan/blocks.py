@@ -66,7 +66,7 @@ class Attention:
         """Cut a block into pieces of bounded size; those in which no query sees a key (other documents) are skipped."""
         earliest = self.layout.earliest
         # Scores against the layer's input are as 1 to K: narrow heads get smaller blocks.
-        length = PACKED_BLOCK if earliest is not None else min(QUERY_BLOCK, max(16, 2 * self.K))
+        length = PACKED_BLOCK if earliest is not None else min(QUERY_BLOCK, max(8, 2 * self.K))
         for q in cut(queries, length):
             first = keys.start if earliest is None else max(keys.start, earliest[q.start])
             for part in (slice(first, min(keys.stop, 0)), slice(max(first, 0), keys.stop)):
@@ -129,7 +129,7 @@ class Attention:
 
 
 class Leaf:
-    """The pairs of one leaf as its queries read them, one query after the other; its memory serves all leaves of a call.
+    """The pairs of one leaf as its queries read them, one after the other; one object serves all leaves of a call.
 
     What a query has met before the leaf, a normalised state, counts as one more key in front of the leaf's own: its
     score is the state's log-sum-exp, its value the state's output, which differs from query to query.
@@ -168,7 +168,7 @@ class Leaf:
         return torch.baddbmm(p[..., :1] * self.o[row], p, self.v_upto[row])
 
     def log_sum_exp(self) -> Tensor:
-        """Of all scores of every position, (E, R, S): its largest score less the logarithm of that one's probability."""
+        """Of all scores of a position, (E, R, S): the largest of them less the logarithm of its probability."""
         s, p = (torch.stack(peaks, dim=-1) for peaks in zip(*self.peaks, strict=True))
         return s - p.log()
 

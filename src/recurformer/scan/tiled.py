@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from recurformer.model import LayerMaths, Layout, Rotation
 
 LEAF = 32  # positions that read each other directly: launches are what a small tile costs
-POSITION_BLOCK = 64  # positions recomputed together in the backward
+POSITION_BLOCK = 64  # positions whose parallel part of the backward is done together; half, where memory counts
 ONE_THREAD = 2**22  # multiply-adds of a position's largest product up to which the loop runs on one CPU thread
 KEEP_BYTES = 2**29  # save="auto" keeps what the backward needs up to this many bytes a layer
 
@@ -64,6 +64,8 @@ def tiled_scan(
     Raises:
         ValueError: for a chunk or leaf that is no power of two, or an unknown `save`.
     """
+    if torch.compiler.is_compiling():  # loops of thousands of operations: as one graph they take minutes to compile
+        return torch.compiler.disable(tiled_scan)(x, layer, layout, past, chunk=chunk, leaf=leaf, save=save)
     config = layer.config
     if save not in ("auto", "minimal", "all"):
         raise ValueError(f"save is {save!r}; choose 'auto', 'minimal' or 'all'")
@@ -282,7 +284,8 @@ class Backward:
         """Gradients of x and, by name, of the wanted tensors."""
         N, side = self.x.shape[1], self.schedule.leaf
         gx = self.x.new_empty(N, *self.x[:, 0].shape)
-        for block in reversed(list(cut(slice(0, N), max(POSITION_BLOCK, side)))):  # of whole leaves
+        length = POSITION_BLOCK if self.kept is not None else POSITION_BLOCK // 2
+        for block in reversed(list(cut(slice(0, N), max(length, side)))):  # of whole leaves
             leaves = self.leaves[block.start // side : -(-block.stop // side)]
             gx[block] = self.block(block, leaves, gz_out[:, block].transpose(0, 1))
         return gx.transpose(0, 1), {name: g.to(getattr(self.layer, name).dtype) for name, g in self.gradients.items()}
