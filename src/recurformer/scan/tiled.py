@@ -57,7 +57,8 @@ def tiled_scan(
     Args:
         x, layer, layout, past: see `reference_scan`.
         chunk: C of the two-level schedule, a power of two; None: pure tiling; "auto": least modelled HBM traffic.
-        leaf: S, a power of two, positions that read each other directly; 1 is the paper's algorithm to the letter.
+        leaf: S, a power of two, positions that read each other directly, with memory for S^2 scores a head; 1 is the
+            paper's algorithm to the letter.
         save: what the forward keeps for the backward: "minimal" (inputs and outputs; the rest is recomputed in
             parallel), "all" (queries, pairs, attention outputs and the MLP's inner values), or "auto", by size.
 
