@@ -66,7 +66,8 @@ def tiled_scan(
         ValueError: for a chunk or leaf that is no power of two, or an unknown `save`.
     """
     if torch.compiler.is_compiling():  # loops of thousands of operations: as one graph they take minutes to compile
-        return torch.compiler.disable(tiled_scan)(x, layer, layout, past, chunk=chunk, leaf=leaf, save=save)
+        eager: Any = torch.compiler.disable(tiled_scan)
+        return eager(x, layer, layout, past, chunk=chunk, leaf=leaf, save=save)
     config = layer.config
     if save not in ("auto", "minimal", "all"):
         raise ValueError(f"save is {save!r}; choose 'auto', 'minimal' or 'all'")
@@ -225,8 +226,8 @@ class Kept(NamedTuple):
 class NormTape:
     """A norm's input, normalised, for its backward: `output = xhat * weight`, statistics in the accumulation dtype.
 
-    With xhat = (x - mean x) rstd (no mean for RMS), the gradient of x is
-    `rstd weight g - rstd mean(rstd weight g) - xhat rstd mean(g output)`.
+    With xhat = (x - mean x) rstd, the gradient of x is
+    `rstd weight g - mean(rstd weight g) - xhat rstd mean(g output)`. RMS has no mean and no second term.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, config: ModelConfig) -> None:
