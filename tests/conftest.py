@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    # Whether kernels are compiled or interpreted is settled when Triton is imported, by whichever test comes first.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("recurformer.scan.fused.kernels")
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture

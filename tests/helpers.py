@@ -20,6 +20,28 @@ V = 97  # vocabulary of the tiny models
 CPU_SCANS = tuple(name for name in SCANS if name not in GPU_SCANS)
 every_scan = pytest.mark.parametrize("scan", CPU_SCANS)
 
+# What the maths of one layer can be asked for, by name: every scan is held to all of it.
+LAYER_OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "grouped-heads": {"n_kv_heads": 2},
+    "one-kv-head": {"n_kv_heads": 1, "head_dim": 12},
+    "one-head": {"n_heads": 1, "head_dim": 8},
+    "interleaved-slopes": {"d_model": 24, "n_heads": 6, "alibi_slopes": "interleaved"},
+    "geometric-slopes": {"d_model": 24, "n_heads": 6},
+    "rope": {"position": "rope", "rope_theta": 100.0},
+    "rope-full-grouped": {"position": "rope", "qk_norm": "full", "n_kv_heads": 2},
+    "no-positions": {"position": "none"},
+    "layer-norm": {"norm": "layer", "norm_eps": 1e-3},
+    "layer-norm-full": {"norm": "layer", "qk_norm": "full"},
+    "no-qk-norm": {"qk_norm": "none"},
+    "gelu-tanh": {"activation": "gelu_tanh"},
+    "swiglu": {"activation": "swiglu", "d_mlp": 40},
+    "no-residual-scale": {"residual_scale": "none"},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "swiglu-biases-layer": {"activation": "swiglu", "mlp_bias": True, "attention_bias": True, "norm": "layer"},
+    "biases-no-qk-norm": {"attention_bias": True, "qk_norm": "none", "position": "none"},
+}
+
 # Largest absolute difference that counts as equal, by dtype.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, every_scan, layer_of, logits_of, random_tokens, strong, tiny
+from helpers import LAYER_OPTIONS, assert_close, every_scan, layer_of, logits_of, random_tokens, strong, tiny
 
 from recurformer import KVCache, LanguageModel, ModelConfig
 from recurformer.scan import SCANS
@@ -105,29 +105,15 @@ def plain_logits(model: LanguageModel, tokens: list[int]) -> np.ndarray:
     return np.stack([weights[f"{output}.weight"][: c.vocab_size] @ norm(x, "norm") for x in stream])
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {},
+# Options that need more than one layer, or a model around it.
+MODEL_OPTIONS: dict[str, dict[str, Any]] = {
     "standard": {"layers": "standard"},
     "hybrid-first": {"layers": "first:1", "n_layers": 3},
     "hybrid-listed": {"layers": ("standard", "recurrent", "standard"), "n_layers": 3},
-    "grouped-heads": {"n_kv_heads": 2},
-    "one-kv-head": {"n_kv_heads": 1, "head_dim": 12},
-    "interleaved-slopes": {"d_model": 24, "n_heads": 6, "alibi_slopes": "interleaved"},
-    "geometric-slopes": {"d_model": 24, "n_heads": 6},
-    "rope": {"position": "rope", "rope_theta": 100.0},
-    "rope-full-norm": {"position": "rope", "qk_norm": "full", "n_kv_heads": 2},
-    "no-positions": {"position": "none"},
-    "layer-norm": {"norm": "layer", "norm_eps": 1e-3},
-    "layer-norm-full": {"norm": "layer", "qk_norm": "full"},
-    "no-qk-norm": {"qk_norm": "none"},
-    "gelu-tanh": {"activation": "gelu_tanh"},
-    "swiglu": {"activation": "swiglu", "d_mlp": 40},
-    "no-residual-scale": {"residual_scale": "none"},
     "tied": {"tie_embeddings": True, "vocab_multiple": 32},
-    "biases": {"attention_bias": True, "mlp_bias": True},
     "swiglu-biases-standard": {"activation": "swiglu", "mlp_bias": True, "attention_bias": True, "layers": "standard"},
-    "one-head": {"d_model": 8, "n_heads": 1},
 }
+OPTIONS = {**LAYER_OPTIONS, **MODEL_OPTIONS}
 
 
 @every_scan

@@ -305,6 +305,8 @@ def bench() -> None:
 @click.option("--backward/--forward-only", default=True, help="A training step without the optimizer, or inference.")
 @click.option("--repeats", default=5, type=int, help="Timed runs, of which the median counts.")
 @click.option("--warmup", default=1, type=int, help="Runs before them.")
+@click.option("--peer-repeats", type=int, metavar="N", help="Timed runs of the peer, which is slow.  [default: as "
+              "many]")  # fmt: skip
 @click.option("--threads", type=int, metavar="N", help="Of the CPU.  [default: as PyTorch chooses]")
 @click.option("--seed", default=0, type=int, help="Of weights and tokens.")
 @device_option

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -207,6 +207,19 @@ class LayerMaths:
     up_bias: Tensor | None = None
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    kv: Tensor | None = None  # (2 G K, D), k above v, where `packed` has made one product of two
+    kv_bias: Tensor | None = None
+
+    def packed(self) -> LayerMaths:
+        """The same maths laid out for a loop of small products: keys and values in one, matrices column by column."""
+        columns = {
+            name: getattr(self, name).t().contiguous().t()
+            for name in ("o", "up", "gate", "down")
+            if getattr(self, name) is not None
+        }
+        kv = torch.cat([self.k, self.v]).t().contiguous().t()
+        bias = None if self.k_bias is None or self.v_bias is None else torch.cat([self.k_bias, self.v_bias])
+        return replace(self, kv=kv, kv_bias=bias, **columns)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -230,8 +243,11 @@ class LayerMaths:
 
         Of RMS(x) these are the temporary pairs k^, v^; of RMS(z) the persistent ones.
         """
-        keys = self._heads(F.linear(h, self.k, self.k_bias), self.k_norm, rotation)
-        return keys, self._heads(F.linear(h, self.v, self.v_bias), None, None)
+        if self.kv is None:
+            k, v = F.linear(h, self.k, self.k_bias), F.linear(h, self.v, self.v_bias)
+        else:
+            k, v = F.linear(h, self.kv, self.kv_bias).chunk(2, dim=-1)
+        return self._heads(k, self.k_norm, rotation), self._heads(v, None, None)
 
     def _heads(self, u: Tensor, norm_weight: Tensor | None, rotation: Rotation | None) -> Tensor:
         dtype, K = u.dtype, self.config.head_width

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import gradients, loss_of, random_tokens, tiny
+from helpers import CPU_SCANS, gradients, loss_of, random_tokens, tiny
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from recurformer import bench, cli
 from recurformer.bench import common, scan, traffic
 from recurformer.bench.memory import LiveTensors, peak_memory
-from recurformer.scan import SCANS
 from recurformer.scan.schedule import Schedule, attention_traffic, naive_schedule
 
 SMALL: dict[str, Any] = {"batch_size": 2, "d_model": 16, "n_layers": 1, "n_heads": 2, "repeats": 2, "vocab_size": 31}
@@ -60,7 +59,7 @@ def test_live_tensors_are_counted_until_they_are_freed():
 def test_the_peak_of_a_training_step_is_the_allocators():
     """Beside the allocator's own log of a forward and backward pass, for every scan."""
     tokens = random_tokens(2, 9)
-    for name in SCANS:
+    for name in CPU_SCANS:
         if name == "fused":
             continue
         model = tiny(scan=name)
@@ -95,7 +94,7 @@ def test_every_scan_and_the_standard_layer_are_measured():
     calls: list[tuple[str, int, int]] = []
     settings = scan.ScanSettings(lengths=(9, 4, 9), **SMALL)
     results = bench.bench_scan(settings, lambda *call: calls.append(call))
-    paths = [*SCANS, "standard"]
+    paths = [*CPU_SCANS, "standard"]
     assert [(row["length"], row["path"]) for row in results["rows"]] == [(N, path) for N in (4, 9) for path in paths]
     assert json.loads(json.dumps(results))["rows"] == results["rows"]
     for row in results["rows"]:
@@ -216,6 +215,23 @@ def test_the_peer_runs_in_its_faster_mode_at_our_widths_and_without_its_addition
     assert "peer (tiled)" in text_of(scan.show_scan, results)
 
 
+@pytest.mark.usefixtures("peer")
+def test_the_peer_may_be_timed_less_often(monkeypatch: pytest.MonkeyPatch):
+    """Choosing its mode is its warm-up; the others' runs stay as many."""
+    calls: list[str] = []
+    run = scan._run
+    monkeypatch.setattr(
+        scan, "_run", lambda settings, one, *given: calls.append(one.name) or run(settings, one, *given)
+    )
+    settings = scan.ScanSettings(lengths=(8,), paths=("peer", "standard"), peer_repeats=1, **{**SMALL, "repeats": 3})
+    ticks: list[tuple[str, int, int]] = []
+    results = bench.bench_scan(settings, lambda *tick: ticks.append(tick))
+    assert calls.count("peer") == 2 + 1 + 1  # choice of two modes, memory, time
+    assert calls.count("standard") == 1 + 1 + 3  # memory, warm-up, time
+    assert [tick[1:] for tick in ticks] == [(n, len(ticks)) for n in range(len(ticks))]
+    assert results["notes"][-1].endswith("timed 1 time")
+
+
 def made_up(lengths: tuple[int, ...]) -> dict[str, Any]:
     """Results with numbers as wide as they get."""
     rows = [
@@ -247,6 +263,7 @@ def test_wide_numbers_fit_the_table_and_the_picture_is_one(lengths: tuple[int, .
         ({"repeats": 0}, "repeats is 0; it must be at least 1"),
         ({"warmup": -1}, "warmup is -1; it must be at least 0"),
         ({"threads": 0}, "threads is 0; it must be at least 1"),
+        ({"peer_repeats": 0}, "peer_repeats is 0; it must be at least 1"),
         ({"lengths": ()}, "give at least one"),
         ({"lengths": (4, 0)}, "each at least 1"),
         ({"dtype": "fp8"}, "dtype is 'fp8'; choose one of 'fp32', 'bf16'"),

@@ -156,7 +156,7 @@ def test_without_a_gpu_the_error_names_what_runs(name: str) -> None:
 
 def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("recurformer.scan.fused.has_triton", lambda: True)
+    monkeypatch.setattr("recurformer.scan.fused.HAS_TRITON", True)
     model = small()
     maths, layout = layer_of(model, 0).maths(), model._layout(1, 2, None, None, None)
     x = torch.randn(1, 2, 8)
@@ -175,7 +175,7 @@ def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, config = torch.device("cuda"), ModelConfig()
-    monkeypatch.setattr("recurformer.scan.fused.has_triton", lambda: True)
+    monkeypatch.setattr("recurformer.scan.fused.HAS_TRITON", True)
 
     def chosen(config: ModelConfig, **shape: int) -> str:
         return choose_scan("auto", config, gpu, **shape)[0]  # pyright: ignore[reportArgumentType]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,13 +14,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_all_close, gradients, layer_of, loss_of, random_tokens, relative_rms, strong, tiny
+from helpers import (
+    LAYER_OPTIONS,
+    assert_all_close,
+    gradients,
+    layer_of,
+    loss_of,
+    random_tokens,
+    relative_rms,
+    strong,
+    tiny,
+)
 from torch import Tensor
 
 from recurformer import KVCache, LanguageModel, ModelConfig
 from recurformer.bench.memory import peak_memory
 from recurformer.model import Layer, Layout
-from recurformer.scan.blocks import Attention
+from recurformer.scan.blocks import Attention, Leaf, LeafGradients
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.tiled import tiled_scan
 
@@ -145,29 +155,9 @@ def test_every_part_of_a_head_counts(K: int, qk_norm: Any):
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "grouped-heads": {"n_kv_heads": 2},
-    "one-kv-head": {"n_kv_heads": 1, "head_dim": 12},
-    "one-head": {"n_heads": 1, "head_dim": 8},
-    "interleaved-slopes": {"d_model": 24, "n_heads": 6, "alibi_slopes": "interleaved"},
-    "rope": {"position": "rope", "rope_theta": 100.0},
-    "rope-full-grouped": {"position": "rope", "qk_norm": "full", "n_kv_heads": 2},
-    "no-positions": {"position": "none"},
-    "layer-norm": {"norm": "layer", "norm_eps": 1e-3},
-    "layer-norm-full": {"norm": "layer", "qk_norm": "full"},
-    "no-qk-norm": {"qk_norm": "none"},
-    "gelu-tanh": {"activation": "gelu_tanh"},
-    "swiglu": {"activation": "swiglu", "d_mlp": 40},
-    "no-residual-scale": {"residual_scale": "none"},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "swiglu-biases-layer": {"activation": "swiglu", "mlp_bias": True, "attention_bias": True, "norm": "layer"},
-    "biases-no-qk-norm": {"attention_bias": True, "qk_norm": "none", "position": "none"},
-}
-
 
 @pytest.mark.parametrize("save", ["minimal", "all"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", LAYER_OPTIONS.values(), ids=LAYER_OPTIONS.keys())
 def test_options(options: dict[str, Any], save: str):
     one = case(2, 37, **options)
     assert_same(tiled(one, leaf=4, save=save), reference(one))
@@ -510,29 +500,95 @@ def test_bfloat16_under_autocast(options: dict[str, Any], save: str):
             assert relative_rms(found[name], expected[name]) <= 2e-2, name
 
 
+# --- threads and compilation ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("limit", [2**22, 1], ids=["small", "large"])
+def test_loops_of_small_products_keep_to_one_thread(limit: int, monkeypatch: pytest.MonkeyPatch):
+    """Inside the loops alone, forward and backward, and only where products are small."""
+    inside: dict[str, set[int]] = {"read": set(), "meet": set(), "absorb": set()}
+    for owner, name in ((Leaf, "read"), (LeafGradients, "meet"), (Attention, "absorb")):
+        original = getattr(owner, name)
+
+        def counted(*args: Any, seen: set[int] = inside[name], work: Callable = original, **options: Any) -> Any:
+            seen.add(torch.get_num_threads())
+            return work(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+    monkeypatch.setattr("recurformer.scan.tiled.ONE_THREAD", limit)
+    tiled(case(2, 37), leaf=4)
+    loops = {1} if limit > 1 else {2}
+    assert inside == {"read": loops, "meet": loops, "absorb": {2}}
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_come_back_when_a_loop_fails(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError(f"with {torch.get_num_threads()} thread")
+
+    one = case(2, 5)
+    for owner, name in ((LeafGradients, "meet"), (Leaf, "read")):
+        monkeypatch.setattr(owner, name, fail)
+        with pytest.raises(RuntimeError, match="with 1 thread"):
+            tiled(one)
+        assert torch.get_num_threads() == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides its own; "error" finds it first
+def test_a_compiled_model_calls_the_scan_as_it_is():
+    """Without a warning, and never as a graph of thousands of operations."""
+    model, tokens = tiny(scan="tiled", dtype=torch.float64, layers="first:1"), random_tokens(2, 40)
+    expected = gradients(model, loss_of(model, tokens))
+    found = gradients(model, loss_of(torch.compile(model, backend="eager"), tokens))  # pyright: ignore[reportArgumentType]
+    assert_all_close(found, expected)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def minimal_peak(N: int, **options: Any) -> float:
+    """Bytes of a forward and backward pass at save="minimal" for each byte of the layer's input."""
+    model = tiny(n_layers=1, **options)
+    layer, layout = layer_of(model, 0), model._layout(2, N, None, None, None)
+    x = torch.randn(2, N, model.config.d_model).requires_grad_()
+    gz = torch.randn_like(x)
+
+    def work() -> None:
+        z, _, _ = tiled_scan(x, layer.maths(), layout, save="minimal")
+        torch.autograd.grad(z, [x, *layer.parameters()], gz)
+
+    peak = peak_memory(work) / x.nbytes
+    assert peak > 4  # outputs, gradients, queries, pairs: less would be a broken measurement
+    return peak
 
 
 @pytest.mark.timeout(300)
 def test_memory_is_linear_in_the_length_and_small():
     """Forward and backward at save="minimal": less than 32 times the inputs, from 256 to 4096 positions."""
-    B, D = 2, 32
-    model = tiny(d_model=D, n_heads=2, n_layers=1)
-    layer = layer_of(model, 0)
-    peaks = {}
-    for N in (256, 1024, 4096):
-        layout = model._layout(B, N, None, None, None)
-        x = torch.randn(B, N, D).requires_grad_()
-        gz = torch.randn(B, N, D)
+    peaks = {N: minimal_peak(N, n_heads=2) for N in (256, 1024, 4096)}
+    assert max(peaks.values()) < 32
+    assert peaks[4096] < 1.1 * peaks[1024] < 1.1 * 1.1 * peaks[256]
 
-        def work(x: Tensor = x, gz: Tensor = gz, layout: Layout = layout) -> None:
-            z, _, _ = tiled_scan(x, layer.maths(), layout, save="minimal")
-            torch.autograd.grad(z, [x, *layer.parameters()], gz)
 
-        peaks[N] = peak_memory(work)
-        assert peaks[N] < 32 * x.nbytes
-        assert peaks[N] > 4 * x.nbytes  # outputs, gradients, queries, pairs: less would be a broken measurement
-    assert peaks[4096] < 4.4 * peaks[1024] < 4.4 * 4.4 * peaks[256]
+@pytest.mark.parametrize(
+    "options",
+    [{"n_heads": 8}, {"n_heads": 4}, {"d_model": 64, "n_heads": 16}, {"n_heads": 8, "n_kv_heads": 2},
+     {"n_heads": 4, "activation": "swiglu"}],
+    ids=["K4", "K8", "K4-D64", "K4-grouped", "K8-swiglu"],
+)  # fmt: skip
+def test_memory_is_small_for_narrow_heads_too(options: dict[str, Any]):
+    assert minimal_peak(256, **options) < 32
+    assert minimal_peak(1024, **options) < 32
 
 
 def test_keeping_more_takes_more_memory_and_by_size_it_is_kept(monkeypatch: pytest.MonkeyPatch):

@@ -384,7 +384,8 @@ def test_a_terminal_gets_a_progress_line(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides its own; "error" finds it first
-def test_compiling_changes_no_name(tiny, tmp_path, monkeypatch, weights, request):
+@pytest.mark.parametrize("scan", ["reference", "tiled"])
+def test_compiling_changes_no_name(scan, tiny, tmp_path, monkeypatch, weights, request):
     seen: list[str] = []
 
     def compile_eagerly(function, original=torch.compile):
@@ -394,7 +395,7 @@ def test_compiling_changes_no_name(tiny, tmp_path, monkeypatch, weights, request
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     attention.compiled.cache_clear()
     request.addfinalizer(attention.compiled.cache_clear)
-    options = {"schedule__steps": 4, "scan": "reference"}
+    options = {"schedule__steps": 4, "scan": scan}
     plain, compiled = tiny(**options), tiny(**options, compile=True)
     train(plain, tmp_path / "plain", quiet=True)
     train(compiled, tmp_path / "compiled", stop_at=2, quiet=True)

@@ -18,7 +18,7 @@ from recurformer.bench.common import bytes_text, in_words, machine, milliseconds
 from recurformer.bench.memory import peak_memory
 from recurformer.config import ModelConfig, suggest
 from recurformer.model import LanguageModel
-from recurformer.scan import SCANS
+from recurformer.scan import GPU_SCANS, SCANS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +42,7 @@ class ScanSettings:
         paths: what is measured, of `PATHS`.
         backward: measure forward and backward; else the forward alone, without gradients.
         repeats, warmup: timed runs, of which the median counts, and runs before them.
+        peer_repeats: timed runs of the peer, which may take minutes each; None: as many. Choosing its mode warms it up.
         device: where.
         threads: of the CPU; None: as PyTorch has it.
         seed: of weights and tokens.
@@ -58,6 +59,7 @@ class ScanSettings:
     backward: bool = True
     repeats: int = 5
     warmup: int = 1
+    peer_repeats: int | None = None
     device: str = "cpu"
     threads: int | None = None
     seed: int = 0
@@ -68,8 +70,10 @@ class ScanSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.warmup < 0:
             raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        for name in ("threads", "peer_repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
         if self.dtype not in DTYPES:
@@ -82,6 +86,13 @@ class ScanSettings:
         if not self.paths:
             raise ValueError(f"there is nothing to measure; choose among {', '.join(map(repr, PATHS))}")
         _ = self.config("standard")
+
+    def turns(self, path: str) -> range:
+        """Of all runs, those in which a path takes part."""
+        count = self.repeats
+        if path == "peer":
+            return range(self.warmup, self.warmup + min(count, self.peer_repeats or count))
+        return range(self.warmup + count)
 
     def config(self, layers: str) -> ModelConfig:
         """The shape of our model."""
@@ -111,11 +122,13 @@ def bench_scan(settings: ScanSettings, progress: Callable[[str, int, int], None]
         for path in dict.fromkeys(settings.paths):
             if path == "peer" and util.find_spec(PEER_MODULE) is None:
                 notes.append(f"no row for the peer: the package {PEER} is not installed")
+            elif path in GPU_SCANS and settings.device == "cpu":
+                notes.append(f"no row for {path}: it needs a GPU")
             else:
                 paths.append(path)
         rows: list[dict[str, Any]] = []
         lengths = sorted(set(settings.lengths))
-        total = len(lengths) * len(paths) * (settings.warmup + settings.repeats + 1)
+        total = len(lengths) * sum(1 + len(settings.turns(path)) for path in paths)
 
         def report(what: str) -> None:
             nonlocal done
@@ -129,7 +142,9 @@ def bench_scan(settings: ScanSettings, progress: Callable[[str, int, int], None]
         facts = machine()
         if "peer" in paths:
             facts["versions"][PEER] = metadata.version(PEER)
-            notes.append(f"peer: {PEER} in the faster of its modes, without its gate, value MLP and block RNN")
+            count = len(settings.turns("peer"))
+            timed = "" if count == settings.repeats else f", timed {count} time{'' if count == 1 else 's'}"
+            notes.append(f"peer: {PEER} in the faster of its modes, without its gate, value MLP and block RNN{timed}")
         return {
             "benchmark": "scan",
             "settings": {**asdict(settings), "threads": torch.get_num_threads(), "paths": paths},
@@ -169,6 +184,8 @@ def _measure(settings: ScanSettings, N: int, paths: list[str], report: Callable[
     times: dict[str, list[tuple[float, float]]] = {one.name: [] for one in contestants}
     for turn in range(settings.warmup + settings.repeats):
         for one in contestants:
+            if turn not in settings.turns(one.name):
+                continue
             report(f"N {N}, {one.name}: {'warm-up' if turn < settings.warmup else 'time'}")
             taken = _run(settings, one, tokens, targets)
             one.model.zero_grad(set_to_none=True)
@@ -250,7 +267,6 @@ def _peer(settings: ScanSettings, tokens: Tensor, targets: Tensor) -> Contestant
             return model(tokens, labels=targets, recurrent_mode=mode)
 
         one = Contestant("peer", model, loss, mode)
-        _run(settings, one, tokens, targets)
         modes.append((sum(_run(settings, one, tokens, targets)), one))
         model.zero_grad(set_to_none=True)
     return min(modes, key=lambda pair: pair[0])[1]

@@ -27,20 +27,6 @@ class State(NamedTuple):
     acc: Tensor
 
 
-class LeafState(NamedTuple):
-    """What the queries of one leaf bring to their read: first slot, normalised state, score bias inside the leaf."""
-
-    start: int
-    lse: Tensor  # (E, R, S, 1), -inf where nothing has been met yet
-    o: Tensor  # (E, R, S, K)
-    bias: Tensor | None  # (B or 1, G or 1, R or 1, S, S)
-
-    @staticmethod
-    def empty() -> LeafState:
-        nothing = torch.empty(0)
-        return LeafState(0, nothing, nothing, None)
-
-
 class Attention:
     """Queries and pairs of one call, in at least float32, and attention between blocks of them.
 
@@ -76,16 +62,11 @@ class Attention:
         shape = (*self.q.shape[:2], length)
         return State(self.q.new_full(shape, lowest), self.q.new_zeros(shape), self.q.new_zeros(*shape, self.K))
 
-    def set_pair(self, position: int, k: Tensor, v: Tensor) -> None:
-        """Put the persistent pair (B, G, 1, K) of a position into its slot."""
-        self.k[:, position] = k.view(-1, self.K)
-        self.v[:, position] = v.view(-1, self.K)
-
     def blocks(self, queries: slice, keys: slice) -> Iterator[tuple[slice, slice]]:
         """Cut a block into pieces of bounded size; those in which no query sees a key (other documents) are skipped."""
         earliest = self.layout.earliest
         # Scores against the layer's input are as 1 to K: narrow heads get smaller blocks.
-        length = PACKED_BLOCK if earliest is not None else min(QUERY_BLOCK, max(16, 2 * self.K))
+        length = PACKED_BLOCK if earliest is not None else min(QUERY_BLOCK, max(8, 2 * self.K))
         for q in cut(queries, length):
             first = keys.start if earliest is None else max(keys.start, earliest[q.start])
             for part in (slice(first, min(keys.stop, 0)), slice(max(first, 0), keys.stop)):
@@ -111,18 +92,12 @@ class Attention:
         """(E, R, N, ...) at some queries as (E, R q, ...)."""
         return t[:, :, queries].flatten(1, 2)
 
-    def scores(self, queries: slice, keys: slice, k: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Biased scores (E, R q, k) of queries and *strictly earlier* keys; others, and unseen ones, are -inf.
-
-        Args:
-            k: (E, k, K), the keys.
-            bias: (B or 1, G or 1, R or 1, q, k) when it is known already.
-        """
+    def scores(self, queries: slice, keys: slice, k: Tensor) -> Tensor:
+        """Biased scores (E, R q, k) of queries and *strictly earlier* keys (E, k, K); others, and unseen ones, -inf."""
         n, m = queries.stop - queries.start, keys.stop - keys.start
         s = torch.bmm(self.rows(self.q, queries), k.transpose(1, 2))
-        if bias is None:
-            slots = slice(keys.start + self.layout.past, keys.stop + self.layout.past)
-            bias = self.grouped(self.layout.bias(queries, slots))
+        slots = slice(keys.start + self.layout.past, keys.stop + self.layout.past)
+        bias = self.grouped(self.layout.bias(queries, slots))
         if bias is not None:
             s.view(self.B, self.G, self.R, n, m).add_(bias)
         if keys.stop > queries.start:
@@ -148,26 +123,105 @@ class Attention:
             l.mul_(decay).add_(p.sum(-1))
             acc.mul_(decay[..., None]).add_(torch.bmm(p.flatten(1, 2), v).view_as(acc))
 
-    def leaf_state(self, state: State, leaf: slice) -> LeafState:
-        m, l, acc = (t[:, :, leaf] for t in state)
-        o = acc / l.clamp_min(torch.finfo(l.dtype).tiny)[..., None]
-        return LeafState(leaf.start, (m + l.log())[..., None], o, self.leaf_bias(leaf))
-
     def leaf_bias(self, leaf: slice) -> Tensor | None:
+        """What is added to the scores inside a leaf, (B or 1, G or 1, R or 1, S, S)."""
         return self.grouped(self.layout.bias(leaf, slice(leaf.start + self.layout.past, leaf.stop + self.layout.past)))
 
-    def read(self, leaf: LeafState, position: int) -> tuple[Tensor, Tensor]:
-        """Attention output (E, R, K) and log-sum-exp (E, R) of one position: state, leaf, and its own slot."""
-        row, slots = position - leaf.start, slice(leaf.start, position + 1)
-        s = torch.bmm(self.q[:, :, position], self.k[:, slots].transpose(1, 2))
-        if leaf.bias is not None:
-            s.view(self.B, self.G, self.R, -1).add_(leaf.bias[..., row, : row + 1])
-        s = torch.cat([leaf.lse[:, :, row], s], dim=-1)  # what was met before counts as one more key, of value o
-        m = s.amax(-1, keepdim=True)
-        p = s.sub_(m).exp_()
-        l = p.sum(-1, keepdim=True)
-        a = torch.baddbmm(p[..., :1] * leaf.o[:, :, row], p[..., 1:], self.v[:, slots])
-        return a.div_(l), (m + l.log())[..., 0]
+
+class Leaf:
+    """The pairs of one leaf as its queries read them, one after the other; one object serves all leaves of a call.
+
+    What a query has met before the leaf, a normalised state, counts as one more key in front of the leaf's own: its
+    score is the state's log-sum-exp, its value the state's output, which differs from query to query.
+    """
+
+    def __init__(self, attention: Attention, side: int) -> None:
+        self.attention = attention
+        q, B, G, R, K = attention.q, attention.B, attention.G, attention.R, attention.K
+        self.k, self.v = q.new_zeros(2, B * G, 1 + side, K)  # slot 0: of the state, zero in both
+        self.scores = q.new_zeros(B * G, R, side, 1 + side)  # before the product of queries and keys
+        # Views for every row, made once: in the loop over positions each would cost as much as a small operation.
+        upto = [slice(0, row + 2) for row in range(side)]
+        self.k_upto = [self.k[:, slots].transpose(1, 2) for slots in upto]
+        self.v_upto = [self.v[:, slots] for slots in upto]
+        self.scores_upto = [self.scores[:, :, row, slots] for row, slots in enumerate(upto)]
+        self.k_slots, self.v_slots = (t.view(B, G, 1 + side, 1, K).unbind(2)[1:] for t in (self.k, self.v))
+
+    def begin(self, state: State, positions: slice) -> None:
+        """Take over temporary pairs and complete states of the leaf's positions."""
+        self.positions, n = positions, positions.stop - positions.start
+        m, l, acc = (t[:, :, positions] for t in state)
+        self.k[:, 1 : n + 1], self.v[:, 1 : n + 1] = (t[:, positions] for t in (self.attention.k, self.attention.v))
+        self.scores[:, :, :n, 0] = m + l.log()  # -inf where nothing has been met
+        bias = self.attention.leaf_bias(positions)
+        if bias is not None:
+            self.scores.unflatten(0, (self.attention.B, -1))[..., :n, 1 : n + 1] = bias
+        self.o = (acc / l.clamp_min(torch.finfo(l.dtype).tiny)[..., None]).unbind(2)
+        self.q = self.attention.q[:, :, positions].unbind(2)
+        self.peaks: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, row: int) -> Tensor:
+        """Attention output (E, R, K) of one position: state, leaf, and its own slot."""
+        s = torch.baddbmm(self.scores_upto[row], self.q[row], self.k_upto[row])
+        p = s.softmax(dim=-1)
+        self.peaks.append((s.amax(-1), p.amax(-1)))
+        return torch.baddbmm(p[..., :1] * self.o[row], p, self.v_upto[row])
+
+    def log_sum_exp(self) -> Tensor:
+        """Of all scores of a position, (E, R, S): the largest of them less the logarithm of its probability."""
+        s, p = (torch.stack(peaks, dim=-1) for peaks in zip(*self.peaks, strict=True))
+        return s - p.log()
+
+    def set_pair(self, row: int, k: Tensor, v: Tensor) -> None:
+        """Put the persistent pair (B, G, 1, K) of a position into its slot."""
+        self.k_slots[row].copy_(k)
+        self.v_slots[row].copy_(v)
+
+    def end(self) -> None:
+        """Hand the persistent pairs to the blocks of later queries."""
+        slots = slice(1, 1 + self.positions.stop - self.positions.start)
+        self.attention.k[:, self.positions], self.attention.v[:, self.positions] = self.k[:, slots], self.v[:, slots]
+
+
+class LeafGradients:
+    """The mirror of `Leaf`: positions from last to first, gradients of pairs out, gradients of attention outputs in.
+
+    Keys and queries of a leaf are all known, hence their probabilities; a query's gradients of scores are when its ga
+    is. Keys and values stand beside each other, (B, 2, G, ...), so that one product serves both.
+    """
+
+    def __init__(self, attention: Attention, positions: slice, lse: Tensor, gkv: Tensor) -> None:
+        """Begin a leaf.
+
+        Args:
+            lse: (E, R, N).
+            gkv: (B, 2, G, N, K), what queries behind the leaf have sent to its pairs.
+        """
+        B, G, R, K, n = attention.B, attention.G, attention.R, attention.K, positions.stop - positions.start
+        q, k = attention.q[:, :, positions], attention.k[:, positions]
+        p = attention.scores(positions, positions, k).sub_(lse[:, :, positions].flatten(1)[..., None]).exp_()
+        p = p.view(B, G, R, n, n)
+        by_key = q.new_zeros(B, 2, G, n, R, n)  # gradients of scores, zero until known, and probabilities
+        by_key[:, 1] = p.permute(0, 1, 4, 2, 3)
+        met = q.new_zeros(B, 2, G, R, n, K)  # what they are multiplied with: queries and ga
+        met[:, 0] = q.view(B, G, R, n, K)
+        self.ga, self.met = met[:, 1], met.view(-1, R * n, K)
+        self.v = attention.v[:, positions].transpose(1, 2)
+        # Views for every row, made once.
+        self.sent_before = gkv[:, :, :, positions].reshape(-1, n, K).split(1, dim=1)
+        self.by_key = by_key.view(-1, n, R * n).split(1, dim=1)
+        self.p_rows, self.ga_rows = p.unbind(3), self.ga.unbind(3)
+        self.ds_rows = by_key[:, 0].transpose(2, 3).unbind(-1)
+
+    def pair(self, row: int, out: Tensor) -> None:
+        """Write the complete gradient of a pair, key beside value, into (B 2 G, 1, K)."""
+        torch.baddbmm(self.sent_before[row], self.by_key[row], self.met, out=out)
+
+    def meet(self, row: int, ga: Tensor, a: Tensor) -> None:
+        """Take in the gradient ga of a position's attention output a, both (E, R, K)."""
+        self.ga_rows[row].copy_(ga.view_as(self.ga_rows[row]))
+        ds = torch.bmm(ga, self.v).sub_((ga * a).sum(-1, keepdim=True))
+        torch.mul(ds.view_as(self.p_rows[row]), self.p_rows[row], out=self.ds_rows[row])
 
 
 def cut(span: slice, length: int) -> Iterator[slice]:

@@ -47,6 +47,14 @@ class Step(NamedTuple):
     push: Block | None  # after its persistent pair is known
 
 
+class LeafStep(NamedTuple):
+    """What surrounds the positions of one leaf."""
+
+    positions: slice
+    pull: Block | None  # before them
+    push: Block | None  # after them
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The tiling of N positions behind P past ones.
@@ -109,6 +117,14 @@ class Schedule:
             for position in range(chunk.start, chunk.stop):
                 pull = self.pull(chunk) if position == chunk.start else None
                 yield Step(position, pull, self.read(position), self.push(position, chunk))
+
+    def leaves(self) -> Iterator[LeafStep]:
+        """The steps, leaf by leaf: inside one there are only reads."""
+        for chunk in self.chunks():
+            for start in range(chunk.start, chunk.stop, self.leaf):
+                positions = slice(start, min(start + self.leaf, chunk.stop))
+                pull = self.pull(chunk) if start == chunk.start else None
+                yield LeafStep(positions, pull, self.push(positions.stop - 1, chunk))
 
 
 # --- HBM traffic -----------------------------------------------------------------------------------------------------

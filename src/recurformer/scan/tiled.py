@@ -27,16 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recurformer.scan.blocks import Attention, LeafState, cut
-from recurformer.scan.schedule import Schedule, choose_schedule
+from recurformer.scan.blocks import Attention, Leaf, LeafGradients, cut
+from recurformer.scan.schedule import LeafStep, Schedule, choose_schedule
 
 if TYPE_CHECKING:
     from recurformer.config import ModelConfig
     from recurformer.model import LayerMaths, Layout, Rotation
 
-LEAF = 16  # positions that read each other directly: launches are what a small tile costs
-POSITION_BLOCK = 64  # positions recomputed together in the backward
-ONE_THREAD = 2**21  # multiply-adds of a position's largest product up to which the loop runs on one CPU thread
+LEAF = 32  # positions that read each other directly: launches are what a small tile costs
+POSITION_BLOCK = 64  # positions whose parallel part of the backward is done together; half, where memory counts
+ONE_THREAD = 2**22  # multiply-adds of a position's largest product up to which the loop runs on one CPU thread
 KEEP_BYTES = 2**29  # save="auto" keeps what the backward needs up to this many bytes a layer
 
 pick_schedule = lru_cache(maxsize=256)(choose_schedule)
@@ -57,13 +57,17 @@ def tiled_scan(
     Args:
         x, layer, layout, past: see `reference_scan`.
         chunk: C of the two-level schedule, a power of two; None: pure tiling; "auto": least modelled HBM traffic.
-        leaf: S, a power of two, positions that read each other directly; 1 is the paper's algorithm to the letter.
+        leaf: S, a power of two, positions that read each other directly, with memory for S^2 scores a head; 1 is the
+            paper's algorithm to the letter.
         save: what the forward keeps for the backward: "minimal" (inputs and outputs; the rest is recomputed in
             parallel), "all" (queries, pairs, attention outputs and the MLP's inner values), or "auto", by size.
 
     Raises:
         ValueError: for a chunk or leaf that is no power of two, or an unknown `save`.
     """
+    if torch.compiler.is_compiling():  # loops of thousands of operations: as one graph they take minutes to compile
+        eager: Any = torch.compiler.disable(tiled_scan)
+        return eager(x, layer, layout, past, chunk=chunk, leaf=leaf, save=save)
     config = layer.config
     if save not in ("auto", "minimal", "all"):
         raise ValueError(f"save is {save!r}; choose 'auto', 'minimal' or 'all'")
@@ -112,30 +116,36 @@ class TiledScan(torch.autograd.Function):
         h = layer.attention_input(x)
         attention = Attention.of(layout, layer.queries(h, rotation), *layer.pairs(h, rotation), call.past)
         del h
-        state = attention.new_state(N)
-        z = torch.empty_like(x, memory_format=torch.contiguous_format)
+        state, leaf = attention.new_state(N), Leaf(attention, schedule.leaf)
+        # Position-major from here: what belongs to a position is one piece of memory.
+        x_rows = x.transpose(0, 1).contiguous().unbind(0)
+        z = x.new_empty(N, B, x.shape[2])
+        z_rows = z.unbind(0)
         kept = Kept.empty(call, layer, attention) if call.keep else None
 
-        leaf = LeafState.empty()
-        with few_threads(x, config):
-            for position, pull, read, push in schedule.steps():
-                if pull is not None:
-                    attention.absorb(state, pull.queries, pull.keys)
-                if read.start == position:  # a new leaf
-                    leaf = attention.leaf_state(state, slice(position, min(position + schedule.leaf, N)))
-                a, lse = attention.read(leaf, position)
-                here = slice(position, position + 1)
-                y = layer.attended(x[:, here], a.view(B, 1, -1).to(layer.compute_dtype))
-                up, gate = layer.mlp_inner(y)
-                z_i = layer.finished(y, up, gate)
-                k, v = layer.pairs(layer.attention_input(z_i), None if rotation is None else rotation[here])
-                attention.set_pair(position, k, v)
-                z[:, position] = z_i[:, 0]
-                if kept is not None:
-                    kept.store(position, a, lse, up, gate)
-                if push is not None:
-                    attention.absorb(state, push.queries, push.keys)
+        small = layer.packed()
+        for positions, pull, push in schedule.leaves():
+            if pull is not None:
+                attention.absorb(state, pull.queries, pull.keys)
+            leaf.begin(state, positions)
+            with few_threads(x, config), torch.inference_mode():
+                for row, i in enumerate(range(positions.start, positions.stop)):
+                    a = leaf.read(row)
+                    y = small.attended(x_rows[i], a.view(B, -1).to(small.compute_dtype))
+                    up, gate = small.mlp_inner(y)
+                    z_i = small.finished(y, up, gate)
+                    h_z = small.attention_input(z_i)[:, None]
+                    leaf.set_pair(row, *small.pairs(h_z, None if rotation is None else rotation[i : i + 1]))
+                    z_rows[i].copy_(z_i)
+                    if kept is not None:
+                        kept.store(i, a, up, gate)
+            leaf.end()
+            if kept is not None:
+                kept.lse[:, :, positions] = leaf.log_sum_exp()
+            if push is not None:
+                attention.absorb(state, push.queries, push.keys)
 
+        z = z.transpose(0, 1)
         keys, values = (t.view(B, config.kv_heads, N, -1).to(layer.compute_dtype) for t in (attention.k, attention.v))
         ctx.save_for_backward(x, z, *tensors, *(kept or ()))
         ctx.call = call
@@ -159,6 +169,11 @@ class TiledScan(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             gx, gradients = Backward(call, call.layer(tensors), x, z, kept, wanted).run(gz_out)
         return (gx, None, *(gradients.get(name) for name in call.names))
+
+
+def rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The views of each tensor at every index of its first dimension."""
+    return [tensor.unbind(0) for tensor in tensors]
 
 
 @contextmanager
@@ -185,7 +200,7 @@ class Kept(NamedTuple):
     q: Tensor  # (E, R, N, K), scaled
     k: Tensor  # (E, N, K), persistent
     v: Tensor
-    a: Tensor  # (E, R, N, K)
+    a: Tensor  # (N, E, R, K)
     lse: Tensor  # (E, R, N)
     up: Tensor  # (N, B, F)
     gate: Tensor | None  # (N, B, F), swiglu
@@ -195,39 +210,46 @@ class Kept(NamedTuple):
         q, shape = attention.q, (attention.N, attention.B, call.config.mlp_width)
         up = q.new_empty(shape, dtype=layer.compute_dtype)
         gate = None if layer.gate is None else torch.empty_like(up)
-        return cls(q, attention.k, attention.v, torch.empty_like(q), q.new_empty(q.shape[:3]), up, gate)
+        a = q.new_empty(attention.N, *q.shape[:2], attention.K)
+        return cls(q, attention.k, attention.v, a, q.new_empty(q.shape[:3]), up, gate)
 
-    def store(self, position: int, a: Tensor, lse: Tensor, up: Tensor, gate: Tensor | None) -> None:
-        self.a[:, :, position], self.lse[:, :, position], self.up[position] = a, lse, up[:, 0]
+    def store(self, position: int, a: Tensor, up: Tensor, gate: Tensor | None) -> None:
+        self.a[position].copy_(a)
+        self.up[position].copy_(up)
         if self.gate is not None and gate is not None:
-            self.gate[position] = gate[:, 0]
+            self.gate[position].copy_(gate)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
 class NormTape:
-    """A norm's input, normalised, for its backward: `output = xhat * weight`, statistics in the accumulation dtype."""
+    """A norm's input, normalised, for its backward: `output = xhat * weight`, statistics in the accumulation dtype.
+
+    With xhat = (x - mean x) rstd, the gradient of x is
+    `rstd weight g - mean(rstd weight g) - xhat rstd mean(g output)`. RMS has no mean and no second term.
+    """
 
     def __init__(self, x: Tensor, weight: Tensor, config: ModelConfig) -> None:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self.centred, self.weight = config.norm == "layer", weight.to(x.dtype)
+        self.centred, weight = config.norm == "layer", weight.to(x.dtype)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        self.rstd = (x.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
-        self.xhat = x * self.rstd
+        rstd = (x.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
+        self.xhat = x * rstd
+        self.output = self.xhat * weight
+        self.output_rows, self.slope_rows, self.pull_rows = rows(
+            self.output, rstd * weight, self.xhat * (rstd / -x.shape[-1])
+        )
 
-    def output(self) -> Tensor:
-        return self.xhat * self.weight
-
-    def backward(self, g: Tensor, row: int) -> Tensor:
-        """Gradient of the input at `row` of the first dimension, given that of the output."""
-        xhat = self.xhat[row]
-        g = g * self.weight
-        gx = torch.addcmul(g, xhat, (g * xhat).mean(-1, keepdim=True), value=-1)
+    def backward(self, g: Tensor, row: int, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Gradient of the input at `row` of the first dimension, given that of the output; plus the residual's."""
+        along = (g * self.output_rows[row]).sum(-1, keepdim=True)
+        slope = self.slope_rows[row]
+        gx = g * slope if residual is None else torch.addcmul(residual, g, slope, out=out)
         if self.centred:
-            gx -= g.mean(-1, keepdim=True)
-        return gx.mul_(self.rstd[row])
+            gx -= (g * slope).mean(-1, keepdim=True)
+        return gx.addcmul_(self.pull_rows[row], along)
 
     def weight_gradient(self, g: Tensor) -> Tensor:
         """Sum over everything but the normalised dimension."""
@@ -253,19 +275,22 @@ class Backward:
         q = self.attention.q
         self.lse = q.new_empty(q.shape[:3]) if kept is None else kept.lse
         self.ga, self.delta = torch.empty_like(q), q.new_empty(q.shape[:3])  # <ga_i, a_i>, per head
-        self.gk, self.gv = torch.zeros_like(self.attention.k), torch.zeros_like(self.attention.v)
+        B, G, N, K = self.attention.B, self.attention.G, self.attention.N, self.attention.K
+        self.gkv = q.new_zeros(B, 2, G, N, K)  # of the persistent pairs, keys beside values
         self.gradients: dict[str, Tensor] = {}
         # Products that the loop repeats: the pair's two matrices as one.
         self.kv_weight = torch.cat([layer.k, layer.v])
-        self.pushes = [step.push for step in self.schedule.steps()]
-        self.pulls = {chunk.start: self.schedule.pull(chunk) for chunk in self.schedule.chunks()}
+        self.leaves = list(self.schedule.leaves())
 
     def run(self, gz_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of x and, by name, of the wanted tensors."""
-        gx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
-        for block in reversed(list(cut(slice(0, self.x.shape[1]), POSITION_BLOCK))):
-            gx[:, block] = self.block(block, gz_out)
-        return gx, {name: g.to(getattr(self.layer, name).dtype) for name, g in self.gradients.items()}
+        N, side = self.x.shape[1], self.schedule.leaf
+        gx = self.x.new_empty(N, *self.x[:, 0].shape)
+        length = POSITION_BLOCK if self.kept is not None else POSITION_BLOCK // 2
+        for block in reversed(list(cut(slice(0, N), max(length, side)))):  # of whole leaves
+            leaves = self.leaves[block.start // side : -(-block.stop // side)]
+            gx[block] = self.block(block, leaves, gz_out[:, block].transpose(0, 1))
+        return gx.transpose(0, 1), {name: g.to(getattr(self.layer, name).dtype) for name, g in self.gradients.items()}
 
     def add(self, name: str, gradient: Tensor | None) -> None:
         """Accumulate the gradient of a weight, in at least float32."""
@@ -284,10 +309,10 @@ class Backward:
         if f"{name}_bias" in self.wanted:
             self.add(f"{name}_bias", g.to(self.acc).sum(0))
 
-    def block(self, block: slice, gz_out: Tensor) -> Tensor:
-        """Positions of one block, last to first; returns the gradient of their inputs (B, n, D)."""
+    def block(self, block: slice, leaves: list[LeafStep], gz_out: Tensor) -> Tensor:
+        """Positions of one block, last to first; gradients of outputs and, returned, of inputs are (n, B, D)."""
         layer, config, attention, s = self.layer, self.config, self.attention, self.config.branch_scale
-        B, G, n = attention.B, attention.G, block.stop - block.start
+        B, G, R, K, n = attention.B, attention.G, attention.R, attention.K, block.stop - block.start
         rotation = None if self.layout.rotation is None else self.layout.rotation[block]
 
         # In parallel: what the forward had at these positions.
@@ -295,9 +320,10 @@ class Backward:
         k_tmp, v_tmp = (t.detach().to(self.acc).reshape(B * G, 1, n, -1) for t in (inputs.k, inputs.v))
         if self.kept is None:
             a, self.lse[:, :, block] = self.attend(block, k_tmp, v_tmp)
+            a = a.permute(2, 0, 1, 3).contiguous()
         else:
-            a = self.kept.a[:, :, block]
-        a_rows = a.reshape(B, -1, n, attention.K).permute(2, 0, 1, 3).flatten(2).to(self.dtype)  # (n, B, H K)
+            a = self.kept.a[block]
+        a_rows = a.view(n, B, -1).to(self.dtype)
         y = layer.attended(self.x[:, block].transpose(0, 1), a_rows)
         if self.kept is None:
             up, gate = layer.mlp_inner(y)
@@ -307,80 +333,74 @@ class Backward:
         mlp_norm = NormTape(y, layer.mlp_norm, config)
         del y, up, gate
         z_norm = NormTape(self.z[:, block].transpose(0, 1), layer.attention_norm, config)
-        h_z = z_norm.output().to(self.dtype)
+        h_z = z_norm.output.to(self.dtype)
         key_norm = None
         if layer.k_norm is not None:
             k_raw = F.linear(h_z, layer.k, layer.k_bias)
-            key_norm = NormTape(
-                k_raw.unflatten(-1, (G, -1)) if config.qk_norm == "head" else k_raw, layer.k_norm, config
-            )
+            k_raw = k_raw.view(n, B, G, K) if config.qk_norm == "head" else k_raw
+            key_norm = NormTape(k_raw, layer.k_norm, config)
 
-        # One by one, from the last: data gradients alone.
-        gz, gy, g_mlp_norm = (self.x.new_empty(n, B, self.x.shape[2]) for _ in range(3))
-        g_z_norm = torch.empty_like(gz)
+        # One by one, from the last: data gradients alone. `rows` of a tensor are its views by position, made at once.
+        gz, gy = (self.x.new_empty(n, B, self.x.shape[2]) for _ in range(2))
+        g_mlp_norm, g_z_norm = (torch.empty_like(gz, dtype=self.dtype) for _ in range(2))
         g_up = torch.empty_like(inner)
         g_gate = None if slope_gate is None else torch.empty_like(inner)
-        g_pair = inner.new_empty(n, B, self.kv_weight.shape[0])
-        g_key = gz.new_empty(n, B, G * attention.K)
-        leaf_bias: Tensor | None = None
-        with few_threads(self.x, config):
-            for i in reversed(range(block.start, block.stop)):
-                r = i - block.start
-                if (push := self.pushes[i]) is not None:
-                    self.push(push.queries, push.keys)
-                readers = self.schedule.readers(i)
-                leaf_start = i - i % self.schedule.leaf
-                if readers.start >= readers.stop or r == n - 1:
-                    leaf_bias = attention.leaf_bias(slice(leaf_start, max(readers.stop, i + 1)))
-                if readers.start < readers.stop:
-                    column = i - leaf_start
-                    bias = None if leaf_bias is None else leaf_bias[..., column + 1 :, column : column + 1]
-                    self.push(readers, slice(i, i + 1), bias)
-
-                # z_i, through the persistent pair
-                gk = self.gk[:, i]
-                if rotation is not None:
-                    gk = rotation[slice(r, r + 1)].inverse()(gk.view(B, G, 1, -1))
-                g_key[r] = gk.reshape(B, -1)
-                if key_norm is not None:
-                    gk = key_norm.backward(g_key[r].view(key_norm.xhat.shape[1:]), r).to(self.dtype)
-                g_pair[r] = torch.cat([gk.reshape(B, -1), self.gv[:, i].reshape(B, -1).to(gk.dtype)], dim=1)
-                g_z_norm[r] = torch.mm(g_pair[r], self.kv_weight)
-                gz_i = z_norm.backward(g_z_norm[r], r).add_(gz_out[:, i])
-                # y_i, through the MLP
-                g_inner = torch.mm((s * gz_i).to(self.dtype), layer.down)
-                torch.mul(g_inner, slope_up[r], out=g_up[r])
-                g_h = torch.mm(g_up[r], layer.up)
-                if g_gate is not None and slope_gate is not None and layer.gate is not None:
-                    torch.mul(g_inner, slope_gate[r], out=g_gate[r])
-                    g_h = torch.addmm(g_h, g_gate[r], layer.gate)
-                g_mlp_norm[r] = g_h
-                gy_i = mlp_norm.backward(g_mlp_norm[r], r).add_(gz_i)
-                # a_i, through the attention output
-                ga = torch.mm((s * gy_i).to(self.dtype), layer.o).view(B * G, attention.R, -1).to(self.acc)
-                self.ga[:, :, i] = ga
-                self.delta[:, :, i] = (ga * a[:, :, r]).sum(-1)
-                gz[r], gy[r] = gz_i, gy_i
-                if (pull := self.pulls.get(i)) is not None:
-                    self.push(pull.queries, slice(0, pull.keys.stop))  # the past is constant
+        g_pair = gz.new_empty(n, B, 2, G, K)
+        g_k = g_pair[:, :, 0]
+        g_key = None if key_norm is None else torch.empty_like(key_norm.output)  # before the norm of keys
+        gz_rows, gy_rows, g_up_rows, g_mlp_norm_rows, g_z_norm_rows = rows(gz, gy, g_up, g_mlp_norm, g_z_norm)
+        gz_out_rows, a_by_row, slope_rows = rows(gz_out.contiguous(), a, slope_up)
+        g_pair_rows, g_k_rows = rows(g_pair, g_k)
+        for positions, pull, push in reversed(leaves):
+            if push is not None:
+                self.push(push.queries, push.keys)
+            leaf = LeafGradients(attention, positions, self.lse, self.gkv)
+            with few_threads(self.x, config), torch.inference_mode():
+                for row in reversed(range(positions.stop - positions.start)):
+                    r = positions.start + row - block.start
+                    # z_i, through the persistent pair
+                    leaf.pair(row, g_pair_rows[r].view(-1, 1, K))
+                    if rotation is not None:
+                        g_k_rows[r].copy_(rotation[r : r + 1].inverse()(g_k_rows[r].unsqueeze(2)).squeeze(2))
+                    if key_norm is not None and g_key is not None:
+                        g_key[r] = g_k_rows[r].reshape(g_key.shape[1:])
+                        g_k_rows[r].copy_(key_norm.backward(g_key[r], r).view(B, G, K))
+                    g_z_norm_i = g_z_norm_rows[r]
+                    torch.mm(g_pair_rows[r].view(B, -1).to(self.dtype), self.kv_weight, out=g_z_norm_i)
+                    gz_i = z_norm.backward(g_z_norm_i, r, gz_out_rows[r], out=gz_rows[r])
+                    # y_i, through the MLP
+                    g_inner, g_up_i = torch.mm((s * gz_i).to(self.dtype), layer.down), g_up_rows[r]
+                    torch.mul(g_inner, slope_rows[r], out=g_up_i)
+                    g_mlp_norm_i = torch.mm(g_up_i, layer.up, out=g_mlp_norm_rows[r])
+                    if g_gate is not None and slope_gate is not None and layer.gate is not None:
+                        torch.mul(g_inner, slope_gate[r], out=g_gate[r])
+                        g_mlp_norm_i.addmm_(g_gate[r], layer.gate)
+                    gy_i = mlp_norm.backward(g_mlp_norm_i, r, gz_i, out=gy_rows[r])
+                    # a_i, through the attention output
+                    ga = torch.mm((s * gy_i).to(self.dtype), layer.o)
+                    leaf.meet(row, ga.view(B * G, R, K).to(self.acc), a_by_row[r])
+            self.ga[:, :, positions] = leaf.ga.reshape(B * G, R, -1, K)
+            here = a[positions.start - block.start : positions.stop - block.start].permute(1, 2, 0, 3)
+            self.delta[:, :, positions] = (self.ga[:, :, positions] * here).sum(-1)
+            if pull is not None:
+                self.push(pull.queries, slice(0, pull.keys.stop))  # the past is constant
 
         # In parallel again: every weight, the queries, the temporary pairs, the inputs.
         self.add_product("down", s * gz, inner)
-        h_y = mlp_norm.output()
-        self.add_product("up", g_up, h_y)
+        self.add_product("up", g_up, mlp_norm.output)
         if g_gate is not None:
-            self.add_product("gate", g_gate, h_y)
+            self.add_product("gate", g_gate, mlp_norm.output)
         self.add("mlp_norm", mlp_norm.weight_gradient(g_mlp_norm))
         self.add_product("o", s * gy, a_rows)
-        self.add_product("k", g_pair[..., : G * attention.K], h_z)
-        self.add_product("v", g_pair[..., G * attention.K :], h_z)
-        if key_norm is not None:
-            self.add("k_norm", key_norm.weight_gradient(g_key.view(key_norm.xhat.shape)))
+        self.add_product("k", g_k.flatten(2), h_z)
+        self.add_product("v", g_pair[:, :, 1].flatten(2), h_z)
+        if key_norm is not None and g_key is not None:
+            self.add("k_norm", key_norm.weight_gradient(g_key))
         self.add("attention_norm", z_norm.weight_gradient(g_z_norm))
         gx, gradients = inputs.backward(*self.query_gradients(block, k_tmp, v_tmp))
         for name, gradient in gradients.items():
             self.add(name, gradient)
-        return gx + gy.transpose(0, 1)
+        return gy.add_(gx.transpose(0, 1))
 
     def attend(self, block: slice, k_tmp: Tensor, v_tmp: Tensor) -> tuple[Tensor, Tensor]:
         """Attention outputs (E, R, n, K) and log-sum-exps (E, R, n) of a block's queries, all pairs being known."""
@@ -391,25 +411,21 @@ class Backward:
         lse = torch.logaddexp(state.m + state.l.log(), own)
         return state.acc * (state.m - lse).exp()[..., None] + v_tmp * (own - lse).exp()[..., None], lse
 
-    def push(self, queries: slice, keys: slice, bias: Tensor | None = None) -> None:
+    def push(self, queries: slice, keys: slice) -> None:
         """Add to the gradients of pairs what queries, whose ga is known, send them."""
         attention, rows = self.attention, self.attention.rows
         for q, kv in attention.blocks(queries, keys):
             k, v = attention.pairs_at(kv)
-            cut_bias = bias
-            if bias is not None and q != queries:  # a leaf longer than a block of queries
-                cut_bias = bias[..., q.start - queries.start : q.stop - queries.start, :]
-            p, ds = self.probabilities(q, kv, k, v, cut_bias)
+            p, ds = self.probabilities(q, kv, k, v)
+            B, G, K = attention.B, attention.G, attention.K
             # Not baddbmm_: on a strided destination it runs one small product after the other.
-            self.gv[:, kv] += torch.bmm(p.transpose(1, 2), rows(self.ga, q))
-            self.gk[:, kv] += torch.bmm(ds.transpose(1, 2), rows(attention.q, q))
+            self.gkv[:, 0, :, kv] += torch.bmm(ds.transpose(1, 2), rows(attention.q, q)).view(B, G, -1, K)
+            self.gkv[:, 1, :, kv] += torch.bmm(p.transpose(1, 2), rows(self.ga, q)).view(B, G, -1, K)
 
-    def probabilities(
-        self, q: slice, kv: slice, k: Tensor, v: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def probabilities(self, q: slice, kv: slice, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """p_ij and the gradients ds_ij of the scores, (E, R q, k)."""
         rows = self.attention.rows
-        p = self.attention.scores(q, kv, k, bias).sub_(rows(self.lse, q)[..., None]).exp_()
+        p = self.attention.scores(q, kv, k).sub_(rows(self.lse, q)[..., None]).exp_()
         dp = torch.bmm(rows(self.ga, q), v.transpose(1, 2))
         return p, dp.sub_(rows(self.delta, q)[..., None]).mul_(p)
 

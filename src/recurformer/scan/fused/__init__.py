@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields, replace
-from functools import cache
 from importlib import util
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +23,10 @@ if TYPE_CHECKING:
 CHUNK, LEAF = 64, 16  # positions of a chunk up to N = 1024, twice as many behind that; of a leaf
 KEEP_PART = 32  # save="auto" keeps queries and pairs of a layer up to this part of the device's memory
 MAX_HEAD_WIDTH = 256
+HAS_TRITON = util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Past = tuple[Tensor, Tensor] | None
-
-
-@cache
-def has_triton() -> bool:
-    return util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -41,7 +36,7 @@ def interpreted() -> bool:
 
 def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why the fused scan can't run here, in words with a remedy, or None."""
-    if not has_triton():
+    if not HAS_TRITON:
         return "triton is not installed; install it, or set model.scan = 'tiled'"
     if device.type != "cuda" and not interpreted():
         return f"the device is {device.type}; it needs an NVIDIA GPU, model.scan = 'tiled' runs anywhere"
