@@ -1,0 +1,79 @@
+"""Measures and draws the pictures of docs/what-recurrence-buys.md that need training. Run it from anywhere.
+
+`python docs/figures/recurrence.py` draws every picture from the measurements in docs/figures/data/; those that are
+missing are measured first, part by part, each a few minutes on one core. `... PART ...` measures these parts anew.
+"""
+
+import json
+import pathlib
+import sys
+
+from recurformer.folders import replacing
+from recurformer.tasks import HybridSettings, TaskSettings, run_hybrids, run_tasks
+from recurformer.tasks.hybrids import draw_hybrids
+from recurformer.tasks.sweep import draw_tasks
+
+HERE = pathlib.Path(__file__).parent
+DATA = HERE / "data"
+GROUPS = {"length": 32, "steps": 300}
+OTHERS = ("modular", "dyck", "khop", "selective-copy", "recall")
+SINGLE = ("SSSS", "RSSS", "SRSS", "SSRS", "SSSR")
+FIRST_LAST = ("RRSS", "RRRS", "SSRR")
+REST = ("SRRR", "RSRS", "SRSR")
+TEXT = {"length": 32, "steps": 150}
+
+TASKS = {
+    **{f"parity-{seed}": TaskSettings(tasks=("parity",), seeds=(seed,), **GROUPS) for seed in range(3)},
+    "parity-deep": TaskSettings(tasks=("parity",), layers=("standard",), n_layers=(4, 8), length=32, steps=300),
+    "s3-0": TaskSettings(tasks=("s3",), layers=("first:1", "standard"), length=32, steps=600),
+    "s3-1": TaskSettings(tasks=("s3",), layers=("recurrent",), length=32, steps=600),
+    **{f"others-{name}": TaskSettings(tasks=(name,)) for name in OTHERS},
+}
+HYBRIDS = {
+    "text-0": HybridSettings(only=SINGLE, **TEXT),
+    "text-1": HybridSettings(only=FIRST_LAST, extra_steps=(), **TEXT),
+    "text-2": HybridSettings(only=REST, extra_steps=(), **TEXT),
+    "text-3": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
+    "parity-hybrids": HybridSettings(on="parity", n_layers=3, n_heads=16, length=16, steps=150, extra_steps=()),
+}
+PICTURES = {
+    "parity": ("parity-0", "parity-1", "parity-2"),
+    "tasks": ("s3-0", "s3-1", *(f"others-{name}" for name in OTHERS)),
+    "hybrids-text": ("text-0", "text-1", "text-2", "text-3"),
+    "hybrids-parity": ("parity-hybrids",),
+}
+
+
+def measured(part: str, anew: bool) -> dict:
+    """A part's measurement, from its file or made now."""
+    file = DATA / f"{part}.json"
+    if anew or not file.is_file():
+        print(f"measuring {part}", flush=True)
+        results = run_tasks(TASKS[part]) if part in TASKS else run_hybrids(HYBRIDS[part])
+        DATA.mkdir(exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+    return json.loads(file.read_text())
+
+
+def joined(parts: tuple[str, ...]) -> dict:
+    """Several parts as one measurement."""
+    all_of_them = [measured(part, anew=False) for part in parts]
+    seeds = sorted({row["seed"] for results in all_of_them for row in results["rows"]})
+    rows = [row for results in all_of_them for row in results["rows"]]
+    return {**all_of_them[0], "rows": rows, "settings": {**all_of_them[0]["settings"], "seeds": seeds}}
+
+
+def main(parts: list[str]) -> None:
+    for part in parts:
+        measured(part, anew=True)
+    if parts:
+        return
+    for name, needed in PICTURES.items():
+        results = joined(needed)
+        draw = draw_tasks if results["benchmark"] == "tasks" else draw_hybrids
+        (HERE / f"{name}.png").write_bytes(draw(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
