@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 
+from recurformer.bench.stability import StabilitySettings, bench_stability, draw_stability
 from recurformer.folders import replacing
 from recurformer.tasks import HybridSettings, TaskSettings, run_hybrids, run_tasks
 from recurformer.tasks.hybrids import draw_hybrids
@@ -26,7 +27,7 @@ TASKS = {
     **{f"parity-{seed}": TaskSettings(tasks=("parity",), seeds=(seed,), **GROUPS) for seed in range(3)},
     "parity-deep": TaskSettings(tasks=("parity",), layers=("standard",), n_layers=(4, 8), length=32, steps=300),
     "s3-0": TaskSettings(tasks=("s3",), layers=("first:1", "standard"), length=32, steps=600),
-    "s3-1": TaskSettings(tasks=("s3",), layers=("recurrent",), length=32, steps=600),
+    "s3-1": TaskSettings(tasks=("s3",), layers=("recurrent",), n_layers=(1,), length=32, steps=600),
     **{f"others-{name}": TaskSettings(tasks=(name,)) for name in OTHERS},
 }
 HYBRIDS = {
@@ -36,11 +37,13 @@ HYBRIDS = {
     "text-3": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
     "parity-hybrids": HybridSettings(on="parity", n_layers=3, n_heads=16, length=16, steps=150, extra_steps=()),
 }
+STABILITY = {"stability": StabilitySettings()}
 PICTURES = {
     "parity": ("parity-0", "parity-1", "parity-2"),
     "tasks": ("s3-0", "s3-1", *(f"others-{name}" for name in OTHERS)),
     "hybrids-text": ("text-0", "text-1", "text-2", "text-3"),
     "hybrids-parity": ("parity-hybrids",),
+    "stability": ("stability",),
 }
 
 
@@ -49,7 +52,12 @@ def measured(part: str, anew: bool) -> dict:
     file = DATA / f"{part}.json"
     if anew or not file.is_file():
         print(f"measuring {part}", flush=True)
-        results = run_tasks(TASKS[part]) if part in TASKS else run_hybrids(HYBRIDS[part])
+        if part in TASKS:
+            results = run_tasks(TASKS[part])
+        elif part in HYBRIDS:
+            results = run_hybrids(HYBRIDS[part])
+        else:
+            results = bench_stability(STABILITY[part])
         DATA.mkdir(exist_ok=True)
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
@@ -58,6 +66,8 @@ def measured(part: str, anew: bool) -> dict:
 
 def joined(parts: tuple[str, ...]) -> dict:
     """Several parts as one measurement."""
+    if len(parts) == 1:
+        return measured(parts[0], anew=False)
     all_of_them = [measured(part, anew=False) for part in parts]
     seeds = sorted({row["seed"] for results in all_of_them for row in results["rows"]})
     rows = [row for results in all_of_them for row in results["rows"]]
@@ -71,7 +81,7 @@ def main(parts: list[str]) -> None:
         return
     for name, needed in PICTURES.items():
         results = joined(needed)
-        draw = draw_tasks if results["benchmark"] == "tasks" else draw_hybrids
+        draw = {"tasks": draw_tasks, "hybrids": draw_hybrids, "stability": draw_stability}[results["benchmark"]]
         (HERE / f"{name}.png").write_bytes(draw(results))
 
 

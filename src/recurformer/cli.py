@@ -384,7 +384,9 @@ def bench_stability(grid: bool, out: str | None, **settings: Any) -> None:
 
     from recurformer.bench import common, stability
 
-    chosen = stability.StabilitySettings(**settings, **({} if grid else {"depths": ()}))
+    if not grid:
+        settings["depths"] = ()
+    chosen = stability.StabilitySettings(**settings)
     _make_folder(out)
     console = Console(stderr=True)
     with console.status("start") as status:
@@ -446,7 +448,7 @@ def _with_progress(work: Any) -> Any:
 
 @tasks.command("run")
 @click.argument("names", nargs=-1, required=True, metavar="TASK...")
-@click.option("--layers", multiple=True, default=("recurrent", "first:1", "standard"), metavar="KIND", 
+@click.option("--layers", multiple=True, default=("recurrent", "first:1", "standard"), metavar="KIND",
               help="recurrent, standard or first:K; may be repeated.")  # fmt: skip
 @click.option("--n-layers", multiple=True, default=(2,), type=int, help="Depth; may be repeated.")
 @click.option("--n-heads", default=16, type=int, help="Heads of every model.")
