@@ -40,7 +40,8 @@ HYBRIDS = {
 STABILITY = {"stability": StabilitySettings()}
 PICTURES = {
     "parity": ("parity-0", "parity-1", "parity-2"),
-    "tasks": ("s3-0", "s3-1", *(f"others-{name}" for name in OTHERS)),
+    "s3": ("s3-1", "s3-0"),
+    "tasks": tuple(f"others-{name}" for name in OTHERS),
     "hybrids-text": ("text-0", "text-1", "text-2", "text-3"),
     "hybrids-parity": ("parity-hybrids",),
     "stability": ("stability",),
