@@ -17,32 +17,34 @@ from recurformer.tasks.sweep import draw_tasks
 HERE = pathlib.Path(__file__).parent
 DATA = HERE / "data"
 GROUPS = {"length": 32, "steps": 300}
-OTHERS = ("modular", "dyck", "khop", "selective-copy", "recall")
 SINGLE = ("SSSS", "RSSS", "SRSS", "SSRS", "SSSR")
-FIRST_LAST = ("RRSS", "RRRS", "SSRR")
-REST = ("SRRR", "RSRS", "SRSR")
+SEVERAL = ("RRSS", "SSRR", "RSRS")
 TEXT = {"length": 32, "steps": 150}
 
 TASKS = {
     **{f"parity-{seed}": TaskSettings(tasks=("parity",), seeds=(seed,), **GROUPS) for seed in range(3)},
-    "parity-deep": TaskSettings(tasks=("parity",), layers=("standard",), n_layers=(4, 8), length=32, steps=300),
     "s3-0": TaskSettings(tasks=("s3",), layers=("first:1", "standard"), length=32, steps=600),
     "s3-1": TaskSettings(tasks=("s3",), layers=("recurrent",), n_layers=(1,), length=32, steps=600),
-    **{f"others-{name}": TaskSettings(tasks=(name,)) for name in OTHERS},
+    "modular": TaskSettings(tasks=("modular",)),
 }
 HYBRIDS = {
     "text-0": HybridSettings(only=SINGLE, **TEXT),
-    "text-1": HybridSettings(only=FIRST_LAST, extra_steps=(), **TEXT),
-    "text-2": HybridSettings(only=REST, extra_steps=(), **TEXT),
-    "text-3": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
-    "parity-hybrids": HybridSettings(on="parity", n_layers=3, n_heads=16, length=16, steps=150, extra_steps=()),
+    "text-1": HybridSettings(only=SEVERAL, extra_steps=(), **TEXT),
+    "text-2": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
+    "parity-hybrids": HybridSettings(
+        on="parity",
+        only=("SSS", "RSS", "SRS", "SSR", "RRR"),
+        n_layers=3,
+        n_heads=16,
+        length=16,
+        steps=150,
+        extra_steps=(),
+    ),
 }
 STABILITY = {"stability": StabilitySettings()}
 PICTURES = {
-    "parity": ("parity-0", "parity-1", "parity-2"),
-    "s3": ("s3-1", "s3-0"),
-    "tasks": tuple(f"others-{name}" for name in OTHERS),
-    "hybrids-text": ("text-0", "text-1", "text-2", "text-3"),
+    "tasks": ("parity-0", "parity-1", "parity-2", "s3-1", "s3-0", "modular"),
+    "hybrids-text": ("text-0", "text-1", "text-2"),
     "hybrids-parity": ("parity-hybrids",),
     "stability": ("stability",),
 }

@@ -376,7 +376,8 @@ def draw_stability(results: dict[str, Any]) -> bytes:
     for n, row in enumerate(results["models"]):
         distances = range(1, N)
         middle.plot(
-            distances, [g if g > 1e-9 else None for g in row["gains"][1:]], "-" if row["trained"] else ":", color=COLOURS[n // 2],
+            distances, [g if g > 1e-9 else None for g in row["gains"][1:]],
+            "-" if row["trained"] else ":", color=COLOURS[n // 2],
             label=f"{row['model']}, {'trained' if row['trained'] else 'fresh'}",
         )  # fmt: skip
     middle.set_xlabel("distance j - i from the last position")

@@ -121,6 +121,7 @@ def run_tasks(
         rows.append(
             {
                 "task": task.name, "layers": layers, "n_layers": depth, "seed": seed,
+                "length": s.length, "steps": s.steps,
                 "parameters": model.num_parameters(), "seconds": result.seconds, "diverged_at": result.diverged_at,
                 "loss": statistics.fmean(last) if last else None,
                 "accuracy": {
@@ -150,6 +151,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "task": task, "layers": layers, "n_layers": depth, "parameters": rows[0]["parameters"],
+            "length": rows[0]["length"], "steps": rows[0]["steps"], "seeds": len(rows),
             "seconds": statistics.fmean(row["seconds"] for row in rows),
             "accuracy": {
                 N: (statistics.fmean(values), min(values), max(values))
@@ -188,18 +190,18 @@ def draw_tasks(results: dict[str, Any]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    s, entries = results["settings"], summary(results)
+    entries = summary(results)
     tasks = list(dict.fromkeys(e["task"] for e in entries))
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
-    models = len({(e["layers"], e["n_layers"]) for e in entries})
-    size = (2.2 + 3.1 * columns, 0.8 + rows * (1.0 + 0.42 * models))
+    tallest = max(sum(e["task"] == task for e in entries) for task in tasks)
+    size = (1.4 + 3.9 * columns, 0.7 + rows * (0.9 + 0.42 * tallest))
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for n, axes in enumerate(grid.flat):
-        if n >= len(tasks):
-            axes.axis("off")
-            continue
-        mine = [e for e in entries if e["task"] == tasks[n]]
+    for axes in grid.flat[len(tasks) :]:
+        axes.axis("off")
+    image = None
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        mine = [e for e in entries if e["task"] == task]
         lengths = list(mine[0]["accuracy"])
         values = [[e["accuracy"][N][0] for N in lengths] for e in mine]
         image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
@@ -210,14 +212,12 @@ def draw_tasks(results: dict[str, Any]) -> bytes:
                 axes.text(x, y, text, ha="center", va="center", color="white" if mean < 0.55 else "black", fontsize=9)
         axes.set_xticks(range(len(lengths)), lengths)
         axes.set_yticks(range(len(mine)), [f"{e['layers']} x{e['n_layers']}" for e in mine], fontsize=9)
-        axes.set_title(tasks[n], fontsize=10)
+        seeds = "1 seed" if mine[0]["seeds"] == 1 else f"{mine[0]['seeds']} seeds"
+        axes.set_title(f"{task}: length {mine[0]['length']}, {mine[0]['steps']} steps, {seeds}", fontsize=9)
         axes.tick_params(length=0)
-        if n % columns:
-            axes.set_yticklabels([])
-        if n == 0:
-            figure.colorbar(image, ax=grid, shrink=0.6, label="accuracy, second half")
-    seeds = f"{len(s['seeds'])} seeds, worst-best" if len(s["seeds"]) > 1 else "one seed"
-    figure.suptitle(f"Accuracy (%) by length; trained at {s['length']} for {s['steps']} steps; {seeds}", fontsize=11)
+    if image is not None:
+        figure.colorbar(image, ax=grid, shrink=0.7)
+    figure.suptitle("Accuracy (%, second half of the positions) by length", fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
     plt.close(figure)
