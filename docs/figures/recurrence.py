@@ -78,6 +78,9 @@ def joined(parts: tuple[str, ...]) -> dict:
 
 
 def main(parts: list[str]) -> None:
+    unknown = set(parts) - {*TASKS, *HYBRIDS, *STABILITY}
+    if unknown:
+        raise SystemExit(f"no part {', '.join(unknown)}; choose of {', '.join([*TASKS, *HYBRIDS, *STABILITY])}")
     for part in parts:
         measured(part, anew=True)
     if parts:

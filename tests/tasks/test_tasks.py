@@ -120,7 +120,7 @@ def test_a_sweep_has_one_row_for_each_model_task_and_seed():
         ({"steps": 0}, "steps is 0"),
         ({"length": 5, "tasks": ("recall",)}, "recall:4 needs at least 12"),
         ({"factors": (0,)}, "each must be at least 1"),
-        ({"layers": ("recurent",)}, "recurent"),
+        ({"layers": ("recursive",)}, "recursive"),
         ({"layers": ("first:3",)}, "fit no depth"),
         ({"d_model": 30}, "d_model 30 is not divisible"),
         ({"lr": 0.0}, "lr is 0.0"),
