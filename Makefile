@@ -1,11 +1,12 @@
 # make demo   train, compare and sample small models on real text (creates its own environment first)
 # make test   format check, lint, types and the whole test suite
 # make format rewrite the sources in the project's style
+# make figures  draw the pictures of the docs, from stored measurements; FRESH=1 measures all of them anew (half an hour)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format env clean
+.PHONY: demo test lint format figures env clean
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.installed
@@ -30,6 +31,17 @@ test: lint
 format: env
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+figures: env
+ifdef FRESH
+	rm -r docs/figures/data
+	$(BIN)/python -m recurformer.demo --out demo
+	$(BIN)/python docs/figures/demo.py demo
+endif
+	$(BIN)/python docs/figures/layer.py
+	$(BIN)/python docs/figures/algorithm.py
+	$(BIN)/python docs/figures/emulation.py
+	$(BIN)/python docs/figures/recurrence.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache

@@ -25,6 +25,7 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPO
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=[path.name for path in PAGES])
 
 SMALL = {"data.window": 32, "batch_size": 2, "schedule.steps": 2, "evaluation.batches": 1, "sample.tokens": 4}
+TINY = ["--steps", "1", "--length", "12", "--d-model", "16", "--n-heads", "2"]
 TINY_SHAPE = ["--length", "8", "--dtype", "fp32", "--repeats", "1", "--warmup", "1"]
 SHORTER = {
     "train": [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")],
@@ -32,6 +33,9 @@ SHORTER = {
     "bench layer": [*TINY_SHAPE, "--d-model", "16", "--n-heads", "2", "--batch-size", "1"],
     "bench model": [*TINY_SHAPE, "--presets", "nano", "--tokens", "16", "--micro-batch-sizes", "2"],
     "bench prefill": [*TINY_SHAPE, "--presets", "nano"],
+    "tasks run": [*TINY, "--test-count", "4", "--batch-size", "2"],
+    "tasks hybrids": [*TINY, "--n-layers", "2", "--batch-size", "2"],
+    "bench stability": [*TINY, "--n-layers", "1", "--uniform-width", "16", "--no-training"],
     "bench scan": ["--d-model", "16", "--n-layers", "1", "--batch-size", "1", "--repeats", "1", "--warmup", "0"],
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -125,8 +126,6 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM save after the step at hand and exit with 130 and 143; a second one aborts at once. The
     exit code is 0 when the run is finished or --stop-at is reached, and 2 after an error.
     """
-    from pathlib import Path
-
     from recurformer import training
     from recurformer.report import load_runs, write_report
 
@@ -318,8 +317,6 @@ def bench_scan(lengths: tuple[int, ...], paths: tuple[str, ...], device: str, ou
     package recurrent-transformer-pytorch, when it is installed, is measured beside them as "peer", at the same widths
     and without what it adds to the paper's layer.
     """
-    from pathlib import Path
-
     from rich.console import Console
 
     from recurformer.bench import common, scan
@@ -514,6 +511,153 @@ def bench_traffic(
     if out is not None:
         made = common.write(out, "traffic", results, traffic.draw_traffic(results))
         print("\n".join(map(str, made)))
+
+
+@bench.command("stability")
+@click.option("--d-model", default=64, type=int, help="Width of the models followed over distance.")
+@click.option("--n-layers", default=2, type=int, help="Their layers.")
+@click.option("--n-heads", default=4, type=int, help="Heads of every model.")
+@click.option("--length", default=128, type=int, help="Positions; distances are measured from the last one.")
+@click.option("--steps", default=100, type=int, help="Training steps before the second look.")
+@click.option("--lr", default=4e-3, type=float, help="Learning rate of that training.")
+@click.option("--uniform-width", default=128, type=int, help="Width of the single layer with uniform attention.")
+@click.option("--training/--no-training", "grid", default=True, help="Also train a grid of depths, widths and learning "
+              "rates, and report gradient norms.")  # fmt: skip
+@click.option("--seed", default=0, type=int, help="Of weights and data.")
+@click.option("--out", type=click.Path(), metavar="DIR", help="Folder for stability.json and stability.png.")
+def bench_stability(grid: bool, out: str | None, **settings: Any) -> None:
+    """Gradients over distance, fresh and trained, with bounds for one layer; gradient norms while training.
+
+    Recurrent and standard models and an Elman network, on the text inside the package. A few minutes on a CPU.
+    """
+    from rich.console import Console
+
+    from recurformer.bench import common, stability
+
+    if not grid:
+        settings["depths"] = ()
+    chosen = stability.StabilitySettings(**settings)
+    _make_folder(out)
+    console = Console(stderr=True)
+    with console.status("start") as status:
+        results = stability.bench_stability(chosen, status.update)
+    stability.show_stability(results, Console())
+    if out is not None:
+        print("\n".join(map(str, common.write(out, "stability", results, stability.draw_stability(results)))))
+
+
+@cli.group()
+def tasks() -> None:
+    """State-tracking tasks: train small models, score them at and beyond the training length."""
+
+
+@tasks.command("list")
+def tasks_list() -> None:
+    """The tasks, their vocabularies and shortest lengths."""
+    from rich.console import Console
+
+    from recurformer.bench.common import show_table
+    from recurformer.tasks import TASKS, make_task
+
+    made = [(name if family.limits is None else f"{name}[:K]", make_task(name)) for name, family in TASKS.items()]
+    cells = [[name, str(task.vocab_size), str(task.shortest), task.about] for name, task in made]
+    notes = ["With K left out: as described here."]
+    show_table(Console(), "", ["task", "tokens", "shortest", "answer at each position"], cells, notes, left=1)
+
+
+def _training_options(command):
+    """What the verbs that train small models share."""
+    for option in (
+        click.option("--d-model", default=64, type=int, help="Width of every model."),
+        click.option("--batch-size", default=64, type=int, help="Sequences of a training step."),
+        click.option("--seed", "seeds", multiple=True, default=(0,), type=int, help="May be repeated: one run each."),
+        click.option("--scan", default="auto", help="How recurrent layers are evaluated."),
+        device_option,
+        click.option("--out", type=click.Path(), metavar="DIR", help="Folder for the results and the picture."),
+    ):
+        command = option(command)
+    return command
+
+
+def _make_folder(out: str | None) -> None:
+    """A name that can't be a folder fails before the work, not after it."""
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+
+
+def _with_progress(work: Any) -> Any:
+    """Call `work` with a function that shows (what, done, total) on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start", total=None)
+        return work(lambda what, done, total: bar.update(task, description=what, completed=done, total=total))
+
+
+@tasks.command("run")
+@click.argument("names", nargs=-1, required=True, metavar="TASK...")
+@click.option("--layers", multiple=True, default=("recurrent", "first:1", "standard"), metavar="KIND",
+              help="recurrent, standard or first:K; may be repeated.")  # fmt: skip
+@click.option("--n-layers", multiple=True, default=(2,), type=int, help="Depth; may be repeated.")
+@click.option("--n-heads", default=16, type=int, help="Heads of every model.")
+@click.option("--position", default="alibi", help="alibi, rope or none.")
+@click.option("--length", default=16, type=int, help="Positions of the training sequences.")
+@click.option("--factor", "factors", multiple=True, default=(1, 2, 4, 8), type=int, help="Test at this multiple of it; "
+              "may be repeated.")  # fmt: skip
+@click.option("--steps", default=300, type=int, help="Training steps of each model.")
+@click.option("--lr", default=3e-3, type=float, help="Peak learning rate.")
+@click.option("--test-count", default=256, type=int, help="Sequences of each test.")
+@_training_options
+def tasks_run(names: tuple[str, ...], device: str, out: str | None, **settings: Any) -> None:
+    """Train models on TASKs (see `recurformer tasks list`) and score them at the training length and beyond.
+
+    Models of one depth have the same parameters. Every sequence is new; accuracy counts the second half of the
+    positions.
+    """
+    from rich.console import Console
+
+    from recurformer.bench import common
+    from recurformer.tasks import sweep
+    from recurformer.text import pick_device
+
+    chosen = sweep.TaskSettings(tasks=names, device=str(pick_device(device)), **settings)
+    _make_folder(out)
+    results = _with_progress(lambda report: sweep.run_tasks(chosen, report))
+    sweep.show_tasks(results, Console())
+    if out is not None:
+        print("\n".join(map(str, common.write(out, "tasks", results, sweep.draw_tasks(results)))))
+
+
+@tasks.command("hybrids")
+@click.argument("on", default="text", metavar="[text|TASK]")
+@click.option("--n-layers", default=4, type=int, help="Layers of every model.")
+@click.option("--n-heads", default=8, type=int, help="Heads of every model.")
+@click.option("--length", default=64, type=int, help="Positions of the training sequences.")
+@click.option("--steps", default=200, type=int, help="Training steps of each model.")
+@click.option("--lr", default=4e-3, type=float, help="Peak learning rate.")
+@click.option("--placement", "only", multiple=True, metavar="LETTERS", help="R recurrent and S standard, first to "
+              "last; may be repeated.  [default: all of interest]")  # fmt: skip
+@_training_options
+def tasks_hybrids(on: str, device: str, out: str | None, **settings: Any) -> None:
+    """Which layers need recurrence: none, each single one, the first or last few, every other one, all.
+
+    On the text inside the package, or on a task. The Transformer is also trained for twice and four times the steps, to
+    compare at equal cost.
+    """
+    from rich.console import Console
+
+    from recurformer.bench import common
+    from recurformer.tasks import hybrids
+    from recurformer.text import pick_device
+
+    chosen = hybrids.HybridSettings(on=on, device=str(pick_device(device)), **settings)
+    _make_folder(out)
+    results = _with_progress(lambda report: hybrids.run_hybrids(chosen, report))
+    hybrids.show_hybrids(results, Console())
+    if out is not None:
+        print("\n".join(map(str, common.write(out, "hybrids", results, hybrids.draw_hybrids(results)))))
 
 
 @cli.command()

@@ -81,15 +81,25 @@ def bytes_text(count: float) -> str:
 
 
 def show_table(
-    console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+    console: Console,
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    left: int | None = None,
 ) -> None:
-    """A table, its numbers to the right, and lines of notes under it."""
+    """A table, its numbers to the right, and lines of notes under it.
+
+    Args:
+        left: columns of text before the numbers; None: those called "path".
+    """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in TEXTS else "right", no_wrap=True)
+    for n, heading in enumerate(headings):
+        words = heading in TEXTS if left is None else n < left
+        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

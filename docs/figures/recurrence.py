@@ -1,0 +1,95 @@
+"""Measures and draws the pictures of docs/what-recurrence-buys.md that need training. Run it from anywhere.
+
+`python docs/figures/recurrence.py` draws every picture from the measurements in docs/figures/data/; those that are
+missing are measured first, part by part, each a few minutes on one core. `... PART ...` measures these parts anew.
+"""
+
+import json
+import pathlib
+import sys
+
+from recurformer.bench.stability import StabilitySettings, bench_stability, draw_stability
+from recurformer.folders import replacing
+from recurformer.tasks import HybridSettings, TaskSettings, run_hybrids, run_tasks
+from recurformer.tasks.hybrids import draw_hybrids
+from recurformer.tasks.sweep import draw_tasks
+
+HERE = pathlib.Path(__file__).parent
+DATA = HERE / "data"
+GROUPS = {"length": 32, "steps": 300}
+SINGLE = ("SSSS", "RSSS", "SRSS", "SSRS", "SSSR")
+SEVERAL = ("RRSS", "SSRR", "RSRS")
+TEXT = {"length": 32, "steps": 150}
+
+TASKS = {
+    **{f"parity-{seed}": TaskSettings(tasks=("parity",), seeds=(seed,), **GROUPS) for seed in range(3)},
+    "s3-0": TaskSettings(tasks=("s3",), layers=("first:1", "standard"), length=32, steps=600),
+    "s3-1": TaskSettings(tasks=("s3",), layers=("recurrent",), n_layers=(1,), length=32, steps=600),
+    "modular": TaskSettings(tasks=("modular",)),
+}
+HYBRIDS = {
+    "text-0": HybridSettings(only=SINGLE, **TEXT),
+    "text-1": HybridSettings(only=SEVERAL, extra_steps=(), **TEXT),
+    "text-2": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
+    "parity-hybrids": HybridSettings(
+        on="parity",
+        only=("SSS", "RSS", "SRS", "SSR", "RRR"),
+        n_layers=3,
+        n_heads=16,
+        length=16,
+        steps=150,
+        extra_steps=(),
+    ),
+}
+STABILITY = {"stability": StabilitySettings()}
+PICTURES = {
+    "tasks": ("parity-0", "parity-1", "parity-2", "s3-1", "s3-0", "modular"),
+    "hybrids-text": ("text-0", "text-1", "text-2"),
+    "hybrids-parity": ("parity-hybrids",),
+    "stability": ("stability",),
+}
+
+
+def measured(part: str, anew: bool) -> dict:
+    """A part's measurement, from its file or made now."""
+    file = DATA / f"{part}.json"
+    if anew or not file.is_file():
+        print(f"measuring {part}", flush=True)
+        if part in TASKS:
+            results = run_tasks(TASKS[part])
+        elif part in HYBRIDS:
+            results = run_hybrids(HYBRIDS[part])
+        else:
+            results = bench_stability(STABILITY[part])
+        DATA.mkdir(exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+    return json.loads(file.read_text())
+
+
+def joined(parts: tuple[str, ...]) -> dict:
+    """Several parts as one measurement."""
+    if len(parts) == 1:
+        return measured(parts[0], anew=False)
+    all_of_them = [measured(part, anew=False) for part in parts]
+    seeds = sorted({row["seed"] for results in all_of_them for row in results["rows"]})
+    rows = [row for results in all_of_them for row in results["rows"]]
+    return {**all_of_them[0], "rows": rows, "settings": {**all_of_them[0]["settings"], "seeds": seeds}}
+
+
+def main(parts: list[str]) -> None:
+    unknown = set(parts) - {*TASKS, *HYBRIDS, *STABILITY}
+    if unknown:
+        raise SystemExit(f"no part {', '.join(unknown)}; choose of {', '.join([*TASKS, *HYBRIDS, *STABILITY])}")
+    for part in parts:
+        measured(part, anew=True)
+    if parts:
+        return
+    for name, needed in PICTURES.items():
+        results = joined(needed)
+        draw = {"tasks": draw_tasks, "hybrids": draw_hybrids, "stability": draw_stability}[results["benchmark"]]
+        (HERE / f"{name}.png").write_bytes(draw(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

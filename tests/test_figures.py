@@ -1,0 +1,42 @@
+"""The pictures that need training are drawn from stored measurements; these are what the script would measure now."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("recurrence", FIGURES / "recurrence.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_measurements_are_those_of_the_script(script: ModuleType):
+    parts = {**script.TASKS, **script.HYBRIDS, **script.STABILITY}
+    assert {path.stem for path in script.DATA.iterdir()} == set(parts)
+    for name, settings in parts.items():
+        stored = json.loads((script.DATA / f"{name}.json").read_text())
+        assert stored["settings"] == json.loads(json.dumps(dataclasses.asdict(settings))), name
+        assert stored["machine"]["cpu"]
+
+
+def test_every_picture_is_drawn_and_shown(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    script.main([])
+    page = (FIGURES.parent / "what-recurrence-buys.md").read_text()
+    for name in script.PICTURES:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"figures/{name}.png" in page
+        assert (FIGURES / f"{name}.png").is_file()
