@@ -327,15 +327,15 @@ def bench_scan(lengths: tuple[int, ...], paths: tuple[str, ...], device: str, ou
     )  # fmt: skip
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)  # a name that can't be a folder fails now, not after minutes
-    results = _with_progress(scan.bench_scan, settings)
+    results = _with_progress(lambda report: scan.bench_scan(settings, report))
     scan.show_scan(results, Console())
     if out is not None:
         made = common.write(out, "scan", results, scan.draw_scan(results))
         print("\n".join(map(str, made)))
 
 
-def _with_progress(measure: Any, settings: Any) -> Any:
-    """What a benchmark returns; a bar on stderr meanwhile."""
+def _with_progress(work: Any) -> Any:
+    """What `work` returns, called with a function that shows (what, done, total) as a bar on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -343,9 +343,7 @@ def _with_progress(measure: Any, settings: Any) -> Any:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("start", total=None)
-        return measure(
-            settings, lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-        )
+        return work(lambda what, done, total: bar.update(task, description=what, completed=done, total=total))
 
 
 def _bench(name: str, measure: Any, show: Any, draw: Any, settings: Any, out: str | None) -> None:
@@ -358,7 +356,7 @@ def _bench(name: str, measure: Any, show: Any, draw: Any, settings: Any, out: st
 
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)  # a name that can't be a folder fails now, not after minutes
-    results = _with_progress(measure, settings)
+    results = _with_progress(lambda report: measure(settings, report))
     show(results, Console(width=max(100, Console().width)))
     if out is not None:
         print("\n".join(map(str, common.write(out, name, results, draw(results)))))
@@ -583,17 +581,6 @@ def _make_folder(out: str | None) -> None:
     """A name that can't be a folder fails before the work, not after it."""
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-
-
-def _with_progress(work: Any) -> Any:
-    """Call `work` with a function that shows (what, done, total) on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("start", total=None)
-        return work(lambda what, done, total: bar.update(task, description=what, completed=done, total=total))
 
 
 @tasks.command("run")
