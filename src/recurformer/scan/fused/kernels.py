@@ -101,15 +101,15 @@ def tanh(u):
 
 
 @triton.jit
-def activated(u, gate, KIND: tl.constexpr):
-    """KIND 0 GELU, 1 GELU in the tanh form, 2 SiLU(gate) u."""
+def activated(u, gate, KIND: tl.constexpr, dtype: tl.constexpr):
+    """KIND 0 GELU, 1 GELU in the tanh form, 2 SiLU(gate) u, rounded where the definition rounds."""
     if KIND == 0:
         below, _ = normal(u)
         return u * below
     elif KIND == 1:
         return 0.5 * u * (1.0 + tanh(0.7978845608028654 * (u + 0.044715 * u * u * u)))
     else:
-        return u * gate * tl.sigmoid(gate)
+        return u * (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -542,7 +542,7 @@ def activate_rows(
         u += tl.load(bias + l * width + c, mask=mask, other=0.0)
         if KIND == 2:
             gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
-    out = activated(u, gate, KIND)
+    out = activated(u, gate, KIND, inner.dtype.element_ty)
     tl.store(inner + l * inner_stride + row * F + c, out.to(inner.dtype.element_ty), mask=mask)
 
 
@@ -584,7 +584,7 @@ def product_activated(
     if BACKWARD:
         acc = acc * activation_slope(u, KIND)
     else:
-        acc = activated(u, u, KIND)
+        acc = activated(u, u, KIND, dtype)
     tl.store(out + l * out_stride + at, acc.to(dtype), mask=mask)
 
 
