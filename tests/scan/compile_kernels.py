@@ -1,0 +1,66 @@
+"""Compile the fused scan's kernels for an H100 without having one; prints each one's narrow global loads as JSON.
+
+Run by test_fused.py in a process of its own, where Triton has not been set to interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from recurformer import ModelConfig
+from recurformer.scan.fused.engine import Engine, Shape
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+narrow: dict[str, int] = {}
+
+
+def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> None:
+    """What a launch with these arguments would compile, compiled."""
+    bound = dict(zip([p.name for p in kernel.params], args, strict=False))
+    bound |= {name: options.pop(name) for name in list(options) if name in {p.name for p in kernel.params}}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr:
+            constants[parameter.name], signature[parameter.name] = value, "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[(place,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    name = kernel.fn.__name__ + ("_pull" if constants.get("PULL") else "")
+    narrow[name] = len(re.findall(r"ld\.global(?:\.\w+)*\.b16\b", made.asm["ptx"]))
+
+
+def main(wanted: list[str]) -> None:
+    def launcher(kernel: Any, grid: Any) -> Any:
+        name = kernel.fn.__name__
+        return lambda *args, **options: compile_launch(kernel, args, options) if name in wanted else None
+
+    JITFunction.__getitem__ = launcher  # pyright: ignore[reportAttributeAccessIssue]
+    config = ModelConfig(vocab_size=1, d_model=256, n_layers=1, n_heads=4)
+    shape = Shape(config, 1, 32, 32, 16, torch.bfloat16, torch.device("meta"), False, True, 1.0)
+    engine = Engine(shape)
+    engine.forward()
+    engine.backward()
+    print(json.dumps(narrow))
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main(sys.argv[1:])
