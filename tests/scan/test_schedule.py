@@ -104,6 +104,19 @@ def test_backwards_every_gradient_is_complete_when_its_position_comes(schedule: 
 
 
 @given(schedules())
+@settings(max_examples=150, deadline=None)
+def test_leaves_are_the_steps_with_nothing_inside_one(schedule: Schedule):
+    steps = iter(schedule.steps())
+    for positions, pull, push in schedule.leaves():
+        inside = [next(steps) for _ in range(positions.start, positions.stop)]
+        assert [step.position for step in inside] == list(range(positions.start, positions.stop))
+        assert all(step.read.start == positions.start for step in inside)
+        assert [step.pull for step in inside] == [pull] + [None] * (len(inside) - 1)
+        assert [step.push for step in inside] == [None] * (len(inside) - 1) + [push]
+    assert next(steps, None) is None
+
+
+@given(schedules())
 @settings(max_examples=50, deadline=None)
 def test_readers_mirror_reads(schedule: Schedule):
     N = schedule.length
