@@ -142,18 +142,6 @@ class Layout:
             bias = torch.zeros((), dtype=torch.float32, device=visible.device)
         return torch.where(visible, bias, float("-inf"))
 
-    def rows(self, rows: slice) -> Layout:
-        """The layout of some rows of the batch."""
-
-        def part(t: Tensor | None) -> Any:
-            return t if t is None or t.shape[0] == 1 else t[rows]
-
-        rotation = None
-        if self.rotation is not None:
-            rotation = Rotation(part(self.rotation.cos), part(self.rotation.sin))
-        positions, valid, documents = part(self.positions), part(self.valid), part(self.documents)
-        return replace(self, positions=positions, valid=valid, documents=documents, rotation=rotation)
-
     @cached_property
     def earliest(self) -> list[int] | None:
         """Per new position, the first slot that a query there sees in any row; None: always slot 0."""

@@ -70,11 +70,6 @@ def peak_memory(work: Callable[[], object], device: torch.device | None = None) 
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what other threads make would not be seen
-    try:
-        with LiveTensors() as tensors:
-            work()
-    finally:
-        torch.set_num_threads(threads)
+    with LiveTensors() as tensors:
+        work()
     return tensors.peak

@@ -17,13 +17,11 @@ Shapes here: E = B G rows of the attention products, R = H / G query heads that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +38,6 @@ LEAF = 32  # positions that read each other directly: launches are what a small 
 POSITION_BLOCK = 64  # positions whose parallel part of the backward is done together; half, where memory counts
 ONE_THREAD = 2**22  # multiply-adds of a position's largest product up to which the loop runs on one CPU thread
 KEEP_BYTES = 2**29  # save="auto" keeps what the backward needs up to this many bytes a layer
-
-PART_ROWS, PART_POSITIONS = 4, 16  # sequences and positions from which a thread of its own pays
-
-P = TypeVar("P")
-T = TypeVar("T")
 
 pick_schedule = lru_cache(maxsize=256)(choose_schedule)
 
@@ -106,11 +99,6 @@ class Call:
     keep: bool
     names: tuple[str, ...]  # of the tensors of LayerMaths
 
-    def rows(self, rows: slice) -> Call:
-        """The same for some rows of the batch."""
-        past = None if self.past is None else (self.past[0][rows], self.past[1][rows])
-        return replace(self, layout=self.layout.rows(rows), past=past)
-
     def layer(self, tensors: Any) -> LayerMaths:
         from recurformer.model import LayerMaths
 
@@ -122,12 +110,45 @@ class TiledScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        layer = call.layer(tensors)
-        small, parts = layer.packed(), batch_parts(x, call)
-        made = side_by_side(lambda rows: forward(call.rows(rows), layer, small, x[rows]), parts)
-        z, keys, values = (joined(list(tensors)) for tensors in zip(*(outcome[:3] for outcome in made), strict=True))
-        ctx.save_for_backward(x, z, *tensors, *(t for *_, kept in made for t in kept or ()))
-        ctx.call, ctx.parts = call, parts
+        layer, layout, schedule = call.layer(tensors), call.layout, call.schedule
+        config, rotation = call.config, call.layout.rotation
+        B, N, _ = x.shape
+        h = layer.attention_input(x)
+        attention = Attention.of(layout, layer.queries(h, rotation), *layer.pairs(h, rotation), call.past)
+        del h
+        state, leaf = attention.new_state(N), Leaf(attention, schedule.leaf)
+        # Position-major from here: what belongs to a position is one piece of memory.
+        x_rows = x.transpose(0, 1).contiguous().unbind(0)
+        z = x.new_empty(N, B, x.shape[2])
+        z_rows = z.unbind(0)
+        kept = Kept.empty(call, layer, attention) if call.keep else None
+
+        small = layer.packed()
+        for positions, pull, push in schedule.leaves():
+            if pull is not None:
+                attention.absorb(state, pull.queries, pull.keys)
+            leaf.begin(state, positions)
+            with few_threads(x, config), torch.inference_mode():
+                for row, i in enumerate(range(positions.start, positions.stop)):
+                    a = leaf.read(row)
+                    y = small.attended(x_rows[i], a.view(B, -1).to(small.compute_dtype))
+                    up, gate = small.mlp_inner(y)
+                    z_i = small.finished(y, up, gate)
+                    h_z = small.attention_input(z_i)[:, None]
+                    leaf.set_pair(row, *small.pairs(h_z, None if rotation is None else rotation[i : i + 1]))
+                    z_rows[i].copy_(z_i)
+                    if kept is not None:
+                        kept.store(i, a, up, gate)
+            leaf.end()
+            if kept is not None:
+                kept.lse[:, :, positions] = leaf.log_sum_exp()
+            if push is not None:
+                attention.absorb(state, push.queries, push.keys)
+
+        z = z.transpose(0, 1)
+        keys, values = (t.view(B, config.kv_heads, N, -1).to(layer.compute_dtype) for t in (attention.k, attention.v))
+        ctx.save_for_backward(x, z, *tensors, *(kept or ()))
+        ctx.call = call
         ctx.mark_non_differentiable(keys, values)  # the cache holds constants
         ctx.set_materialize_grads(False)
         return z, keys, values
@@ -143,102 +164,11 @@ class TiledScan(torch.autograd.Function):
         if gz_out is None:
             return (None,) * (2 + len(call.names))
         x, z, *rest = ctx.saved_tensors
-        tensors, saved = rest[: len(call.names)], rest[len(call.names) :]
-        layer = call.layer(tensors)
+        tensors, kept = rest[: len(call.names)], Kept(*rest[len(call.names) :]) if call.keep else None
         wanted = {name for name, need in zip(call.names, ctx.needs_input_grad[2:], strict=True) if need}
-
-        def part(n: int) -> tuple[Tensor, dict[str, Tensor]]:
-            rows, size = ctx.parts[n], len(Kept._fields)
-            kept = Kept(*saved[n * size : (n + 1) * size]) if call.keep else None
-            return Backward(call.rows(rows), layer, x[rows], z[rows], kept, wanted).run(gz_out[rows])
-
         with torch.autocast(x.device.type, enabled=False):
-            made = side_by_side(part, list(range(len(ctx.parts))))
-        gradients = made[0][1]
-        for _, others in made[1:]:
-            for name, gradient in others.items():
-                gradients[name] += gradient
-        found = {name: gradient.to(getattr(layer, name).dtype) for name, gradient in gradients.items()}
-        return (joined([gx for gx, _ in made]), None, *(found.get(name) for name in call.names))
-
-
-def forward(call: Call, layer: LayerMaths, small: LayerMaths, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Kept | None]:
-    """Outputs, persistent keys and values, and what is kept for the backward; `small` is the layer packed."""
-    layout, schedule, config, rotation = call.layout, call.schedule, call.config, call.layout.rotation
-    B, N, _ = x.shape
-    h = layer.attention_input(x)
-    attention = Attention.of(layout, layer.queries(h, rotation), *layer.pairs(h, rotation), call.past)
-    del h
-    state, leaf = attention.new_state(N), Leaf(attention, schedule.leaf)
-    # Position-major from here: what belongs to a position is one piece of memory.
-    x_rows = x.transpose(0, 1).contiguous().unbind(0)
-    z = x.new_empty(N, B, x.shape[2])
-    z_rows = z.unbind(0)
-    kept = Kept.empty(call, layer, attention) if call.keep else None
-
-    for positions, pull, push in schedule.leaves():
-        if pull is not None:
-            attention.absorb(state, pull.queries, pull.keys)
-        leaf.begin(state, positions)
-        with few_threads(x, config), torch.inference_mode():
-            for row, i in enumerate(range(positions.start, positions.stop)):
-                a = leaf.read(row)
-                y = small.attended(x_rows[i], a.view(B, -1).to(small.compute_dtype))
-                up, gate = small.mlp_inner(y)
-                z_i = small.finished(y, up, gate)
-                h_z = small.attention_input(z_i)[:, None]
-                leaf.set_pair(row, *small.pairs(h_z, None if rotation is None else rotation[i : i + 1]))
-                z_rows[i].copy_(z_i)
-                if kept is not None:
-                    kept.store(i, a, up, gate)
-        leaf.end()
-        if kept is not None:
-            kept.lse[:, :, positions] = leaf.log_sum_exp()
-        if push is not None:
-            attention.absorb(state, push.queries, push.keys)
-
-    keys, values = (t.view(B, config.kv_heads, N, -1).to(layer.compute_dtype) for t in (attention.k, attention.v))
-    return z.transpose(0, 1), keys, values, kept
-
-
-# --- parts of the batch, side by side --------------------------------------------------------------------------------
-
-
-def batch_parts(x: Tensor, call: Call) -> list[slice]:
-    """Rows of the batch that are evaluated together; several parts where the loop is bound by its many small steps.
-
-    A second thread gains little on a product of B rows and has to be waited for after each. Sequences do not depend on
-    each other, so on a CPU each thread takes some of them through the whole loop instead.
-    """
-    B, N, D = x.shape
-    count = 1
-    if x.device.type == "cpu" and N >= PART_POSITIONS and B * D * call.config.mlp_width <= ONE_THREAD:
-        count = max(1, min(torch.get_num_threads(), B // PART_ROWS))
-    edges = [B * n // count for n in range(count + 1)]
-    return [slice(start, stop) for start, stop in pairwise(edges)]
-
-
-def side_by_side(work: Callable[[P], T], parts: list[P]) -> list[T]:
-    """`work` of every part, each in a thread of its own when there are several."""
-    if len(parts) == 1:
-        return [work(parts[0])]
-    threads, inside = torch.get_num_threads(), torch.is_inference_mode_enabled()
-
-    def alone(part: P) -> T:  # modes are a thread's own
-        with torch.inference_mode(inside), torch.no_grad():
-            return work(part)
-
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(len(parts)) as pool:
-            return list(pool.map(alone, parts))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """Parts of the batch as one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+            gx, gradients = Backward(call, call.layer(tensors), x, z, kept, wanted).run(gz_out)
+        return (gx, None, *(gradients.get(name) for name in call.names))
 
 
 def rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -353,14 +283,14 @@ class Backward:
         self.leaves = list(self.schedule.leaves())
 
     def run(self, gz_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of x and, by name and in at least float32, of the wanted tensors."""
+        """Gradients of x and, by name, of the wanted tensors."""
         N, side = self.x.shape[1], self.schedule.leaf
         gx = self.x.new_empty(N, *self.x[:, 0].shape)
         length = POSITION_BLOCK if self.kept is not None else POSITION_BLOCK // 2
         for block in reversed(list(cut(slice(0, N), max(length, side)))):  # of whole leaves
             leaves = self.leaves[block.start // side : -(-block.stop // side)]
             gx[block] = self.block(block, leaves, gz_out[:, block].transpose(0, 1))
-        return gx.transpose(0, 1), self.gradients
+        return gx.transpose(0, 1), {name: g.to(getattr(self.layer, name).dtype) for name, g in self.gradients.items()}
 
     def add(self, name: str, gradient: Tensor | None) -> None:
         """Accumulate the gradient of a weight, in at least float32."""
