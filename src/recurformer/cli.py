@@ -105,6 +105,8 @@ class _DocumentsSettings(click.Command):
 @click.option("--config", "config_file", type=click.Path(), help="TOML, YAML or JSON file of settings.", metavar="FILE")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change one setting; may be repeated.")
 @click.option("--out", required=True, type=click.Path(), metavar="RUN", help="Folder of the run.")
+@click.option("--init-from", type=click.Path(), metavar="FOLDER", help="Start from the weights of this model or run; "
+              "short for --set init_from=FOLDER.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue RUN from its newest checkpoint, with its own configuration "
               "unless --config gives one.")  # fmt: skip
 @click.option("--allow-change", multiple=True, metavar="NAME", help="Let this setting differ from the resumed run's; "
@@ -115,6 +117,7 @@ def train(
     config_file: str | None,
     settings: tuple[str, ...],
     out: str,
+    init_from: str | None,
     resume: bool,
     allow_change: tuple[str, ...],
     stop_at: int | None,
@@ -125,10 +128,14 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM save after the step at hand and exit with 130 and 143; a second one aborts at once. The
     exit code is 0 when the run is finished or --stop-at is reached, and 2 after an error.
     """
+    import json
     from pathlib import Path
 
     from recurformer import training
     from recurformer.report import load_runs, write_report
+
+    if init_from is not None:
+        settings = (*settings, f"init_from={json.dumps(init_from)}")
 
     own = Path(out) / "config.json"
     file = str(own) if resume and config_file is None and own.is_file() else config_file
@@ -364,6 +371,37 @@ def bench_traffic(lengths: tuple[int, ...], out: str | None, **shape: Any) -> No
     if out is not None:
         made = common.write(out, "traffic", results, traffic.draw_traffic(results))
         print("\n".join(map(str, made)))
+
+
+@cli.command()
+@click.argument("source", type=click.Path(), metavar="SRC")
+@click.argument("destination", type=click.Path(), metavar="DST")
+@click.option("--to", default="recurformer", type=click.Choice(["recurformer", "hf", "llama", "official"]),
+              help="Kind of folder to write.")  # fmt: skip
+@click.option("--layers", metavar="KINDS", help="Change the layers: recurrent, standard, first:K, or the numbers of "
+              "the recurrent ones, as 0,5.  [default: as they are]")  # fmt: skip
+@click.option("--tokenizer", metavar="bytes|FILE|DIR", help="Put this one beside the model.  [default: that of SRC]")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16", "fp64"]), help="Of the written parameters.  "
+              "[default: as stored]")  # fmt: skip
+def convert(
+    source: str, destination: str, to: Any, layers: str | None, tokenizer: str | None, dtype: str | None
+) -> None:
+    """Write the model in SRC as another kind of folder, DST, which appears when it is complete.
+
+    SRC is a model's or a run's folder, a Llama-style folder of Hugging Face (Llama, Mistral, Qwen2, Qwen3), or an
+    official checkpoint. A recurformer folder loads in transformers as it is (import recurformer.hf first); "hf" adds
+    what generation and tokenizers want there. Models without recurrent layers can be written as "llama".
+    """
+    import torch
+
+    from recurformer import interop, report
+
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    config = interop.convert(
+        source, destination, to, layers=layers, tokenizer=tokenizer, dtype=None if dtype is None else types[dtype]
+    )
+    count, kind = report.parameters(config, embedding=True), report.kind_of(config)
+    print(f"{destination}: {count:,} parameters, {config.n_layers} layers ({kind}), as {to}")
 
 
 @cli.command()

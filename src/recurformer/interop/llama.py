@@ -71,10 +71,11 @@ def load_llama(path_or_hf_model: str | Path | Any, recurrent_layers: Iterable[in
     """
     if isinstance(path_or_hf_model, str | Path):
         folder = Path(path_or_hf_model)
-        options, tensors = read_options(folder), read_weights(folder)
+        config = model_config(read_options(folder), recurrent_layers)
+        tensors = read_weights(folder)
     else:
-        options, tensors = path_or_hf_model.config.to_dict(), plain_state_dict(path_or_hf_model)
-    config = model_config(options, recurrent_layers)
+        config = model_config(path_or_hf_model.config.to_dict(), recurrent_layers)
+        tensors = plain_state_dict(path_or_hf_model)
     with torch.device("meta"):
         model = LanguageModel(config)
     model.load_state_dict(convert(tensors, config, model.state_dict()), assign=True)
@@ -227,11 +228,14 @@ def convert(tensors: Mapping[str, Tensor], config: ModelConfig, expected: Mappin
 # --- back ------------------------------------------------------------------------------------------------------------
 
 
-def save_llama(model: LanguageModel, folder: str | Path) -> None:
+def save_llama(model: LanguageModel, folder: str | Path, eos_token_id: int | None = None) -> None:
     """Write a model without recurrent layers as a Llama (or, with QK-norm, a Qwen3) folder for transformers.
 
     The depth scale of the residual branches goes into the output projections; padding rows of the vocabulary are left
     out.
+
+    Args:
+        eos_token_id: where generation ends, written into the configuration.
 
     Raises:
         ValueError: for recurrent layers and every other option that these models don't have.
@@ -246,6 +250,7 @@ def save_llama(model: LanguageModel, folder: str | Path) -> None:
         elif "o_proj" in name or "down_proj" in name:
             tensor = tensor * scale if scale != 1 else tensor
         tensors[parameter_name(name)] = tensor.contiguous()
+    options |= {"bos_token_id": None, "eos_token_id": eos_token_id}  # theirs would be 1 and 2
     options["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS_FILE) as temporary:
