@@ -124,6 +124,7 @@ def test_lm_eval_agrees(folder: Path, monkeypatch: pytest.MonkeyPatch):
     lm_eval = pytest.importorskip("lm_eval")
     pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     from recurformer import hf
 
@@ -144,13 +145,14 @@ def test_lm_eval_agrees(folder: Path, monkeypatch: pytest.MonkeyPatch):
             "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}], **common,
         },
     ]  # fmt: skip
+    manager = TaskManager(include_defaults=False)  # else it reads thousands of files first
     for seed in range(3):
         model, words = tiny(vocab_size=256, layers="first:1", seed=seed), BytesTokenizer()
         theirs = HFLM(
             pretrained=hf.RecurformerForCausalLM.from_model(model), tokenizer=hf.load_tokenizer("bytes"),
             batch_size=3, max_length=24, device="cpu",
         )  # fmt: skip
-        out = lm_eval.simple_evaluate(theirs, tasks=configs, bootstrap_iters=0, verbosity="ERROR")["results"]
+        out = lm_eval.simple_evaluate(theirs, tasks=configs, task_manager=manager, bootstrap_iters=0)["results"]
         ours = evaluate_task(model, words, folder / "plain.jsonl", window=24)
         assert out["choices"]["acc,none"] == ours.accuracy
         assert out["choices"]["acc_norm,none"] == ours.accuracy_per_character

@@ -396,14 +396,18 @@ def test_the_trainer_makes_two_steps_and_evaluates(tmp_path: Path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(data)
+
     theirs, data = wrapped(), Rows(random_tokens(8, 9))
     reference = copy.deepcopy(theirs.model).train()
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd",
         learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], use_cpu=True, seed=0,
-        disable_tqdm=True, save_strategy="no", logging_strategy="no", train_sampling_strategy="sequential",
+        disable_tqdm=True, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
-    trainer = Trainer(theirs, arguments, train_dataset=data, eval_dataset=data)
+    trainer = InOrder(theirs, arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
     for step in range(2):
         tokens = data.tokens[4 * step : 4 * step + 4]
