@@ -210,8 +210,9 @@ def test_packed_documents():
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
-        wrapped()(random_tokens(1, 3), **options)
+    for labels in (None, random_tokens(1, 3)):
+        with pytest.raises(ValueError, match=message):
+            wrapped()(random_tokens(1, 3), labels=labels, **options)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -298,6 +299,31 @@ def test_left_padded_rows_continue_as_alone(lengths: tuple[int, ...]):
     for row, n in enumerate(lengths):
         alone = theirs.generate(tokens[row : row + 1, longest - n :], max_new_tokens=16, pad_token_id=0)
         assert torch.equal(alone[0, n:], together[row, longest:])
+
+
+def test_what_stands_at_pads_is_never_seen():
+    theirs, tokens = wrapped(), random_tokens(2, 7)
+    a, b = (tokens.masked_fill(LEFT == 0, pad) for pad in (0, 96))
+    assert torch.equal(
+        theirs(a, attention_mask=LEFT).logits[LEFT == 1], theirs(b, attention_mask=LEFT).logits[LEFT == 1]
+    )
+    labels = tokens.masked_fill(LEFT == 0, -100)
+    grad = gradients(theirs.model, theirs(b, attention_mask=LEFT, labels=labels).loss)["embedding.weight"]
+    assert not grad[96].any() or 96 in tokens[LEFT == 1]
+    out = [theirs.generate(t, attention_mask=LEFT, max_new_tokens=9, pad_token_id=0)[:, 7:] for t in (a, b)]
+    assert torch.equal(*out)
+
+
+def test_masks_of_the_new_tokens_and_of_all_are_the_same():
+    theirs, tokens = wrapped(), random_tokens(2, 9)
+    found: list[Tensor] = []
+    for mask in (torch.ones(2, 2, dtype=torch.long), torch.cat([LEFT, torch.ones(2, 2, dtype=torch.long)], 1)):
+        cache = RecurformerCache()
+        theirs(tokens[:, :7], attention_mask=LEFT, **{CACHE: cache})
+        found.append(theirs(tokens[:, 7:], attention_mask=mask, **{CACHE: cache}).logits)
+    assert torch.equal(*found)
+    whole = torch.cat([LEFT, torch.ones(2, 2, dtype=torch.long)], 1)
+    assert_close(found[0], theirs(tokens, attention_mask=whole).logits[:, 7:])
 
 
 def test_a_second_turn_on_the_same_cache():

@@ -38,7 +38,6 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RecurformerConfig) -> None:
         super().__init__(config)
-        self.gradient_checkpointing = False
         self._hold(LanguageModel(config.model_config()))
         if not self.model.embedding.weight.is_meta:  # drawn above; post_init would draw anew
             for module in self.model.modules():
@@ -59,6 +58,15 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
         for module in model.modules():
             if isinstance(module, Layer | LanguageModel):
                 module.weight_of = adapted_weight
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """What Hugging Face sets to save memory: `LanguageModel.recompute`."""
+        return self.model.recompute
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.model.recompute = value
 
     def forward(
         self,
@@ -117,7 +125,6 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
             weight = core.embedding.weight
             past.kv = KVCache(core.config, len(input_ids), dtype=compute_dtype(weight), device=weight.device)
         kv = None if past is None else past.kv
-        core.recompute = self.gradient_checkpointing and self.training
 
         loss = None
         if labels is not None:
@@ -204,7 +211,7 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
 def shifted(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     """(B, N): the token to predict at each position, given the token of each position."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.dim() != 2:  # the model refuses the latter
         return targets
     return targets.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, IGNORE)
 
