@@ -122,10 +122,8 @@ def test_the_border_between_context_and_continuation():
 @pytest.mark.filterwarnings("ignore")  # lm-eval and what it imports
 def test_lm_eval_agrees(folder: Path, monkeypatch: pytest.MonkeyPatch):
     lm_eval = pytest.importorskip("lm_eval")
-    pytest.importorskip("transformers")
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
+    HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+    TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
     from recurformer import hf
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")

@@ -14,6 +14,7 @@ D width, F MLP width, H query heads, G key-value heads, K head width, V vocabula
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -276,7 +277,7 @@ class Layer(nn.Module):
         weight_of: gives the matrix of a projection's module; adapters that wrap modules bring their own.
     """
 
-    weight_of = staticmethod(plain_weight)
+    weight_of: Callable[[nn.Module], Tensor] = staticmethod(plain_weight)
 
     def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
@@ -305,7 +306,7 @@ class Layer(nn.Module):
             if isinstance(module, Norm):
                 tensors[name] = module.weight
                 continue
-            matrix, bias = self.weight_of(module), module.bias
+            matrix, bias = self.weight_of(module), getattr(module, "bias", None)
             tensors[name] = matrix if dtype is None else matrix.to(dtype)
             if bias is not None:
                 tensors[f"{name}_bias"] = bias if dtype is None else bias.to(dtype)
@@ -377,7 +378,7 @@ class LanguageModel(nn.Module):
         weight_of: as `Layer.weight_of`, of the output layer.
     """
 
-    weight_of = staticmethod(plain_weight)
+    weight_of: Callable[[nn.Module], Tensor] = staticmethod(plain_weight)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

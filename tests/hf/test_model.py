@@ -18,9 +18,8 @@ from torch import Tensor
 import recurformer
 from recurformer import KVCache, LanguageModel
 
-transformers = pytest.importorskip("transformers")
+transformers: Any = pytest.importorskip("transformers")
 
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from recurformer.hf import RecurformerCache, RecurformerConfig, RecurformerForCausalLM  # noqa: E402
 from recurformer.hf.model import CACHE  # noqa: E402
@@ -34,7 +33,7 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
-def wrapped(model: LanguageModel | None = None, **options: Any) -> RecurformerForCausalLM:
+def wrapped(model: LanguageModel | None = None, **options: Any) -> Any:
     return RecurformerForCausalLM.from_model(tiny(**options) if model is None else model)
 
 
@@ -61,7 +60,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_folder_of_ours_loads_there_and_back_bit_for_bit(shape: dict[str, Any], tmp_path: Path):
     model = tiny(scan="auto", **shape)
     recurformer.save(model, tmp_path / "ours")
-    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert isinstance(theirs, RecurformerForCausalLM)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert same_tensors(theirs.model, model)
@@ -83,7 +82,7 @@ def test_shards_dtype_and_device_map(tmp_path: Path):
     wrapped(model).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert same_tensors(recurformer.load(tmp_path), model)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.bfloat16)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.bfloat16)
     assert all(torch.equal(p, q.bfloat16()) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
     (tmp_path / "model-00002-of-00010.safetensors").unlink(missing_ok=True)
     next(tmp_path.glob("model-*.safetensors")).unlink()
@@ -93,7 +92,7 @@ def test_shards_dtype_and_device_map(tmp_path: Path):
 
 def test_the_stored_dtype_is_kept(tmp_path: Path):
     recurformer.save(tiny(dtype=torch.bfloat16), tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     loaded.save_pretrained(tmp_path / "again")
     assert same_tensors(recurformer.load(tmp_path / "again"), recurformer.load(tmp_path))
@@ -116,7 +115,7 @@ def test_a_weight_that_a_folder_lacks_is_reported_and_drawn_alone(tmp_path: Path
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["layers.1.q_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    loaded, info = RecurformerForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == {"model.layers.1.q_proj.weight"}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, loaded.model.get_parameter(name)) == (name != "layers.1.q_proj.weight")
@@ -127,7 +126,7 @@ def test_a_weight_that_a_folder_lacks_is_reported_and_drawn_alone(tmp_path: Path
 def test_a_new_model_is_drawn_as_ours_is():
     config = RecurformerConfig(vocab_size=V, d_model=32, n_layers=2, n_heads=4, init="official")
     torch.manual_seed(3)
-    theirs = AutoModelForCausalLM.from_config(config)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
     torch.manual_seed(3)
     assert same_tensors(theirs.model, LanguageModel(config.model_config()))
 
@@ -148,9 +147,9 @@ def test_the_configuration(tmp_path: Path):
     assert RecurformerConfig(tie_word_embeddings=False).tie_embeddings is False
     assert RecurformerConfig().tie_embeddings is False
     config.save_pretrained(tmp_path)
-    again = AutoConfig.from_pretrained(tmp_path)
+    again = transformers.AutoConfig.from_pretrained(tmp_path)
     assert again.model_config() == config.model_config()
-    changed = AutoConfig.from_pretrained(tmp_path, layers=["standard", "recurrent"])
+    changed = transformers.AutoConfig.from_pretrained(tmp_path, layers=["standard", "recurrent"])
     assert changed.model_config().layer_kinds == ("standard", "recurrent")
     with pytest.raises(ValueError, match="n_heads 5"):
         RecurformerConfig(d_model=32, n_heads=5)
@@ -420,20 +419,15 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_the_trainer_makes_two_steps_and_evaluates(tmp_path: Path):
     pytest.importorskip("accelerate")
-    from transformers import Trainer, TrainingArguments
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(data)
-
     theirs, data = wrapped(), Rows(random_tokens(8, 9))
     reference = copy.deepcopy(theirs.model).train()
-    arguments = TrainingArguments(
+    arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd",
         learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], use_cpu=True, seed=0,
         disable_tqdm=True, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
-    trainer = InOrder(theirs, arguments, train_dataset=data, eval_dataset=data)
+    trainer = transformers.Trainer(theirs, arguments, train_dataset=data, eval_dataset=data)
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
     trainer.train()
     for step in range(2):
         tokens = data.tokens[4 * step : 4 * step + 4]

@@ -56,7 +56,7 @@ def test_the_text_generation_pipeline():
     out = pipe(["It was ", "A"], max_new_tokens=8, do_sample=False, batch_size=2, return_full_text=False)
     for prompt, found in zip(["It was ", "A"], out, strict=True):
         ids = model.generate(torch.tensor([list(prompt.encode())]), 8, temperature=0.0, eos_token_id=0)
-        assert found[0]["generated_text"] == BytesTokenizer().decode(i for i in ids[0, len(prompt) :] if i)
+        assert found[0]["generated_text"] == BytesTokenizer().decode(i for i in ids[0, len(prompt) :].tolist() if i)
 
 
 def test_sentencepiece_is_refused(tmp_path: Path):

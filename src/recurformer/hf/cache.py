@@ -73,10 +73,10 @@ class RecurformerCache(Cache):
 
     # --- what it does to a cache -----------------------------------------------------------------------------------
 
-    def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` slots; below 0: drop the last `-max_length`."""
-        if self.kv is not None and max_length != 0:
-            n = max_length if max_length > 0 else self.kv.length + max_length
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` slots. Above 0, its older meaning: the number of first slots to keep."""
+        if self.kv is not None and tokens_to_remove != 0:
+            n = tokens_to_remove if tokens_to_remove > 0 else self.kv.length + tokens_to_remove
             self.kv.crop(min(n, self.kv.length))
 
     def reset(self) -> None:

@@ -138,7 +138,8 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
             valid = check_inputs(core, input_ids, None, attention_mask, document_ids, kv, False, True, None)
             x = core.hidden(input_ids.long(), valid, document_ids, kv)
             logits = core.logits(x[:, kept(logits_to_keep)])
-        made = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past})
+        cached: dict[str, Any] = {CACHE: past}
+        made = CausalLMOutputWithPast(loss=loss, logits=logits, **cached)
         return made if (self.config.return_dict if return_dict is None else return_dict) else made.to_tuple()
 
     # --- embeddings ------------------------------------------------------------------------------------------------
@@ -194,7 +195,9 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
 
     # --- generation and folders ------------------------------------------------------------------------------------
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride] (it differs by version)
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
+    ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(f"cache_implementation is {generation_config.cache_implementation!r}; leave it unset")
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:

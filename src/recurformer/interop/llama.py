@@ -182,7 +182,8 @@ def layer_kinds(n_layers: int, recurrent_layers: Iterable[int]) -> str | tuple[L
             raise ValueError(f"recurrent_layers contains {number!r}; the layers are 0 to {n_layers - 1}")
     if len(chosen) in (0, n_layers):
         return "recurrent" if chosen else "standard"
-    return tuple("recurrent" if l in chosen else "standard" for l in range(n_layers))
+    kinds: list[LayerKind] = ["recurrent" if l in chosen else "standard" for l in range(n_layers)]
+    return tuple(kinds)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
