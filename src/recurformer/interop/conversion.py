@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,11 +144,10 @@ def save_hf(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None) -> 
 @contextmanager
 def appearing(destination: Path) -> Iterator[Path]:
     """A folder to write into that takes its final name when the block ends well, and vanishes otherwise."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".tmp", dir=destination.parent))
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         for file in temporary.iterdir():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
@@ -161,9 +159,3 @@ def appearing(destination: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     folders.sync_folder(destination.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
