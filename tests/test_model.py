@@ -446,3 +446,22 @@ def test_a_fresh_model_is_as_uncertain_as_its_vocabulary():
     _, loss = logits_and_loss(model, tokens)
     assert loss.item() == pytest.approx(math.log(V), abs=0.7)
     assert_close(loss, F.cross_entropy(logits_of(model, tokens).flatten(0, 1), random_tokens(4, 16, seed=2).flatten()))
+
+
+@every_scan
+@pytest.mark.parametrize("masked", [False, True])
+def test_recomputing_layers_changes_no_gradient(scan: str, masked: bool):
+    model, tokens = tiny(scan=scan, layers="first:1", dtype=torch.float64), random_tokens(2, 9)
+    options = {"attention_mask": torch.arange(9)[None].expand(2, -1) > 2} if masked else {}
+    plain = gradients(model, loss_of(model, tokens, **options))
+    calls: list[int] = []
+    for n, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda *_, n=n: calls.append(n))
+    model.recompute = True
+    again = gradients(model, loss_of(model, tokens, **options))
+    assert calls == [0, 1, 1, 0]
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    with torch.no_grad():
+        model(tokens)
+    model(tokens, use_cache=True)
+    assert calls == [0, 1, 1, 0, 0, 1, 0, 1]

@@ -106,6 +106,8 @@ class _DocumentsSettings(click.Command):
 @click.option("--config", "config_file", type=click.Path(), help="TOML, YAML or JSON file of settings.", metavar="FILE")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change one setting; may be repeated.")
 @click.option("--out", required=True, type=click.Path(), metavar="RUN", help="Folder of the run.")
+@click.option("--init-from", type=click.Path(), metavar="FOLDER", help="Start from the weights of this model or run; "
+              "short for --set init_from=FOLDER.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue RUN from its newest checkpoint, with its own configuration "
               "unless --config gives one.")  # fmt: skip
 @click.option("--allow-change", multiple=True, metavar="NAME", help="Let this setting differ from the resumed run's; "
@@ -116,6 +118,7 @@ def train(
     config_file: str | None,
     settings: tuple[str, ...],
     out: str,
+    init_from: str | None,
     resume: bool,
     allow_change: tuple[str, ...],
     stop_at: int | None,
@@ -126,8 +129,13 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM save after the step at hand and exit with 130 and 143; a second one aborts at once. The
     exit code is 0 when the run is finished or --stop-at is reached, and 2 after an error.
     """
+    import json
+
     from recurformer import training
     from recurformer.report import load_runs, write_report
+
+    if init_from is not None:
+        settings = (*settings, f"init_from={json.dumps(init_from)}")
 
     own = Path(out) / "config.json"
     file = str(own) if resume and config_file is None and own.is_file() else config_file
@@ -163,6 +171,9 @@ def device_option(command):
 @click.option(
     "--max-batches", type=click.IntRange(min=1), metavar="N", help="Stop after N batches.  [default: read all]"
 )
+@click.option("--tasks", multiple=True, type=click.Path(), metavar="FILE|DIR", help="Score zero-shot items instead of "
+              "a text; a folder stands for all its .jsonl and .jsonl.gz files. May be repeated.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
 @click.option("--scan", default="auto", help="How recurrent layers are evaluated.")
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -172,18 +183,45 @@ def evaluate(
     window: int | None,
     batch_size: int,
     max_batches: int | None,
+    tasks: tuple[str, ...],
+    limit: int | None,
     scan: str,
     device: str,
     as_json: bool,
 ) -> None:
     """Perplexity, and bits per byte of the source text, of the model in RUN (a run's or a model's folder; of a run, its
-    best checkpoint). Every token but a document's first is predicted exactly once."""
+    best checkpoint). Every token but a document's first is predicted exactly once.
+
+    With --tasks, zero-shot accuracy: the part of the items whose right choice is the most probable one.
+    """
     import json
 
     from recurformer.evaluation import evaluate, open_data, run_setting
     from recurformer.text import open_model
 
+    if tasks and (data or max_batches):
+        raise ValueError("--tasks scores items, --data and --max-batches a text; run the two apart")
+    if limit and not tasks:
+        raise ValueError(f"--limit is {limit}, but there are no --tasks; --max-batches limits a text")
     model, tokenizer, folder = open_model(run, device, scan)
+    if tasks:
+        from recurformer import zeroshot
+
+        files = zeroshot.find_tasks(tasks)
+        if tokenizer is None:
+            raise ValueError(f"{folder} has no tokenizer beside its model; save one into it (recurformer.save)")
+        window = int(window or run_setting(folder, "data", "window") or 512)
+        results = [
+            zeroshot.evaluate_task(
+                model, tokenizer, file, window=window, batch_size=batch_size, limit=limit, progress=not as_json
+            )
+            for file in files.values()
+        ]
+        if as_json:
+            print(json.dumps({"model": str(folder), "window": window, "tasks": [r.to_dict() for r in results]}))
+        else:
+            zeroshot.show(results)
+        return
     if (data := data or run_setting(folder, "data", "validation")) is None:
         raise ValueError(f"{run} names no validation data; give --data")
     window = int(window or run_setting(folder, "data", "window") or 512)
@@ -645,6 +683,37 @@ def tasks_hybrids(on: str, device: str, out: str | None, **settings: Any) -> Non
     hybrids.show_hybrids(results, Console())
     if out is not None:
         print("\n".join(map(str, common.write(out, "hybrids", results, hybrids.draw_hybrids(results)))))
+
+
+@cli.command()
+@click.argument("source", type=click.Path(), metavar="SRC")
+@click.argument("destination", type=click.Path(), metavar="DST")
+@click.option("--to", default="recurformer", type=click.Choice(["recurformer", "hf", "llama", "official"]),
+              help="Kind of folder to write.")  # fmt: skip
+@click.option("--layers", metavar="KINDS", help="Change the layers: recurrent, standard, first:K, or the numbers of "
+              "the recurrent ones, as 0,5.  [default: as they are]")  # fmt: skip
+@click.option("--tokenizer", metavar="bytes|FILE|DIR", help="Put this one beside the model.  [default: that of SRC]")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16", "fp64"]), help="Of the written parameters.  "
+              "[default: as stored]")  # fmt: skip
+def convert(
+    source: str, destination: str, to: Any, layers: str | None, tokenizer: str | None, dtype: str | None
+) -> None:
+    """Write the model in SRC as another kind of folder, DST, which appears when it is complete.
+
+    SRC is a model's or a run's folder, a Llama-style folder of Hugging Face (Llama, Mistral, Qwen2, Qwen3), or an
+    official checkpoint. A recurformer folder loads in transformers as it is (import recurformer.hf first); "hf" adds
+    what generation and tokenizers want there. Models without recurrent layers can be written as "llama".
+    """
+    import torch
+
+    from recurformer import interop, report
+
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    config = interop.convert(
+        source, destination, to, layers=layers, tokenizer=tokenizer, dtype=None if dtype is None else types[dtype]
+    )
+    count, kind = report.parameters(config, embedding=True), report.kind_of(config)
+    print(f"{destination}: {count:,} parameters, {config.n_layers} layers ({kind}), as {to}")
 
 
 @cli.command()

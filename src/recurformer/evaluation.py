@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -79,7 +79,7 @@ def evaluate(
     device = model.embedding.weight.device
     nats, tokens, began = 0.0, 0, time.perf_counter()
     predictable = dataset.n_tokens - (dataset.n_documents or 0)  # all but each document's first
-    with evaluating(model), torch.no_grad(), _counter(predictable, progress) as advance:
+    with evaluating(model), torch.no_grad(), counting(predictable, progress) as advance:
         for batch in islice(evaluation_batches(dataset, window, batch_size), max_batches):
             count = int((batch.targets != IGNORE).sum())
             if count == 0:
@@ -151,15 +151,15 @@ def check_vocabulary(vocab_size: int, dataset: TokenDataset) -> None:
 
 
 @contextmanager
-def _counter(total: int, progress: bool):
-    """A function that counts tokens on a progress bar, or does nothing."""
+def counting(total: int, progress: bool, unit: str = "tokens") -> Iterator[Callable[[int], Any]]:
+    """A function that counts on a progress bar, or does nothing."""
     if not progress:
         yield lambda count: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda count: bar.advance(task, count)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"  # of shards, as Hugging Face writes it
 
 
 def save(model: LanguageModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -57,13 +58,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: Any = Non
     folder = resolve(folder)
     config = load_config(folder)
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} has a {CONFIG_FILE} but no {WEIGHTS_FILE}; the folder is incomplete")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy or save it again") from error
+    weights = read_weights(folder)
     with torch.device("meta"):
         model = LanguageModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -80,6 +75,30 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: Any = Non
     return model.requires_grad_(True).eval()
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, on the CPU: of `model.safetensors`, or of the shards in Hugging Face's index."""
+    path = folder / WEIGHTS_FILE
+    if path.is_file():
+        return _read_safetensors(path)
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise ValueError(f"{folder} has a {CONFIG_FILE} but no {WEIGHTS_FILE}; the folder is incomplete")
+    try:
+        shards = json.loads(index.read_text())["weight_map"]
+        files = sorted({folder / Path(name).name for name in shards.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error}); copy or save it again") from error
+    return {name: tensor for file in files for name, tensor in _read_safetensors(file).items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy or save it again") from error
+
+
 def load_config(folder: str | Path) -> ModelConfig:
     """The ModelConfig in a model folder's `config.json`."""
     path = Path(folder) / CONFIG_FILE
@@ -92,13 +111,17 @@ def load_config(folder: str | Path) -> ModelConfig:
     if not isinstance(values, dict) or values.get("model_type") != "recurformer":
         found = values.get("model_type") if isinstance(values, dict) else None
         raise ValueError(f"{path} describes model_type {found!r}, not 'recurformer'; convert the model first")
-    version = values.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version!r}; this version reads up to {FORMAT_VERSION}: upgrade")
+    check_format_version(values.get("format_version", FORMAT_VERSION), path)
     names = [f.name for f in dataclasses.fields(ModelConfig)]
     if missing := [name for name in ("vocab_size", "d_model", "n_layers", "n_heads", "layers") if name not in values]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it is incomplete")
     return ModelConfig.from_dict({name: values[name] for name in names if name in values})
+
+
+def check_format_version(version: Any, source: object) -> None:
+    """Raise ValueError when a folder was written by a newer version than this one."""
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"{source} has format_version {version!r}; this version reads up to {FORMAT_VERSION}: upgrade")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -287,6 +287,17 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
+def plain_weight(module: nn.Module) -> Tensor:
+    """The matrix of a linear module.
+
+    Raises:
+        TypeError: when something wraps it, whose part the matrix would lack.
+    """
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{type(module).__name__} stands where a linear module was; recurformer.hf takes adapters")
+    return module.weight
+
+
 class Layer(nn.Module):
     """One layer, recurrent or standard: the parameters, and the choice between scan and parallel attention.
 
@@ -295,7 +306,10 @@ class Layer(nn.Module):
             activations and residuals. Recurrent layers are never compiled, and nothing is where there is a cache:
             decoding meets too many shapes.
         recompute: a standard layer keeps only its input for the backward and is evaluated again there.
+        weight_of: gives the matrix of a projection's module; adapters that wrap modules bring their own.
     """
+
+    weight_of: Callable[[nn.Module], Tensor] = staticmethod(plain_weight)
 
     def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
@@ -322,12 +336,13 @@ class Layer(nn.Module):
         tensors: dict[str, Tensor] = {}
         for module_name, module in self.named_children():
             name = module_name.removesuffix("_proj")
-            if isinstance(module, nn.Linear):
-                tensors[name] = module.weight if dtype is None else module.weight.to(dtype)
-                if module.bias is not None:
-                    tensors[f"{name}_bias"] = module.bias if dtype is None else module.bias.to(dtype)
-            elif isinstance(module, Norm):
+            if isinstance(module, Norm):
                 tensors[name] = module.weight
+                continue
+            matrix, bias = self.weight_of(module), getattr(module, "bias", None)
+            tensors[name] = matrix if dtype is None else matrix.to(dtype)
+            if bias is not None:
+                tensors[f"{name}_bias"] = bias if dtype is None else bias.to(dtype)
         return LayerMaths(self.config, **tensors)
 
     def forward(
@@ -412,12 +427,18 @@ class LanguageModel(nn.Module):
 
     Attributes:
         scan: how recurrent layers are evaluated: "auto", or the name of one exact algorithm of `recurformer.scan`.
+        recompute: keep only the inputs of the layers for the backward, which runs each layer's forward again: less
+            memory, more time. Calls with a cache are not affected.
+        weight_of: as `Layer.weight_of`, of the output layer.
     """
+
+    weight_of: Callable[[nn.Module], Tensor] = staticmethod(plain_weight)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self._scan = "auto"
+        self.recompute = False
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_kinds)
         self.norm = Norm(config.d_model)
@@ -537,11 +558,14 @@ class LanguageModel(nn.Module):
         x = x.to(accumulation_dtype(x.dtype))
         if valid is not None:
             x = torch.where(valid[:, :, None], x, 0.0)
+        recompute = self.recompute and cache is None and torch.is_grad_enabled()
         for stack in self._stacks(scan):
-            if len(stack) == 1:
-                x = self.layers[stack[0]](x, layout, scan, cache, stack[0])
-            else:
+            if len(stack) > 1:
                 x = self._wavefront(x, stack, layout, cache)
+            elif recompute:
+                x = checkpoint(self.layers[stack[0]], x, layout, scan, use_reentrant=False)
+            else:
+                x = self.layers[stack[0]](x, layout, scan, cache, stack[0])
         if cache is not None:
             cache.advance(N, valid)
         return normalise(x, self.norm.weight, self.config)
@@ -570,7 +594,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) in the compute dtype, of what `hidden` returns."""
-        weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
+        weight = self.embedding.weight if self.config.tie_embeddings else self.weight_of(self.head)
         dtype = compute_dtype(weight)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), weight.to(dtype))[..., : self.config.vocab_size]

@@ -32,15 +32,14 @@ def open_model(
     Raises:
         ValueError: for a folder without a model, a damaged tokenizer, or a device that is not here.
     """
-    from recurformer.data.tokenizer import MARKER, load_tokenizer
+    from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
     from recurformer.folders import load, resolve
 
     place = pick_device(device)
     folder = resolve(folder)
     model = load(folder, device=place)
     model.scan = scan
-    known = [folder / MARKER, folder / "tokenizer.json", *folder.glob("*.model")]
-    return model, load_tokenizer(folder) if any(path.is_file() for path in known) else None, folder
+    return model, load_tokenizer(folder) if has_tokenizer(folder) else None, folder
 
 
 def pick_device(name: str) -> torch.device:

@@ -441,6 +441,45 @@ def test_training_starts_from_given_weights(tiny, tmp_path, values, weights):
     train(tiny(schedule__steps=1), tmp_path / "other", quiet=True)
 
 
+def test_the_recurrent_layers_alone_learn(tiny, tmp_path, values, weights):
+    shape = dataclasses.replace(tiny().model, layers="standard")
+    recurformer.save(start := LanguageModel(shape), tmp_path / "start")
+    table = values(init_from=str(tmp_path / "start"), model={"layers": "first:1"}, trained="recurrent")
+    config = loop.TrainConfig.from_dict(table)
+    train(config, tmp_path / "run", stop_at=1, quiet=True)
+    train(config, tmp_path / "run", resume=True, stop_at=2, quiet=True)
+    a, b = start.state_dict(), weights(tmp_path / "run")
+    assert all(torch.equal(a[name], b[name]) != name.startswith("layers.0.") for name in a)
+    train(config, tmp_path / "straight", stop_at=2, quiet=True)
+    assert all(torch.equal(b[name], weight) for name, weight in weights(tmp_path / "straight").items())
+    with pytest.raises(ValueError, match="trained is 'recurrent', but the model has no recurrent layer"):
+        tiny(trained="recurrent", model__layers="standard")
+    with pytest.raises(ValueError, match="cannot be resumed with trained"):
+        train(dataclasses.replace(config, trained="all"), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(tiny, tmp_path):
+    train(tiny(), tmp_path, stop_at=1, quiet=True)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["trained"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert train(tiny(), tmp_path, resume=True, stop_at=2, quiet=True).step == 2
+
+
+def test_init_from_on_the_command_line(tiny, tmp_path):
+    config = tiny()
+    recurformer.save(LanguageModel(config.model), tmp_path / "start")
+    out, data = str(tmp_path / "run"), [f"data.{n}={getattr(config.data, n)}" for n in ("train", "validation")]
+    settings = [word for text in (*data, "sample.tokens=0") for word in ("--set", text)]
+    result = CliRunner().invoke(
+        cli, ["train", "--init-from", str(tmp_path / "start"), "--stop-at", "0", "--out", out, *settings]
+    )
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    assert written["init_from"] == str(tmp_path / "start")
+    assert written["model"]["d_model"] == config.model.d_model
+
+
 def test_training_on_raw_shards(tiny, tmp_path, corpus, records):
     """Headless little-endian integers, which know neither their vocabulary nor their text."""
     for name in ("train", "validation"):

@@ -252,6 +252,12 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     raise ValueError(f"tokenizer {str(source)!r} {problem}; give 'bytes', a tokenizer.json, a .model or a saved folder")
 
 
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether `load_tokenizer` would look for a tokenizer in this folder."""
+    folder = Path(folder)
+    return any((folder / name).is_file() for name in (MARKER, "tokenizer.json")) or any(folder.glob("*.model"))
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """A byte-level BPE learned from `texts`: lossless, id 0 is `<|endoftext|>`. A small text may give fewer tokens.
 

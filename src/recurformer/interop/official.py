@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recurformer.config import ModelConfig, suggest
+from recurformer.folders import plain_state_dict, replacing
 from recurformer.model import LanguageModel
 
 WEIGHT_FILES, CONFIG_FILES = ("model.pt", "model.safetensors"), ("config.yaml", "config.json")
@@ -328,3 +329,85 @@ def read_options(path: Path) -> Mapping[str, Any]:
 def first_line(error: Exception) -> str:
     """What an exception says, without the advice that follows."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# --- back ------------------------------------------------------------------------------------------------------------
+
+
+def save_official(model: LanguageModel, folder: str | Path) -> None:
+    """Write a model as an official checkpoint: `config.json` and `model.safetensors`, with the official names.
+
+    The official code itself reads a pickled `model.pt`, which is not written here: in its environment,
+    `torch.save(safetensors.torch.load_file("model.safetensors"), "model.pt")` makes one. The depth scale of the
+    residual branches goes into the output projections.
+
+    Raises:
+        ValueError: for every option that the official code does not have, such as layers of both kinds.
+    """
+    config, folder = model.config, Path(folder)
+    options = official_options(config)
+    ours = {name: tensor.detach() for name, tensor in plain_state_dict(model).items()}
+    if config.branch_scale != 1:
+        for name in ours:
+            if "o_proj" in name or "down_proj" in name:
+                ours[name] = ours[name] * config.branch_scale
+    q, fused = ("q_proj", "kv_proj") if options["block_type"] == "recurrent" else ("", "att_proj")
+    left_out = {"q_proj", "k_proj", "v_proj", "att_proj", "kv_proj"} - {q, fused}
+    tensors = {
+        official: torch.cat([ours[name] for name in names]).contiguous()
+        for official, names in parameter_names(config).items()
+        if official.split(".")[-2] not in left_out and all(name in ours for name in names)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(options, indent=2) + "\n")
+
+
+def official_options(config: ModelConfig) -> dict[str, Any]:
+    """The official options of a model that the official code can be."""
+    recurrent = "recurrent" in config.layer_kinds
+    wanted = {
+        "layers": (len(set(config.layer_kinds)) == 1, "its layers are all of one kind"),
+        "position": (config.position == "alibi" or not recurrent, "its recurrent layers have 'alibi'"),
+        "alibi_slopes": (config.position != "alibi" or config.alibi_slopes == "geometric", "it has 'geometric'"),
+        "activation": (config.activation != "gelu_tanh", "it has 'gelu' and 'swiglu'"),
+        "qk_norm": (config.qk_norm != "head", "it has 'full' and 'none'"),
+        "n_kv_heads": (
+            config.kv_heads == config.n_heads or not recurrent,
+            "its recurrent layers have as many as heads",
+        ),
+        "head_dim": (config.head_width * config.n_heads == config.d_model, "it has d_model / n_heads"),
+        "mlp_bias": (config.mlp_bias == config.attention_bias, "it has biases everywhere or nowhere"),
+        "tie_embeddings": (config.tie_embeddings or not config.attention_bias, "with biases it must be true"),
+    }
+    if config.position == "none":
+        wanted["position"] = (False, "it has 'alibi' and 'rope'")
+    for name, (fits, why) in wanted.items():
+        if not fits:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, which the official code can't express: {why}")
+    swiglu = config.activation == "swiglu"
+    return {
+        "d_model": config.d_model,
+        "n_heads": config.n_heads,
+        "n_kv_heads": None if config.kv_heads == config.n_heads else config.kv_heads,
+        "n_layers": config.n_layers,
+        "mlp_hidden_size": 2 * config.mlp_width if swiglu else config.mlp_width,
+        "vocab_size": config.vocab_size,
+        "embedding_size": config.padded_vocab_size,
+        "block_type": "recurrent" if recurrent else "sequential",
+        "activation_type": config.activation,
+        "alibi": config.position == "alibi",
+        "rope": config.position == "rope",
+        "rope_theta": config.rope_theta,
+        "attention_layer_norm": config.qk_norm == "full",
+        "layer_norm_type": "default" if config.norm == "layer" else "rms",
+        "layer_norm_eps": config.norm_eps,
+        "include_bias": config.attention_bias,
+        "bias_for_layer_norm": False,
+        "weight_tying": config.tie_embeddings,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "embedding_dropout": 0.0,
+    }

@@ -33,6 +33,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Logger = Literal["tensorboard", "wandb"]
+Trained = Literal["all", "recurrent"]
 
 
 @cache
@@ -193,12 +194,20 @@ class TrainConfig(_Section):
         "Model folder or run whose weights the run starts from. Model settings left out are taken from it; layers, "
         "scan and the like may differ, shapes may not.",
     )
+    trained: Trained = setting(
+        "all",
+        'Parameters that learn: "all", or "recurrent": those of the recurrent layers; the others stay as they are.',
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size is {self.micro_batch_size}; it must not exceed batch_size {self.batch_size}"
+            )
+        if self.trained == "recurrent" and "recurrent" not in self.model.layer_kinds:
+            raise ValueError(
+                "trained is 'recurrent', but the model has no recurrent layer; set model.layers or drop it"
             )
 
     @property

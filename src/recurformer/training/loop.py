@@ -359,6 +359,10 @@ def make_model(config: TrainConfig, device: torch.device, checkpoint: Checkpoint
             if found != shapes.get(name):
                 raise ValueError(f"{source} has {name} of shape {found}, the model {shapes.get(name)}; change [model]")
         model.load_state_dict(weights)
+    if config.trained == "recurrent":
+        model.requires_grad_(False)
+        for layer, kind in zip(model.layers, config.model.layer_kinds, strict=True):
+            layer.requires_grad_(kind == "recurrent")
     return model.to(device).train()
 
 

@@ -35,6 +35,7 @@ FIXED = (
     "data.eos_id",
     "seed",
     "init_from",
+    "trained",
 )
 
 
@@ -69,7 +70,7 @@ def check_resumable(config: TrainConfig, out: Path, resume: bool, allow_change: 
         return []
     if not (out / CONFIG).is_file():  # killed before its first breath, or never started
         return []
-    before, now = flatten(read_file(out / CONFIG)), flatten(config.to_dict())
+    before, now = flatten(read_run_config(out).to_dict()), flatten(config.to_dict())
     changed = {n: f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in now if before.get(n) != now.get(n)}
     fixed = [text for name, text in changed.items() if _matches(name, FIXED)]
     if fixed:

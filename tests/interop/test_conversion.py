@@ -1,0 +1,139 @@
+"""`recurformer convert`: every kind of folder, there and back, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FIXTURES, assert_close, logits_of, random_tokens, tiny
+
+import recurformer
+from recurformer import cli
+from recurformer.data.tokenizer import BytesTokenizer, train_bpe
+from recurformer.interop import convert, load_llama, load_official, save_official
+
+LLAMA: dict[str, Any] = {"layers": "standard", "activation": "swiglu", "position": "rope", "qk_norm": "none"}
+TOKENS = random_tokens(2, 15, vocabulary=90)
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def saved(folder: Path, tokenizer: Any = None, **options: Any) -> recurformer.LanguageModel:
+    model = tiny(**options)
+    recurformer.save(model, folder, tokenizer)
+    return model
+
+
+def test_layers_change_and_weights_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = saved(tmp_path / "a", BytesTokenizer(), vocab_size=256, layers="standard", n_layers=3)
+    assert run("convert", str(tmp_path / "a"), str(tmp_path / "new/b"), "--layers", "0,2", "--dtype", "bf16") == 0
+    assert "3 layers (RSR), as recurformer" in capsys.readouterr().out
+    other = recurformer.load(tmp_path / "new/b")
+    assert other.config.layer_kinds == ("recurrent", "standard", "recurrent")
+    assert all(torch.equal(p.bfloat16(), q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert recurformer.load_tokenizer(tmp_path / "new/b").vocab_size == 256
+    assert convert(tmp_path / "a", tmp_path / "c", layers="first:1").layers == "first:1"
+
+
+@pytest.mark.parametrize(
+    "words", [BytesTokenizer(), train_bpe(["the cat sat on the mat"] * 3, 270)], ids=["bytes", "bpe"]
+)
+def test_to_hugging_face_and_back(words: Any, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model = saved(tmp_path / "a", words, vocab_size=words.vocab_size, layers="first:1")
+    convert(tmp_path / "a", tmp_path / "hf", "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = tokenizer(["the mat", "a cat sat"], padding=True, return_tensors="pt")
+    assert ids["input_ids"][1].tolist() == words.encode("a cat sat")
+    assert theirs.generation_config.eos_token_id == words.eos_id
+    out = theirs.generate(**ids, max_new_tokens=6)
+    expected = model.generate(
+        ids["input_ids"], 6, temperature=0.0, attention_mask=ids["attention_mask"], eos_token_id=words.eos_id
+    )
+    assert torch.equal(out, expected)
+    convert(tmp_path / "hf", tmp_path / "b")
+    again = recurformer.load(tmp_path / "b")
+    assert again.config == model.config
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert recurformer.load_tokenizer(tmp_path / "b").encode("a cat") == words.encode("a cat")
+
+
+def test_to_llama_and_back(tmp_path: Path):
+    model = saved(tmp_path / "a", BytesTokenizer(), vocab_size=256, **LLAMA)
+    convert(tmp_path / "a", tmp_path / "llama", "llama")
+    assert_close(logits_of(load_llama(tmp_path / "llama"), TOKENS), logits_of(model, TOKENS))
+    back = convert(tmp_path / "llama", tmp_path / "b", layers="1")
+    assert back.layer_kinds == ("standard", "recurrent")
+    assert recurformer.load_tokenizer(tmp_path / "b").kind == "bytes"
+
+
+@pytest.mark.parametrize("name", ["official-recurrent", "official-transformer"])
+def test_from_official_and_back(name: str, tmp_path: Path):
+    convert(FIXTURES / name, tmp_path / "a")
+    model = recurformer.load(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "official", "official")
+    again = load_official(tmp_path / "official")
+    assert again.config == model.config
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert convert(FIXTURES / name / "model.pt", tmp_path / "b", tokenizer=None) == model.config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm": "full", "norm": "rms", "residual_scale": "depth", "vocab_multiple": 64},
+        {"qk_norm": "none", "activation": "swiglu", "layers": "standard", "position": "rope", "n_kv_heads": 2},
+        {"qk_norm": "none", "attention_bias": True, "mlp_bias": True, "tie_embeddings": True},
+    ],
+)
+def test_models_of_ours_as_official_ones(options: dict[str, Any], tmp_path: Path):
+    model = tiny(**options)
+    save_official(model, tmp_path)
+    assert_close(logits_of(load_official(tmp_path), TOKENS), logits_of(model, TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("options", "to", "message"),
+    [
+        ({"layers": "first:1"}, "official", "layers is 'first:1'.*all of one kind"),
+        ({}, "official", "qk_norm is 'head'"),
+        ({"qk_norm": "none", "position": "rope"}, "official", "position is 'rope'"),
+        ({"qk_norm": "none", "position": "none"}, "official", "position is 'none'"),
+        ({"qk_norm": "none", "mlp_bias": True}, "official", "mlp_bias is True"),
+        ({}, "llama", "layers is 'recurrent'"),
+    ],
+)
+def test_what_a_target_cannot_express(options: dict[str, Any], to: Any, message: str, tmp_path: Path):
+    saved(tmp_path / "a", **options)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "a", tmp_path / "b", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_refusals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saved(tmp_path / "a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text('{"model_type": "gemma"}')
+    for words, message in (
+        (("a", "full"), "not an empty folder"),
+        (("missing", "b"), "is no folder"),
+        (("gemma", "b"), "model_type is 'gemma'"),
+        (("a", "b", "--layers", "5"), "the layers are 0 to 1"),
+        (("a", "b", "--layers", "some"), "layers is 'some'"),
+        (("a", "b", "--tokenizer", "bytes"), "the tokenizer has 256 ids, the model 97"),
+    ):
+        assert run("convert", *(str(tmp_path / word) if n < 2 else word for n, word in enumerate(words))) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "full", "gemma"]
