@@ -122,7 +122,8 @@ def stack_scan(
         config.branch_scale,
     )  # fmt: skip
     call = Call(shape, layout, list(past) if past is not None else [None] * len(layers), save == "all", names, config)
-    z, keys, values = StackScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
+    with torch.cuda.device_of(x):  # kernels and graphs go to the current device
+        z, keys, values = StackScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
     return z, list(zip(keys, values, strict=True))
 
 

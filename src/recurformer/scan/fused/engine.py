@@ -24,7 +24,7 @@ from recurformer.scan.schedule import Schedule
 
 kernels: Any = triton_kernels  # the types of a launch are Triton's to check, when it compiles
 
-ENGINES = 8  # kept with their graphs, least recently used ones go
+ENGINES = 4  # kept with their buffers and graphs; the least recently used one goes
 ATTEND, RECEIVE = (2, 1, 4), (2, 1, 2)  # heads, warps and rows at a time of the two kernels that every position needs
 ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
