@@ -1,6 +1,6 @@
 """Draws retrofit.png for docs/retrofit.md from the runs that the page describes.
 
-`python docs/figures/retrofit.py RUNS`, where RUNS holds the runs standard, control, first, frozen and all.
+`python docs/figures/retrofit.py RUNS`, where RUNS holds the runs control, first and frozen.
 """
 
 import pathlib
@@ -19,28 +19,22 @@ RUNS = {
     "control": ("standard, trained on", "#555555", "o"),
     "first": ("first layer recurrent", "#0072b2", "s"),
     "frozen": ("first layer recurrent, it alone learns", "#56b4e9", "^"),
-    "all": ("all layers recurrent", "#d55e00", "D"),
 }
 
 
 def main(folder: pathlib.Path) -> None:
     """The picture, and the numbers of the table on stdout."""
     figure, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
-    start = [r for r in read_metrics(folder / "standard") if r["event"] == "evaluation"]
-    first = start[-1]["tokens"]
-    axes.axhline(start[-1]["validation_loss"], color="#bbbbbb", linewidth=1)
-    axes.text(0, start[-1]["validation_loss"], " before the conversion", va="bottom", fontsize=8, color="#777777")
-    print(f"standard: step {start[-1]['step']}, {first:,} tokens, loss {start[-1]['validation_loss']:.4f}")
+    evaluations = {name: [r for r in read_metrics(folder / name) if r["event"] == "evaluation"] for name in RUNS}
+    before = evaluations["control"][0]["validation_loss"]  # nothing was converted there
+    axes.axhline(before, color="#bbbbbb", linewidth=1)
+    axes.text(4, before - 0.01, "before the conversion", ha="left", va="top", fontsize=8, color="#777777")
     for name, (label, colour, marker) in RUNS.items():
-        records = [r for r in read_metrics(folder / name) if r["event"] == "evaluation"]
-        steps, losses = [r["step"] for r in records], [r["validation_loss"] for r in records]
+        steps, losses = zip(*((r["step"], r["validation_loss"]) for r in evaluations[name]), strict=True)
         axes.plot(steps, losses, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
-        seconds = [r for r in read_metrics(folder / name) if r["event"] == "train"][-1]["seconds"]
-        recovered = next(
-            (s for s, loss in zip(steps, losses, strict=True) if loss <= start[-1]["validation_loss"]), None
-        )
+        recovered = next((s for s, loss in zip(steps, losses, strict=True) if loss <= before and s > 0), None)
         by_step = ", ".join(f"{s}: {loss:.4f}" for s, loss in zip(steps, losses, strict=True))
-        print(f"{name}: back at step {recovered}, {seconds:.0f} s of training; {by_step}")
+        print(f"{name}: back at step {recovered}; {by_step}")
     axes.set_xlabel("steps after the conversion (2,048 tokens each)")
     axes.set_ylabel("validation loss, nats a byte")
     axes.grid(color="#ececec")
