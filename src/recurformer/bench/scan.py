@@ -83,6 +83,8 @@ class ScanSettings:
                 raise ValueError(
                     f"there is no path {path!r}; choose among {', '.join(map(repr, PATHS))}{suggest(path, PATHS)}"
                 )
+            if path in GPU_SCANS and self.device == "cpu" and self.paths != PATHS:
+                raise ValueError(f"{path} needs an NVIDIA GPU; leave it out, or give --device cuda")
         if not self.paths:
             raise ValueError(f"there is nothing to measure; choose among {', '.join(map(repr, PATHS))}")
         _ = self.config("standard")
@@ -123,7 +125,7 @@ def bench_scan(settings: ScanSettings, progress: Callable[[str, int, int], None]
             if path == "peer" and util.find_spec(PEER_MODULE) is None:
                 notes.append(f"no row for the peer: the package {PEER} is not installed")
             elif path in GPU_SCANS and settings.device == "cpu":
-                notes.append(f"no row for {path}: it needs a GPU")
+                continue  # of the default; by name they are refused
             else:
                 paths.append(path)
         rows: list[dict[str, Any]] = []
