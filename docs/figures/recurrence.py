@@ -25,11 +25,20 @@ TASKS = {
     **{f"parity-{seed}": TaskSettings(tasks=("parity",), seeds=(seed,), **GROUPS) for seed in range(3)},
     "s3-0": TaskSettings(tasks=("s3",), layers=("first:1", "standard"), length=32, steps=600),
     "s3-1": TaskSettings(tasks=("s3",), layers=("recurrent",), n_layers=(1,), length=32, steps=600),
+    **{
+        f"s3-{1 + seed}": TaskSettings(
+            tasks=("s3",), layers=("recurrent",), n_layers=(1,), length=32, steps=600, seeds=(seed,)
+        )
+        for seed in (1, 2)
+    },
+    "deep": TaskSettings(tasks=("parity", "s3"), layers=("standard",), n_layers=(4,), **GROUPS),
     "modular": TaskSettings(tasks=("modular",)),
+    **{name: TaskSettings(tasks=(name,), **GROUPS) for name in ("dyck", "khop", "selective-copy", "recall")},
 }
 HYBRIDS = {
     "text-0": HybridSettings(only=SINGLE, **TEXT),
     "text-1": HybridSettings(only=SEVERAL, extra_steps=(), **TEXT),
+    "text-3": HybridSettings(only=("RRRS", "SRRR", "SRSR"), extra_steps=(), **TEXT),
     "text-2": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
     "parity-hybrids": HybridSettings(
         on="parity",

@@ -598,7 +598,14 @@ def tasks_list() -> None:
     made = [(name if family.limits is None else f"{name}[:K]", make_task(name)) for name, family in TASKS.items()]
     cells = [[name, str(task.vocab_size), str(task.shortest), task.about] for name, task in made]
     notes = ["With K left out: as described here."]
-    show_table(Console(), "", ["task", "tokens", "shortest", "answer at each position"], cells, notes, left=1)
+    show_table(
+        Console(width=max(100, Console().width)),
+        "",
+        ["task", "tokens", "shortest", "answer at each position"],
+        cells,
+        notes,
+        left=1,
+    )
 
 
 def _training_options(command):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-TEXTS = ("path", "layers", "preset")  # headings of columns that hold words
+TEXTS = ("path", "layers", "preset", "answer at each position")  # headings of columns that hold words
 
 
 def machine() -> dict[str, Any]:
@@ -86,19 +86,19 @@ def show_table(
     headings: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str],
-    left: int | None = None,
+    left: int = 0,
 ) -> None:
     """A table, its numbers to the right, and lines of notes under it.
 
     Args:
-        left: columns of text before the numbers; None: those called "path".
+        left: columns of text before the numbers, besides those whose headings are known to be text.
     """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     for n, heading in enumerate(headings):
-        words = heading in TEXTS if left is None else n < left
+        words = heading in TEXTS or n < left
         table.add_column(heading, justify="left" if words else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
