@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -359,9 +359,7 @@ class Layer(nn.Module):
 
     def _recurrent(self, x: Tensor, layout: Layout, scan: str, cache: KVCache | None, index: int) -> Tensor:
         run: Callable[..., Any] = scan_by_name(scan)
-        if (
-            torch.compiler.is_compiling()
-        ):  # somebody compiles the whole model: loops over positions are not to be traced
+        if torch.compiler.is_compiling():  # of the whole model: loops over positions are not to be traced
             run = torch.compiler.disable(run)
         past = None if cache is None else cache.past(index)
         maths = self.maths(compute_dtype(self.q_proj.weight))
@@ -571,10 +569,20 @@ class LanguageModel(nn.Module):
         return normalise(x, self.norm.weight, self.config)
 
     def _stacks(self, scan: str) -> list[list[int]]:
-        """Layers that are evaluated together: consecutive recurrent ones under "wavefront", else each by itself."""
+        """Layers that are evaluated together: consecutive recurrent ones under "wavefront", else each by itself.
+
+        So is each whose activations are made again, and each that is more than a layer: wrapped, or with hooks.
+        """
+
+        def joins(index: int) -> bool:
+            layer = self.layers[index]
+            hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+            return self.config.layer_kinds[index] == "recurrent" and type(layer) is Layer and not any(hooks)
+
         stacks: list[list[int]] = []
-        for index, kind in enumerate(self.config.layer_kinds):
-            if scan == "wavefront" and stacks and kind == self.config.layer_kinds[index - 1] == "recurrent":
+        together = scan == "wavefront" and not (self.recompute and torch.is_grad_enabled())
+        for index in range(len(self.layers)):
+            if together and stacks and joins(index) and joins(index - 1):
                 stacks[-1].append(index)
             else:
                 stacks.append([index])
@@ -582,11 +590,14 @@ class LanguageModel(nn.Module):
 
     def _wavefront(self, x: Tensor, stack: list[int], layout: Layout, cache: KVCache | None) -> Tensor:
         """Outputs of consecutive recurrent layers; appends their new pairs to the cache when there is one."""
-        layers = [self.layers[index] for index in stack]
-        maths = [layer.maths(compute_dtype(layer.q_proj.weight)) for layer in layers if isinstance(layer, Layer)]
+        run: Callable[..., Any] = wavefront_scan
+        if torch.compiler.is_compiling():
+            run = torch.compiler.disable(run)
+        layers = [cast(Layer, self.layers[index]) for index in stack]
+        maths = [layer.maths(compute_dtype(layer.q_proj.weight)) for layer in layers]
         past = [None if cache is None else cache.past(index) for index in stack]
         with torch.autocast(x.device.type, enabled=False):
-            z, pairs = wavefront_scan(x, maths, layout, past)
+            z, pairs = run(x, maths, layout, past)  # pyright: ignore[reportCallIssue]
         if cache is not None:
             for index, (keys, values) in zip(stack, pairs, strict=True):
                 cache.write(index, keys, values)

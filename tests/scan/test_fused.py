@@ -147,6 +147,28 @@ def test_a_model_runs_it_and_fills_its_cache(interpreted: None) -> None:
             assert relative_rms(one, other) <= 1e-5
 
 
+@interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which computes here, about the NaN
+def test_what_one_call_leaves_harms_no_other(interpreted: None) -> None:
+    """Neither a call under inference_mode nor one full of NaN."""
+    model = small(n_layers=2)
+    layout = model._layout(1, 2, None, None, None)
+
+    def gradients(x: Tensor) -> list[Tensor]:
+        z, _ = stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2)
+        return list(torch.autograd.grad(z.sum(), list(model.layers.parameters())))
+
+    x = torch.randn(1, 2, 8)
+    with torch.inference_mode():
+        stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2)
+    with torch.no_grad():
+        stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2)
+    clean = gradients(x)
+    gradients(x * float("nan"))
+    for before, after in zip(clean, gradients(x), strict=True):
+        assert torch.equal(before, after)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_attention_kernels_compile_to_wide_loads() -> None:
     """For an H100, which need not be there: 16-bit loads mean that Triton lost the alignment of an address."""
@@ -184,9 +206,26 @@ def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) 
         stack_scan(x, [maths], layout, save="some")
     with pytest.raises(ValueError, match=r"compute dtype is torch\.float64"):
         stack_scan(x.double(), [layer_of(model.double(), 0).maths()], layout)
+    with pytest.raises(ValueError, match="head width is 200; in float32 it must be 1 to 128"):
+        choose_scan("fused", ModelConfig(d_model=8, n_heads=1, head_dim=200), CPU, dtype=torch.float32)
     wide = ModelConfig(d_model=8, n_heads=1, head_dim=300)
     with pytest.raises(ValueError, match="head width is 300; it must be 1 to 256"):
         choose_scan("fused", wide, CPU)
+
+
+def test_layers_that_are_more_than_layers_stay_by_themselves() -> None:
+    model = tiny(n_layers=4)
+    assert model._stacks("wavefront") == [[0, 1, 2, 3]]
+    assert model._stacks("fused") == [[0], [1], [2], [3]]
+    assert tiny(n_layers=4, layers=("recurrent", "standard", "recurrent", "recurrent"))._stacks("wavefront") == [
+        [0],
+        [1],
+        [2, 3],
+    ]
+    layer_of(model, 1).register_forward_hook(lambda *_: None)
+    assert model._stacks("wavefront") == [[0], [1], [2, 3]]
+    model.recompute = True
+    assert model._stacks("wavefront") == [[0], [1], [2], [3]]
 
 
 def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ world and the engine's is here: an autograd function over a stack of layers, the
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import fields, replace
 from importlib import util
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from recurformer.model import LayerMaths, Layout
 
 CHUNK, LEAF = 64, 16  # positions of a chunk up to N = 1024, twice as many behind that; of a leaf
-KEEP_PART = 32  # save="auto" keeps queries and pairs of a layer up to this part of the device's memory
-MAX_HEAD_WIDTH = 256
+KEEP_PART = 4  # save="auto" keeps queries and pairs if those of a whole model take at most this part of the memory
+MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
+CAPABILITY = (8, 0)  # of the GPU, from Ampere on
 HAS_TRITON = util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Past = tuple[Tensor, Tensor] | None
+LOCK = threading.RLock()  # an engine serves one call at a time
 
 
 def interpreted() -> bool:
@@ -46,6 +49,17 @@ def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | Non
         return (
             f"the head width is {config.head_width}; it must be 1 to {MAX_HEAD_WIDTH}, model.scan = 'tiled' takes any"
         )
+    if dtype == torch.float32 and config.head_width > MAX_HEAD_WIDTH_32_BIT:
+        limit = MAX_HEAD_WIDTH_32_BIT
+        return (
+            f"the head width is {config.head_width}; in float32 it must be 1 to {limit}, model.scan = 'tiled' takes any"
+        )
+    if device.type == "cuda" and torch.cuda.is_available():
+        found = torch.cuda.get_device_capability(device)
+        if found < CAPABILITY:
+            return (
+                f"the GPU has compute capability {found}; it must be at least {CAPABILITY}, model.scan = 'tiled' runs"
+            )
     if dtype is not None and dtype not in DTYPES:
         return (
             f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, model.scan = 'tiled' takes any"
@@ -108,23 +122,43 @@ def stack_scan(
         if side < 1 or side & (side - 1):
             raise ValueError(f"{name} is {side}; it must be a power of two")
     config = first.config
-    names = [f.name for f in fields(first) if f.name != "config"]
+    names = [f.name for f in fields(first) if f.name not in ("config", "kv", "kv_bias")]  # packed ones repeat k and v
     tensors = [getattr(layer, name) for layer in layers for name in names]
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     if save == "auto" and differentiable:
         pairs = B * N * (config.n_heads + 2 * config.kv_heads) * config.head_width * first.compute_dtype.itemsize
         total = torch.cuda.get_device_properties(x.device).total_memory if x.device.type == "cuda" else 2**36
-        save = "all" if pairs <= total // KEEP_PART else "minimal"
+        save = "all" if config.n_layers * pairs <= total // KEEP_PART else "minimal"
     segmented = layout.valid is not None or layout.documents is not None
     shape = Shape(
         replace(config, n_layers=1, layers="recurrent", vocab_size=1, vocab_multiple=1, residual_scale="none"),
         len(layers), B, chunk, leaf, first.compute_dtype, x.device, segmented, differentiable,
-        config.branch_scale,
+        config.branch_scale, precision(x.device),
     )  # fmt: skip
     call = Call(shape, layout, list(past) if past is not None else [None] * len(layers), save == "all", names, config)
     with torch.cuda.device_of(x):  # kernels and graphs go to the current device
         z, keys, values = StackScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
     return z, list(zip(keys, values, strict=True))
+
+
+def precision(device: torch.device) -> tuple[Any, ...]:
+    """PyTorch's settings that products on a GPU depend on."""
+    if device.type != "cuda":
+        return ()
+    matmul = torch.backends.cuda.matmul
+    return (
+        torch.get_float32_matmul_precision(),
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+    )
+
+
+def release() -> None:
+    """Give back the buffers and graphs that are kept for shapes met before."""
+    from recurformer.scan.fused import engine
+
+    with LOCK:
+        engine._engines.clear()
 
 
 class Call:
@@ -249,13 +283,15 @@ class StackScan(torch.autograd.Function):
         shape, layout = call.shape, call.layout
         B, N, D = x.shape
         x = aligned(x)
-        engine = engine_of(shape)
-        engine.load(call.layers(tensors), layout.slopes)
         z = torch.empty(shape.L, B, N, D, dtype=torch.float32, device=x.device)
         q, kv = call.empty("q"), call.new_pairs()
         kept = {"A": call.empty("a"), "LSE": call.empty("lse")} if shape.keep else {}
         entries = Entries(call, x, Z=z, Q=q, KV=kv, **kept)
-        engine.run("forward", engine.forward, call.whole // shape.C + shape.L - 1, entries.values)
+        with LOCK:
+            engine = engine_of(shape)
+            engine.load(call.layers(tensors), layout.slopes)
+            _ = engine.forward_buffers
+            engine.run("forward", engine.forward, call.whole // shape.C + shape.L - 1, entries.values)
 
         config, P = call.config, layout.past
         pairs = kv[:, P : P + N].view(shape.L, N, B, 2, config.kv_heads, config.head_width)
@@ -277,13 +313,17 @@ class StackScan(torch.autograd.Function):
             raise RuntimeError(
                 "the fused scan has no second derivative (create_graph=True); set model.scan = 'reference', which has"
             )
+        call: Call = ctx.call
+        if incoming[0] is None:
+            return (None,) * (2 + len(call.names) * call.shape.L)
+        with LOCK:
+            return StackScan.gradients(ctx, call, incoming[0])
+
+    @staticmethod
+    def gradients(ctx: Any, call: Call, gz: Tensor) -> tuple[Tensor | None, ...]:
+        """What `backward` returns, given the gradient of the last layer's outputs."""
         from recurformer.scan.fused.engine import engine_of
 
-        call: Call = ctx.call
-        count = len(call.names) * call.shape.L
-        gz = incoming[0]
-        if gz is None:
-            return (None,) * (2 + count)
         x, inner, z, a, lse, q, kv, *tensors = ctx.saved_tensors
         shape, layout = call.shape, call.layout
         if inner is not None:

@@ -28,6 +28,7 @@ ENGINES = 4  # kept with their buffers and graphs; the least recently used one g
 ATTEND, RECEIVE = (2, 1, 4), (2, 1, 2)  # heads, warps and rows at a time of the two kernels that every position needs
 ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
+ROOMY = 140 * 1024  # bytes of shared memory a block from which ACTIVATED fits as it is
 THIN = 16  # rows up to which a product is bound by reading its weights
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
@@ -46,6 +47,7 @@ class Shape:
     segments: bool  # padding or documents
     keep: bool  # attention outputs and log-sum-exps, for a backward
     branch_scale: float
+    products: tuple[Any, ...] = ()  # PyTorch's precision settings, which a recorded product keeps
 
 
 @dataclass
@@ -85,6 +87,11 @@ class Engine:
         self.centred, self.rope = config.norm == "layer", config.position == "rope"
         self.alibi = config.position == "alibi"
         self.on_gpu = shape.device.type == "cuda"
+        self.activated = dict(ACTIVATED)
+        if self.on_gpu:
+            self.side = torch.cuda.Stream(shape.device)
+            if torch.cuda.get_device_properties(shape.device).shared_memory_per_block_optin < ROOMY:
+                self.activated["num_stages"] = 2
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
 
         self.table = self.fresh(kernels.SLOTS, dtype=torch.int64).zero_()
@@ -109,7 +116,8 @@ class Engine:
 
     def fresh(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer; zeros, for layers that do not work yet put what they hold through the products."""
-        return torch.zeros(shape, dtype=dtype or self.shape.dtype, device=self.shape.device)
+        with torch.inference_mode(False):  # it outlives the call that makes it
+            return torch.zeros(shape, dtype=dtype or self.shape.dtype, device=self.shape.device)
 
     # --- weights and the table ---
 
@@ -156,14 +164,14 @@ class Engine:
             # Outside of all chunks: kernels are compiled and libraries wake up, nothing is written.
             values[0] = -(2**30)
             self.table.copy_(torch.tensor(values))
-            graph = torch.cuda.CUDAGraph()
-            side = torch.cuda.Stream(self.shape.device)
+            graph, side = torch.cuda.CUDAGraph(), self.side
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 step()
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize(self.shape.device)
-            with torch.cuda.graph(graph):
+            # A stream of its own: the shared one belongs to one device, and its workspaces to all graphs.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 step()
                 self.table[:1].add_(1)
             self.graphs[name] = graph
@@ -341,7 +349,7 @@ class Engine:
         """GELU after the product with `up`, or its slope after the backward's product with `down`; (L, B, ...)."""
         L, B = self.shape.L, self.shape.B
         w_in, w_out = (weight.stride(1), 1) if backward else (1, weight.stride(1))
-        options = {**ACTIVATED, "BM": min(ACTIVATED["BM"], max(16, triton.next_power_of_2(B)))}
+        options = {**self.activated, "BM": min(ACTIVATED["BM"], max(16, triton.next_power_of_2(B)))}
         kernels.product_activated[(triton.cdiv(self.F, options["BN"]), triton.cdiv(B, options["BM"]), L)](
             a, weight, self.w.up_bias, up, out, B, a.stride(0), up.stride(0), out.stride(0), w_in, w_out, IN=self.D,
             F=self.F, KIND=self.kind, BIAS=self.shape.config.mlp_bias, BACKWARD=backward, **options,

@@ -390,7 +390,7 @@ def absorb(
     for j0 in range(first.to(tl.int32), last.to(tl.int32), BN):
         j = j0 + tl.arange(0, BN)
         in_k = j < last
-        at = kv + j[:, None] * B * (2 * G * K) + c[None, :]
+        at = kv + j.to(tl.int64)[:, None] * B * (2 * G * K) + c[None, :]
         mask = in_k[:, None] & (c < K)[None, :]
         k = tl.load(at, mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -484,12 +484,15 @@ def attended_rows(
     """y = x + s (branch + bias) and h, its norm, at positions r0 ... of the chunk; rows of buffers (L, rows, B, D)."""
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, REVERSE)
-    if not active:
-        return
-    i = start + r0 + r
     c = tl.arange(0, DB)
     mask = c < D
     at = ((l * rows + r) * B + b) * D + c
+    if not active:
+        if REVERSE:  # what an earlier call left would reach the sums of weight gradients, if as 0 times NaN
+            tl.store(y + at, tl.zeros([DB], tl.float32), mask=mask)
+            tl.store(h + at, tl.zeros([DB], h.dtype.element_ty), mask=mask)
+        return
+    i = start + r0 + r
     x = tl.load(input_row(table, l, b, i, B, D) + c, mask=mask & (i < tl.load(table + LENGTH)), other=0.0)
     o = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
@@ -913,7 +916,7 @@ def query_gradient(
     for j0 in range(first.to(tl.int32), last.to(tl.int32), BN):
         j = j0 + tl.arange(0, BN)
         in_k = j < last
-        at = kv + j[:, None] * B * (2 * G * K) + group
+        at = kv + j.to(tl.int64)[:, None] * B * (2 * G * K) + group
         mask_k = in_k[:, None] & (c < K)[None, :]
         k_j = tl.load(at, mask=mask_k, other=0.0)
         v_j = tl.load(at + G * K, mask=mask_k, other=0.0)
