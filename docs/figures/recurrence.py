@@ -52,8 +52,22 @@ HYBRIDS = {
 }
 STABILITY = {"stability": StabilitySettings()}
 PICTURES = {
-    "tasks": ("parity-0", "parity-1", "parity-2", "s3-1", "s3-0", "modular"),
-    "hybrids-text": ("text-0", "text-1", "text-2"),
+    "tasks": (
+        "parity-0",
+        "parity-1",
+        "parity-2",
+        "s3-1",
+        "s3-2",
+        "s3-3",
+        "s3-0",
+        "deep",
+        "modular",
+        "dyck",
+        "khop",
+        "selective-copy",
+        "recall",
+    ),
+    "hybrids-text": ("text-0", "text-1", "text-3", "text-2"),
     "hybrids-parity": ("parity-hybrids",),
     "stability": ("stability",),
 }

@@ -221,7 +221,8 @@ def draw_hybrids(results: dict[str, Any]) -> bytes:
         )  # fmt: skip
         for e, at in zip(chosen, x, strict=True):
             text = e["layers"] if e["times"] == 1 else f"{e['times']}x steps"
-            axes.annotate(text, (at, e["loss"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(text, (at, e["loss"]), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=60)
+    axes.margins(y=0.15)  # room for the names
     axes.set_xlabel("training time / the Transformer's")
     axes.set_ylabel("held-out loss (nats a byte)" if s["on"] == TEXT else "training loss (nats an answer)")
     axes.grid(alpha=0.25)
