@@ -355,21 +355,13 @@ def bench_scan(lengths: tuple[int, ...], paths: tuple[str, ...], device: str, ou
     package recurrent-transformer-pytorch, when it is installed, is measured beside them as "peer", at the same widths
     and without what it adds to the paper's layer.
     """
-    from rich.console import Console
-
-    from recurformer.bench import common, scan
+    from recurformer.bench import scan
     from recurformer.text import pick_device
 
     settings = scan.ScanSettings(
         lengths=lengths, paths=paths or scan.PATHS, device=str(pick_device(device)), **shape
     )  # fmt: skip
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)  # a name that can't be a folder fails now, not after minutes
-    results = _with_progress(lambda report: scan.bench_scan(settings, report))
-    scan.show_scan(results, Console())
-    if out is not None:
-        made = common.write(out, "scan", results, scan.draw_scan(results))
-        print("\n".join(map(str, made)))
+    _bench("scan", scan.bench_scan, scan.show_scan, scan.draw_scan, settings, out)
 
 
 def _with_progress(work: Any) -> Any:
@@ -386,14 +378,11 @@ def _with_progress(work: Any) -> Any:
 
 def _bench(name: str, measure: Any, show: Any, draw: Any, settings: Any, out: str | None) -> None:
     """Measure, print the table on 100 columns or more, and write NAME.json and NAME.png into a folder."""
-    from pathlib import Path
-
     from rich.console import Console
 
     from recurformer.bench import common
 
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)  # a name that can't be a folder fails now, not after minutes
+    _make_folder(out)
     results = _with_progress(lambda report: measure(settings, report))
     show(results, Console(width=max(100, Console().width)))
     if out is not None:
@@ -648,18 +637,11 @@ def tasks_run(names: tuple[str, ...], device: str, out: str | None, **settings: 
     Models of one depth have the same parameters. Every sequence is new; accuracy counts the second half of the
     positions.
     """
-    from rich.console import Console
-
-    from recurformer.bench import common
     from recurformer.tasks import sweep
     from recurformer.text import pick_device
 
     chosen = sweep.TaskSettings(tasks=names, device=str(pick_device(device)), **settings)
-    _make_folder(out)
-    results = _with_progress(lambda report: sweep.run_tasks(chosen, report))
-    sweep.show_tasks(results, Console())
-    if out is not None:
-        print("\n".join(map(str, common.write(out, "tasks", results, sweep.draw_tasks(results)))))
+    _bench("tasks", sweep.run_tasks, sweep.show_tasks, sweep.draw_tasks, chosen, out)
 
 
 @tasks.command("hybrids")
@@ -678,18 +660,11 @@ def tasks_hybrids(on: str, device: str, out: str | None, **settings: Any) -> Non
     On the text inside the package, or on a task. The Transformer is also trained for twice and four times the steps, to
     compare at equal cost.
     """
-    from rich.console import Console
-
-    from recurformer.bench import common
     from recurformer.tasks import hybrids
     from recurformer.text import pick_device
 
     chosen = hybrids.HybridSettings(on=on, device=str(pick_device(device)), **settings)
-    _make_folder(out)
-    results = _with_progress(lambda report: hybrids.run_hybrids(chosen, report))
-    hybrids.show_hybrids(results, Console())
-    if out is not None:
-        print("\n".join(map(str, common.write(out, "hybrids", results, hybrids.draw_hybrids(results)))))
+    _bench("hybrids", hybrids.run_hybrids, hybrids.show_hybrids, hybrids.draw_hybrids, chosen, out)
 
 
 @cli.command()

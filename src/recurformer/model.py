@@ -557,7 +557,7 @@ class LanguageModel(nn.Module):
         if valid is not None:
             x = torch.where(valid[:, :, None], x, 0.0)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
-        for stack in self._stacks(scan):
+        for stack in self._stacks(together=scan == "wavefront" and not recompute):
             if len(stack) > 1:
                 x = self._wavefront(x, stack, layout, cache)
             elif recompute:
@@ -568,10 +568,10 @@ class LanguageModel(nn.Module):
             cache.advance(N, valid)
         return normalise(x, self.norm.weight, self.config)
 
-    def _stacks(self, scan: str) -> list[list[int]]:
-        """Layers that are evaluated together: consecutive recurrent ones under "wavefront", else each by itself.
+    def _stacks(self, together: bool) -> list[list[int]]:
+        """Layers that are evaluated together: consecutive recurrent ones, or, without `together`, each by itself.
 
-        So is each whose activations are made again, and each that is more than a layer: wrapped, or with hooks.
+        So is each that is more than a layer: wrapped, or with hooks.
         """
 
         def joins(index: int) -> bool:
@@ -580,7 +580,6 @@ class LanguageModel(nn.Module):
             return self.config.layer_kinds[index] == "recurrent" and type(layer) is Layer and not any(hooks)
 
         stacks: list[list[int]] = []
-        together = scan == "wavefront" and not (self.recompute and torch.is_grad_enabled())
         for index in range(len(self.layers)):
             if together and stacks and joins(index) and joins(index - 1):
                 stacks[-1].append(index)

@@ -37,5 +37,8 @@ def wavefront_scan(
 
     Returns:
         z (B, N, D), and keys and values (B, G, N, K) of each layer.
+
+    Raises:
+        ValueError: as `stack_scan`.
     """
     return stack_scan(x, layers, layout, past, **{"chunk": CHUNK, **options})

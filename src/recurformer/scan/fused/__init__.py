@@ -57,9 +57,8 @@ def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | Non
     if device.type == "cuda" and torch.cuda.is_available():
         found = torch.cuda.get_device_capability(device)
         if found < CAPABILITY:
-            return (
-                f"the GPU has compute capability {found}; it must be at least {CAPABILITY}, model.scan = 'tiled' runs"
-            )
+            limit = f"it must be at least {CAPABILITY}"
+            return f"the GPU has compute capability {found}; {limit}, model.scan = 'tiled' runs anywhere"
     if dtype is not None and dtype not in DTYPES:
         return (
             f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, model.scan = 'tiled' takes any"
