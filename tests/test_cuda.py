@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -52,29 +53,36 @@ def rms(t: torch.Tensor) -> float:
 def test_outputs_and_gradients_match_the_definition(
     scan: str, options: dict, length: int, bf16: bool, masked: bool
 ) -> None:
-    torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(**{"vocab_size": 97, "d_model": 48, "n_layers": 2, "n_heads": 4, **options}))
-    tokens = torch.randint(0, 97, (3, length))
-    mask = torch.rand(3, length) > 0.3 if masked else None
-    model.scan = "reference"
-    expected = loss_and_gradients(copy.deepcopy(model).double(), tokens, mask=mask)
-    on_gpu = None if mask is None else mask.cuda()
-    as_defined = loss_and_gradients(model.cuda(), tokens.cuda(), bf16, on_gpu)
-    model.scan = scan
-    found = loss_and_gradients(model, tokens.cuda(), bf16, on_gpu)
+    seeds = range(3) if bf16 else range(1)
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model = LanguageModel(ModelConfig(**{"vocab_size": 97, "d_model": 48, "n_layers": 2, "n_heads": 4, **options}))
+        tokens = torch.randint(0, 97, (3, length))
+        mask = torch.rand(3, length) > 0.3 if masked else None
+        model.scan = "reference"
+        expected = loss_and_gradients(copy.deepcopy(model).double(), tokens, mask=mask)
+        on_gpu = None if mask is None else mask.cuda()
+        as_defined = loss_and_gradients(model.cuda(), tokens.cuda(), bf16, on_gpu)
+        model.scan = scan
+        found = loss_and_gradients(model, tokens.cuda(), bf16, on_gpu)
 
-    real = torch.ones(3, length, dtype=torch.bool) if mask is None else mask
-    for outcome in (expected, as_defined, found):
-        outcome["logits"] = outcome["logits"][real]
-    # A gradient that vanishes (one position has one key) has no relative error: hold it against the largest.
-    floor = 1e-2 * max(rms(value) for name, value in expected.items() if name != "logits")
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert value.isfinite().all(), name
-        scale = rms(expected[name]) + floor
-        error, own = rms(value - expected[name]) / scale, rms(as_defined[name] - expected[name]) / scale
-        # Gradients in bf16 are as exact as the definition's in bf16, whose own error may exceed 2e-2.
-        limit = 1e-4 if not bf16 else 2e-2 if name == "logits" else max(2e-2, 1.5 * own)
+        real = torch.ones(3, length, dtype=torch.bool) if mask is None else mask
+        for outcome in (expected, as_defined, found):
+            outcome["logits"] = outcome["logits"][real]
+        # A gradient that vanishes (one position has one key) has no relative error: hold it against the largest.
+        floor = 1e-2 * max(rms(value) for name, value in expected.items() if name != "logits")
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            assert value.isfinite().all(), name
+            scale = rms(expected[name]) + floor
+            pair = rms(value - expected[name]) / scale, rms(as_defined[name] - expected[name]) / scale
+            errors.setdefault(name, []).append(pair)
+    for name, pairs in errors.items():
+        # Over the seeds, for that of one bf16 gradient is a matter of luck: it differs by half between two seeds.
+        error, own = (sum(e**2 for e in side) ** 0.5 / len(side) ** 0.5 for side in zip(*pairs, strict=True))
+        # In bf16 the results are as exact as the definition's in bf16, whose own error may exceed 2e-2.
+        limit = 1e-4 if not bf16 else max(2e-2, (1.1 if name == "logits" else 1.5) * own)
         assert error <= limit, f"{name} is off by {error:.2g}, the definition by {own:.2g}"
 
 
@@ -116,6 +124,13 @@ def test_generation_runs_and_repeats_with_its_seed() -> None:
 # --- training: standard layers, the loss, one step -------------------------------------------------------------------
 
 
+def compiles(test: Any) -> Any:
+    """Ignore what PyTorch's own compiler warns of, when it is imported and when it looks at FlexAttention."""
+    for ignored in ("ignore:.*torch.jit.script_method:DeprecationWarning", "ignore:The .grad attribute:UserWarning"):
+        test = pytest.mark.filterwarnings(ignored)(test)
+    return test
+
+
 STANDARD = {
     "alibi": {},
     "gqa": {"n_kv_heads": 2},
@@ -138,6 +153,7 @@ CASES = [  # each is compiled anew, which takes seconds
 ]
 
 
+@compiles
 @pytest.mark.parametrize(("options", "kind", "length", "bf16"), CASES)
 def test_compiled_standard_layers_match_the_definition(options: str, kind: str, length: int, bf16: bool) -> None:
     """FlexAttention and fused element-wise steps, outputs and all gradients, against plain float64 on the CPU."""
@@ -178,6 +194,7 @@ def test_compiled_standard_layers_match_the_definition(options: str, kind: str, 
         assert error <= limit, f"{name} is off by {error:.2g}, uncompiled by {own:.2g}"
 
 
+@compiles
 def test_a_standard_layer_makes_no_square_bias() -> None:
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=1, n_heads=4, layers="standard")).cuda()
@@ -200,17 +217,18 @@ def test_the_fused_loss_is_the_plain_one(options: dict, bf16: bool) -> None:
     tokens, targets = torch.randint(0, 1000, (2, 4, 60), device="cuda")
     targets[0, :20] = -100
     outcomes = []
-    for wanted in (True, False):
+    for wanted, autocast in ((True, False), (True, bf16), (False, bf16)):
         model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             loss = model(tokens, targets=targets, return_logits=wanted).loss
         assert loss.dtype == torch.float32
         (3 * loss).backward()
         outcomes.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
-    plain, fused = outcomes
+    exact, plain, fused = outcomes
     assert not fused["embedding.weight" if model.config.tie_embeddings else "head.weight"][1000:].any()
     for name, value in fused.items():
-        assert relative_rms(value, plain[name]) <= (2e-2 if bf16 else 1e-4), name
+        limit = max(2e-2, 1.5 * relative_rms(plain[name], exact[name])) if bf16 else 1e-4
+        assert relative_rms(value, exact[name]) <= limit, name
 
 
 def test_a_step_of_micro_batches_waits_for_the_gpu_once() -> None:
@@ -234,13 +252,17 @@ def test_a_step_of_micro_batches_waits_for_the_gpu_once() -> None:
         return gradient_step(model, optimizer, batch, config, torch.device("cuda"), World())
 
     assert step()[2] == 8 * 40  # every target of every micro-batch is counted
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
+        try:
             step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in seen if "synchroniz" in str(warning.message)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [
+        f"{warning.filename}:{warning.lineno} {warning.message}"
+        for warning in seen
+        if "called a synchronizing" in str(warning.message)
+    ]
     allowed = 1 + (4 * 2 if choose_loss(torch.device("cuda"))[0] == "fused" else 0)
     assert len(waits) <= allowed, waits

@@ -35,6 +35,8 @@ def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> None:
             constants[parameter.name], signature[parameter.name] = value, "constexpr"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(place,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int) and value == 1:  # Triton takes it for a constant
+            constants[parameter.name], signature[parameter.name] = value, "constexpr"
         elif isinstance(value, int):
             signature[parameter.name] = "i32"
             if value % 16 == 0:
@@ -53,7 +55,7 @@ def main(wanted: list[str]) -> None:
         return lambda *args, **options: compile_launch(kernel, args, options) if name in wanted else None
 
     JITFunction.__getitem__ = launcher  # pyright: ignore[reportAttributeAccessIssue]
-    config = ModelConfig(vocab_size=1, d_model=256, n_layers=1, n_heads=4)
+    config = ModelConfig(vocab_size=1, d_model=1024, n_layers=1, n_heads=16)
     shape = Shape(config, 1, 32, 32, 16, torch.bfloat16, torch.device("meta"), False, True, 1.0)
     engine = Engine(shape)
     engine.forward()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from recurformer.config import ModelConfig
     from recurformer.model import LayerMaths, Layout
 
-CHUNK, LEAF = 64, 16  # positions of a chunk up to N = 1024, twice as many behind that; of a leaf
+CHUNK, LEAF = 64, 8  # positions of a chunk up to N = 1024, twice as many behind that; of a leaf
 KEEP_PART = 4  # save="auto" keeps queries and pairs if those of a whole model take at most this part of the memory
 MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
 CAPABILITY = (8, 0)  # of the GPU, from Ampere on

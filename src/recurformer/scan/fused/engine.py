@@ -25,11 +25,13 @@ from recurformer.scan.schedule import Schedule
 kernels: Any = triton_kernels  # the types of a launch are Triton's to check, when it compiles
 
 ENGINES = 4  # kept with their buffers and graphs; the least recently used one goes
-ATTEND, RECEIVE = (2, 1, 4), (2, 1, 2)  # heads, warps and rows at a time of the two kernels that every position needs
+RECEIVE = (2, 1, 2)  # heads, warps and rows at a time of the backward's kernel that reads a leaf
+LEAF_WARPS = 512  # elements of half a row of heads for each 4 warps of the forward's
 ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
 ROOMY = 140 * 1024  # bytes of shared memory a block from which ACTIVATED fits as it is
 THIN = 16  # rows up to which a product is bound by reading its weights
+EARLY_CAPABILITY = (9, 0)  # of GPUs on which a kernel can be started before the one ahead of it has ended
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
 
@@ -88,8 +90,10 @@ class Engine:
         self.alibi = config.position == "alibi"
         self.on_gpu = shape.device.type == "cuda"
         self.activated = dict(ACTIVATED)
+        self.early = False
         if self.on_gpu:
             self.side = torch.cuda.Stream(shape.device)
+            self.early = torch.cuda.get_device_capability(shape.device) >= EARLY_CAPABILITY
             if torch.cuda.get_device_properties(shape.device).shared_memory_per_block_optin < ROOMY:
                 self.activated["num_stages"] = 2
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
@@ -111,6 +115,7 @@ class Engine:
             "KB": triton.next_power_of_2((K + 1) // 2),
         }  # fmt: skip
         self.warps = 4 if D <= 1024 else 8
+        self.leaf_warps = 4 * max(1, min(4, self.blocks["GB"] * self.blocks["KB"] // LEAF_WARPS))
         self.parts = min(PARTS, shape.C * shape.B)
         self.schedule = Schedule(shape.C, 0, None, shape.S)
 
@@ -153,17 +158,15 @@ class Engine:
 
     def run(self, name: str, step: Callable[[], None], steps: int, entries: dict[int, int]) -> None:
         """Do a step `steps` times, w counting from 0, with these table entries."""
-        values = [entries.get(slot, 0) for slot in range(kernels.SLOTS)]
+        values = [0, *(entries.get(slot, 0) for slot in range(1, kernels.SLOTS))]
         if not self.on_gpu:
             for w in range(steps):
-                values[0] = w
-                self.table.copy_(torch.tensor(values))
+                self.enter([w, *values[1:]])
                 step()
             return
         if name not in self.graphs:
             # Outside of all chunks: kernels are compiled and libraries wake up, nothing is written.
-            values[0] = -(2**30)
-            self.table.copy_(torch.tensor(values))
+            self.enter([-(2**30), *values[1:]])
             graph, side = torch.cuda.CUDAGraph(), self.side
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -175,10 +178,19 @@ class Engine:
                 step()
                 self.table[:1].add_(1)
             self.graphs[name] = graph
-        values[0] = 0
-        self.table.copy_(torch.tensor(values))
+        self.enter(values)
         for _ in range(steps):
             self.graphs[name].replay()
+
+    def enter(self, values: list[int]) -> None:
+        """Fill the table. From pinned memory, which PyTorch keeps until it has been read, nothing waits for the GPU."""
+        given = torch.tensor(values)
+        self.table.copy_(given.pin_memory() if self.on_gpu else given, non_blocking=True)
+
+    @property
+    def soon(self) -> dict[str, Any]:
+        """Options of a kernel that is started while the one ahead of it in the stream, a kernel too, still runs."""
+        return {"EARLY": True, "launch_pdl": True} if self.early else {"EARLY": False}
 
     def product(self, a: Tensor, weight: Tensor, out: Tensor, transposed: bool = True) -> None:
         """out = a weight^T, or a weight: a (L, n, in), weight (L, out, in), out (L, n, out)."""
@@ -281,7 +293,7 @@ class Engine:
 
         def absorb(q0: int, queries: int, k0: int, keys: int, pull: bool) -> None:
             bm = min(64, max(16, triton.next_power_of_2(queries)))
-            bn, warps = PULL["absorb"] if pull else (min(64, max(16, keys)), 4)
+            bn, warps = PULL["absorb"] if pull else (min(64, max(16, keys)), 1 if keys <= 8 else 4)
             kernels.absorb[(B * self.H, triton.cdiv(queries, bm), L)](
                 self.table, b["m"], b["l"], b["acc"], w.slopes, q0, queries, k0, keys, B, scale, **self.size,
                 **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=warps,
@@ -290,6 +302,8 @@ class Engine:
         absorb(0, C, 0, 0, True)
         for r in range(C):
             self.forward_position(r)
+            if (r + 1) % shape.S == 0:
+                self.store_pairs(b["kv"], r, 1, False)
             push = self.schedule.push(r, slice(0, C))
             if push is not None:
                 keys, queries = push
@@ -300,21 +314,29 @@ class Engine:
                 WB=triton.next_power_of_2(self.H * self.K),
             )  # fmt: skip
 
+    def store_pairs(self, raw: Tensor, r: int, rows: int, reverse: bool) -> None:
+        shape = self.shape
+        kernels.store_pairs[(shape.B, rows, shape.L)](
+            self.table, raw, self.w.k_norm, self.w.kv_bias, r, rows, shape.B, self.eps, **self.size, **self.heads,
+            NORM=self.norm, REVERSE=reverse, **self.soon,
+        )  # fmt: skip
+
     def forward_position(self, r: int) -> None:
         b, w, shape, k = self.forward_buffers, self.w, self.shape, self.blocks
         L, B, config = shape.L, shape.B, shape.config
         s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
-        heads, warps, many = ATTEND
-        heads = min(heads, k["HB"])
-        kernels.attend[(B * triton.cdiv(self.H, heads), L)](
-            self.table, b["m"], b["l"], b["acc"], w.slopes, b["a"], b["lse"], r, B, self.K**-0.5, **self.size,
-            **self.attention, S=shape.S, HP=heads, RB=min(many, shape.S), KEEP=shape.keep, num_warps=warps,
+        new = r % shape.S > 0  # position r - 1 belongs to the same leaf
+        kernels.attend[(B, L)](
+            self.table, b["kv"], w.k_norm, w.kv_bias, b["m"], b["l"], b["acc"], w.slopes, b["a"], b["lse"], r, B,
+            self.K**-0.5, self.eps, **self.size, S=shape.S, H=self.H, **self.heads, NORM=self.norm, NEW=new,
+            KEEP=shape.keep, ALIBI=self.alibi, SEGMENTS=shape.segments, num_warps=self.leaf_warps,
+            **(self.soon if new else {"EARLY": False}),
         )  # fmt: skip
         self.product(b["a"][:, r], w.o, b["branch"])
         kernels.attended_rows[(B, 1, L)](
             self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h"], r, 1, B, s, self.eps, **self.size,
-            **row, BIAS=config.attention_bias, REVERSE=False,
+            **row, BIAS=config.attention_bias, REVERSE=False, **self.soon,
         )  # fmt: skip
         if self.fused_activation:
             self.product_activated(b["h"], w.up, b["up"], b["inner"], False)
@@ -324,13 +346,9 @@ class Engine:
         self.product(b["inner"], w.down, b["branch"])
         kernels.finished_rows[(B, L)](
             self.table, b["branch"], w.down_bias, w.attention_norm, b["y"], b["h"], r, B, s, self.eps,
-            **self.size, **row, BIAS=config.mlp_bias,
+            **self.size, **row, BIAS=config.mlp_bias, **self.soon,
         )  # fmt: skip
         self.product(b["h"], w.kv, b["kv"])
-        kernels.store_pairs[(B, 1, L)](
-            self.table, b["kv"], w.k_norm, w.kv_bias, r, 1, B, self.eps, **self.size, **self.heads, NORM=self.norm,
-            REVERSE=False,
-        )  # fmt: skip
 
     def activate(self, up: Tensor, inner: Tensor, rows: int) -> None:
         """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width)."""
@@ -352,7 +370,7 @@ class Engine:
         options = {**self.activated, "BM": min(ACTIVATED["BM"], max(16, triton.next_power_of_2(B)))}
         kernels.product_activated[(triton.cdiv(self.F, options["BN"]), triton.cdiv(B, options["BM"]), L)](
             a, weight, self.w.up_bias, up, out, B, a.stride(0), up.stride(0), out.stride(0), w_in, w_out, IN=self.D,
-            F=self.F, KIND=self.kind, BIAS=self.shape.config.mlp_bias, BACKWARD=backward, **options,
+            F=self.F, KIND=self.kind, BIAS=self.shape.config.mlp_bias, BACKWARD=backward, **options, **self.soon,
         )  # fmt: skip
 
     # --- backward ---
@@ -407,15 +425,12 @@ class Engine:
             CENTRED=self.centred, OUTPUTS=True, REVERSE=True, num_warps=self.warps,
         )  # fmt: skip
         self.product(b["h_z"].flatten(1, 2), w.kv, b["g_pair"].flatten(1, 2))
-        kernels.store_pairs[(B, C, L)](
-            self.table, b["g_pair"], w.k_norm, w.kv_bias, 0, C, B, self.eps, **self.size, **self.heads,
-            NORM=self.norm, REVERSE=True,
-        )  # fmt: skip
+        self.store_pairs(b["g_pair"], 0, C, True)
 
     def keys_receive(self, q0: int, queries: int, k0: int, keys: int, pull: bool) -> None:
         b, shape = self.backward_buffers, self.shape
         bn = min(64, max(16, triton.next_power_of_2(keys)))
-        bm, warps = PULL["receive"] if pull else (min(32, max(16, queries)), 4)
+        bm, warps = PULL["receive"] if pull else (min(32, max(16, queries)), 1 if queries <= 8 else 4)
         kernels.keys_receive[(shape.B * self.G, triton.cdiv(keys, bn), shape.L)](
             self.table, b["ga"], b["gkv"], self.w.slopes, q0, queries, k0, keys, shape.B, self.K**-0.5,
             **self.size, **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=warps,
@@ -441,7 +456,7 @@ class Engine:
         self.product(b["a"].flatten(1, 2), w.o, b["branch"].flatten(1, 2))
         kernels.attended_rows[(B, C, L)](
             self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h_y"], 0, C, B, shape.branch_scale, self.eps,
-            **self.size, **row, BIAS=config.attention_bias, REVERSE=True,
+            **self.size, **row, BIAS=config.attention_bias, REVERSE=True, EARLY=False,
         )  # fmt: skip
         self.product(b["h_y"].flatten(1, 2), w.up, b["up"].flatten(1, 2))
         self.activate(b["up"], b["inner"], C * B)
@@ -485,16 +500,16 @@ class Engine:
             heads = min(heads, k["GB"])
             kernels.leaf_receives[(B * triton.cdiv(self.G, heads), L)](
                 self.table, b["ga"], b["delta"], b["gkv"], w.slopes, r, B, self.K**-0.5, **self.size,
-                **self.attention, S=shape.S, HP=heads, RB=min(many, shape.S), num_warps=warps,
+                **self.attention, S=shape.S, HP=heads, RB=min(many, shape.S), num_warps=warps, **self.soon,
             )  # fmt: skip
         kernels.pair_gradient[(B, L)](
             self.table, b["gkv"], b["k_raw"], w.kv_bias, w.k_norm, b["g_pair"], b["g_key"], r, B, self.eps,
-            **self.size, **self.heads, NORM=self.norm,
+            **self.size, **self.heads, NORM=self.norm, **self.soon,
         )  # fmt: skip
         self.product(b["g_pair"][:, r], w.kv, b["g_hz"][:, r], transposed=False)
         kernels.output_gradient[(B, L)](
             self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], r, B, s, self.eps, **self.size,
-            **row,
+            **row, **self.soon,
         )  # fmt: skip
         if self.fused_activation:
             self.product_activated(b["sgz"][:, r], w.down, b["up"][:, r], b["g_up"][:, r], True)
@@ -508,7 +523,7 @@ class Engine:
         self.product(b["g_up"][:, r], w.up, b["g_hy"][:, r], transposed=False)
         kernels.attended_gradient[(B, L)](
             self.table, b["y"], b["g_hy"], w.mlp_norm, b["gz"], b["gy"], b["sgy"], r, B, s, self.eps, **self.size,
-            **row,
+            **row, **self.soon,
         )  # fmt: skip
         self.product(b["sgy"][:, r], w.o, b["ga"][:, r], transposed=False)
 

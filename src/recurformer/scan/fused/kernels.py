@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 # Slots of the table.
 STEP, LENGTH, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # w, N, P
@@ -30,6 +31,17 @@ NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, so that the state
 
 
 # --- shared pieces ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def await_kernel(EARLY: tl.constexpr):
+    """What follows may read what the kernel before writes. EARLY: this one was started before that one had ended.
+
+    Ahead of it, weights are read, and what was written before that kernel began: it may itself have begun early, so
+    what the last two of such kernels write is not there yet.
+    """
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit
@@ -124,12 +136,25 @@ def activation_slope(u, KIND: tl.constexpr):
 
 
 @triton.jit
-def two_halves(row, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr):
-    """Addresses and masks of both halves of every head in a row (heads, K): what RoPE pairs is side by side."""
+def halves_at(row, heads, K: tl.constexpr, KB: tl.constexpr):
+    """Addresses of both halves of every head of a row (heads, K): what RoPE pairs is side by side."""
+    first = row + heads[:, None] * K + tl.arange(0, KB)[None, :]
+    return first, first + (K + 1) // 2
+
+
+@triton.jit
+def half_masks(heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr):
     h, c = tl.arange(0, HB)[:, None], tl.arange(0, KB)[None, :]
     half: tl.constexpr = (K + 1) // 2
-    first, second = row + h * K + c, row + h * K + half + c
-    return first, second, (h < heads) & (c < half), (h < heads) & (c + half < K)
+    return (h < heads) & (c < half), (h < heads) & (c + half < K)
+
+
+@triton.jit
+def two_halves(row, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr):
+    """Addresses and masks of both halves of a row's heads."""
+    first, second = halves_at(row, tl.arange(0, HB), K, KB)
+    in_first, in_second = half_masks(heads, K, HB, KB)
+    return first, second, in_first, in_second
 
 
 @triton.jit
@@ -308,30 +333,36 @@ def inputs_to_heads(
         else:
             to = tmp + ((l * C + r) * B + b) * (2 * G * K)
         k_w = k_weight + l * (G * K if NORM == 2 else K)
-        store_pair_row(table, at + H * K, b_at + H * K, k_w, to, b, i, eps, G, K, GB, KB, NORM, CENTRED, ROPE, BIAS)
+        k1, k2, v1, v2 = pair_halves(table, at + H * K, b_at + H * K, k_w, b, i, eps, G, K, GB, KB, NORM, CENTRED, ROPE,
+                                     BIAS)  # fmt: skip
+        store_halves(to, k1, k2, G, K, GB, KB)
+        store_halves(to + G * K, v1, v2, G, K, GB, KB)
 
 
 @triton.jit
-def store_pair_row(
-    table, raw, bias, weight, to, b, i, eps, G: tl.constexpr, K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr,
+def pair_halves(
+    table, raw, bias, weight, b, i, eps, G: tl.constexpr, K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr,
     NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One pair, key and value, from raw (2 G K)."""
+    """Both halves of one pair's key and value in raw's dtype, from raw (2 G K)."""
     dtype = raw.dtype.element_ty
-    u1, u2, m1, m2 = shaped(table, raw, bias, weight, b, i, G, K, GB, KB, eps, NORM, CENTRED, ROPE, BIAS)
-    p1, p2, _, _ = two_halves(to, G, K, GB, KB)
-    tl.store(p1, u1.to(dtype), mask=m1)
-    tl.store(p2, u2.to(dtype), mask=m2)
-    u1, u2, m1, m2 = shaped(table, raw + G * K, bias + G * K, weight, b, i, G, K, GB, KB, eps, 0, CENTRED, False, BIAS)
-    tl.store(p1 + G * K, u1.to(dtype), mask=m1)
-    tl.store(p2 + G * K, u2.to(dtype), mask=m2)
+    k1, k2, _, _ = shaped(table, raw, bias, weight, b, i, G, K, GB, KB, eps, NORM, CENTRED, ROPE, BIAS)
+    v1, v2, _, _ = shaped(table, raw + G * K, bias + G * K, weight, b, i, G, K, GB, KB, eps, 0, CENTRED, False, BIAS)
+    return k1.to(dtype), k2.to(dtype), v1.to(dtype), v2.to(dtype)
+
+
+@triton.jit
+def store_halves(row, u1, u2, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr):
+    p1, p2, m1, m2 = two_halves(row, heads, K, HB, KB)
+    tl.store(p1, u1, mask=m1)
+    tl.store(p2, u2, mask=m2)
 
 
 @triton.jit
 def store_pairs(
     table, raw, k_weight, bias, r0, rows, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
-    ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
+    ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Persistent pairs of positions r0 ... of the chunk, from raw (L, rows, B, 2 G K), into their slots."""
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -343,7 +374,10 @@ def store_pairs(
     at = raw + ((l * rows + r) * B + b) * (2 * G * K)
     k_w = k_weight + l * (G * K if NORM == 2 else K)
     b_at = bias + l * (2 * G * K)
-    store_pair_row(table, at, b_at, k_w, to, b, i, eps, G, K, GB, KB, NORM, CENTRED, ROPE, BIAS)
+    await_kernel(EARLY)
+    k1, k2, v1, v2 = pair_halves(table, at, b_at, k_w, b, i, eps, G, K, GB, KB, NORM, CENTRED, ROPE, BIAS)
+    store_halves(to, k1, k2, G, K, GB, KB)
+    store_halves(to + G * K, v1, v2, G, K, GB, KB)
 
 
 @triton.jit
@@ -411,52 +445,74 @@ def absorb(
 
 @triton.jit
 def attend(
-    table, m_state, l_state, acc_state, slopes, out, lse_out, r, B, scale, L: tl.constexpr, C: tl.constexpr,
-    S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr,
-    RB: tl.constexpr, KEEP: tl.constexpr,
-    ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
+    table, raw, k_weight, bias, m_state, l_state, acc_state, slopes, out, lse_out, r, B, scale, eps, L: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, GB: tl.constexpr,
+    KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
+    NEW: tl.constexpr, KEEP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attention output of one position: its state, the pairs of its own leaf, and its temporary pair in its own slot.
+    """Attention output of position r: its state, its temporary pair in its own slot, and the pairs of its own leaf.
 
+    NEW: position r - 1 belongs to the leaf. Its pair is made here, of the products raw (L, B, 2 G K), and stored.
     out (L, C, B, H K), lse_out (L, C, B, H).
-    A program has HP heads of one sequence and takes RB slots at a time: few registers, many programs in flight.
     """
-    parts: tl.constexpr = (H + HP - 1) // HP
-    b, l = tl.program_id(0).to(tl.int64) // parts, tl.program_id(1).to(tl.int64)
+    b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, False)
     if not active:
         return
     dtype = out.dtype.element_ty
     past, n, i = tl.load(table + PAST), tl.load(table + LENGTH), start + r
-    h, c = (tl.program_id(0) % parts) * HP + tl.arange(0, HP), tl.arange(0, KB)
-    columns, in_heads = h[:, None] * K + c[None, :], (h < H)[:, None] & (c < K)[None, :]
-    q = tl.load(pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K) + columns, mask=in_heads, other=0.0)
-    q = q.to(tl.float32) * scale
-    state = ((l * C + r) * B + b) * H + h
-    m = tl.load(m_state + state, mask=h < H, other=0.0)
-    total = tl.load(l_state + state, mask=h < H, other=0.0)
-    acc = tl.load(acc_state + ((l * C + r) * B + b) * (H * K) + columns, mask=in_heads, other=0.0)
-    slope = tl.load(slopes + h, mask=h < H, other=0.0)[None, :] if ALIBI else 0.0
-    kv = pointer(table, KV, dtype) + (l * (past + whole) * B + b) * (2 * G * K)
-    kv = kv + ((h // (H // G)) * K)[None, :, None] + c[None, None, :]
-    for first in range(r - r % S, r + 1, RB):
-        row = first + tl.arange(0, RB)
-        seen, j = row <= r, past + start + row
-        at, mask = kv + (j * B)[:, None, None] * (2 * G * K), seen[:, None, None] & in_heads[None, :, :]
-        k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(at + G * K, mask=mask, other=0.0).to(tl.float32)
-        s = tl.sum(q[None, :, :] * k, 2)
-        s = biased(s, table, b, i, j[:, None], past, slope, B, ALIBI, SEGMENTS, i < n, (j < past + n)[:, None])
-        s = tl.where(seen[:, None], s, float("-inf"))
+    q_at = pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K)
+    kv = pointer(table, KV, dtype) + ((l * (past + whole) + past + start) * B + b) * (2 * G * K)
+    m1, m2 = half_masks(G, K, GB, KB)
+    g, rows = tl.arange(0, GB), r - r % S + tl.arange(0, S).to(tl.int64)
+    seen = ((rows <= r) & (rows != r - 1))[:, None]
+    s1, s2 = m1[None] & seen[:, :, None], m2[None] & seen[:, :, None]
+    for head in range(H // G):
+        h = g * (H // G) + head
+        at1, at2 = halves_at(0, h, K, KB)
+        state = ((l * C + r) * B + b) * H + h
+        acc_at = acc_state + ((l * C + r) * B + b) * (H * K)
+        m = tl.load(m_state + state, mask=g < G, other=0.0)
+        total = tl.load(l_state + state, mask=g < G, other=1.0)
+        a1, a2 = tl.load(acc_at + at1, mask=m1, other=0.0), tl.load(acc_at + at2, mask=m2, other=0.0)
+        q1 = tl.load(q_at + at1, mask=m1, other=0.0).to(tl.float32) * scale
+        q2 = tl.load(q_at + at2, mask=m2, other=0.0).to(tl.float32) * scale
+        slope = tl.load(slopes + h, mask=g < G, other=0.0) if ALIBI else 0.0
+        # One tile of the leaf: all of its loads are on their way before the first is used.
+        p1, p2 = halves_at(kv + (rows * B)[:, None, None] * (2 * G * K), g, K, KB)
+        k1, k2 = tl.load(p1, mask=s1, other=0.0), tl.load(p2, mask=s2, other=0.0)
+        v1, v2 = tl.load(p1 + G * K, mask=s1, other=0.0), tl.load(p2 + G * K, mask=s2, other=0.0)
+        s = tl.sum(q1[None] * k1.to(tl.float32), 2) + tl.sum(q2[None] * k2.to(tl.float32), 2)
+        j = (past + start + rows)[:, None]
+        s = biased(s, table, b, i, j, past, slope, B, ALIBI, SEGMENTS, i < n, seen & (j < past + n))
+        s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(m, tl.max(s, 0))
-        p, decay = tl.exp(s - new[None, :]), tl.exp(m - new)
-        total = total * decay + tl.sum(p, 0)
-        acc = acc * decay[:, None] + tl.sum(p[:, :, None] * v, 0)
-        m = new
-    a = acc / total[:, None]
-    tl.store(out + ((l * C + r) * B + b) * (H * K) + columns, a.to(dtype), mask=in_heads)
-    if KEEP:
-        tl.store(lse_out + state, m + tl.log(total), mask=h < H)
+        p, decay = tl.exp(s - new[None]), tl.exp(m - new)
+        m, total = new, total * decay + tl.sum(p, 0)
+        a1 = a1 * decay[:, None] + tl.sum(p[:, :, None] * v1.to(tl.float32), 0)
+        a2 = a2 * decay[:, None] + tl.sum(p[:, :, None] * v2.to(tl.float32), 0)
+        if NEW:
+            if head == 0:
+                await_kernel(EARLY)
+            at, b_at = raw + (l * B + b) * (2 * G * K), bias + l * (2 * G * K)
+            k_w = k_weight + l * (G * K if NORM == 2 else K)
+            n1, n2, w1, w2 = pair_halves(table, at, b_at, k_w, b, i - 1, eps, G, K, GB, KB, NORM, CENTRED, ROPE, BIAS)
+            if head == 0:
+                to = kv + (i - 1 - start) * B * (2 * G * K)
+                store_halves(to, n1, n2, G, K, GB, KB)
+                store_halves(to + G * K, w1, w2, G, K, GB, KB)
+            s = tl.sum(q1 * n1.to(tl.float32), 1) + tl.sum(q2 * n2.to(tl.float32), 1)
+            s = biased(s, table, b, i, past + i - 1, past, slope, B, ALIBI, SEGMENTS, i < n, i - 1 < n)
+            new = tl.maximum(m, s)
+            p, decay = tl.exp(s - new), tl.exp(m - new)
+            m, total = new, total * decay + p
+            a1 = a1 * decay[:, None] + p[:, None] * w1.to(tl.float32)
+            a2 = a2 * decay[:, None] + p[:, None] * w2.to(tl.float32)
+        to_a = out + ((l * C + r) * B + b) * (H * K)
+        tl.store(to_a + at1, (a1 / total[:, None]).to(dtype), mask=m1)
+        tl.store(to_a + at2, (a2 / total[:, None]).to(dtype), mask=m2)
+        if KEEP:
+            tl.store(lse_out + state, m + tl.log(total), mask=g < G)
 
 
 @triton.jit
@@ -479,7 +535,7 @@ def keep_chunk(
 @triton.jit
 def attended_rows(
     table, branch, bias, weight, y, h, r0, rows, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
+    DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """y = x + s (branch + bias) and h, its norm, at positions r0 ... of the chunk; rows of buffers (L, rows, B, D)."""
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -494,19 +550,21 @@ def attended_rows(
         return
     i = start + r0 + r
     x = tl.load(input_row(table, l, b, i, B, D) + c, mask=mask & (i < tl.load(table + LENGTH)), other=0.0)
+    w = tl.load(weight + l * D + c, mask=mask, other=0.0)
+    await_kernel(EARLY)
     o = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         o += tl.load(bias + l * D + c, mask=mask, other=0.0)
     x += s * o
     tl.store(y + at, x, mask=mask)
     xhat, _ = normalised(x, mask, D, eps, CENTRED)
-    tl.store(h + at, (xhat * tl.load(weight + l * D + c, mask=mask, other=0.0)).to(h.dtype.element_ty), mask=mask)
+    tl.store(h + at, (xhat * w).to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def finished_rows(
     table, branch, bias, weight, y, h, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr,
+    DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """z = y + s (branch + bias), stored as the layer's output, and h, its norm; buffers (L, B, D)."""
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -516,14 +574,17 @@ def finished_rows(
     i = start + r
     c = tl.arange(0, DB)
     mask = c < D
-    at = (l * B + b) * D + c
+    at, row = (l * B + b) * D + c, output_row(table, l, b, i, B, D)
+    inside, w = i < tl.load(table + LENGTH), tl.load(weight + l * D + c, mask=mask, other=0.0)
+    before = tl.load(y + at, mask=mask, other=0.0)
+    await_kernel(EARLY)
     z = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         z += tl.load(bias + l * D + c, mask=mask, other=0.0)
-    z = tl.load(y + at, mask=mask, other=0.0) + s * z
-    tl.store(output_row(table, l, b, i, B, D) + c, z, mask=mask & (i < tl.load(table + LENGTH)))
+    z = before + s * z
+    tl.store(row + c, z, mask=mask & inside)
     xhat, _ = normalised(z, mask, D, eps, CENTRED)
-    tl.store(h + at, (xhat * tl.load(weight + l * D + c, mask=mask, other=0.0)).to(h.dtype.element_ty), mask=mask)
+    tl.store(h + at, (xhat * w).to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -553,7 +614,7 @@ def activate_rows(
 def product_activated(
     a, weight, bias, up, out, B, a_stride, up_stride, out_stride, w_in, w_out, IN: tl.constexpr, F: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    BACKWARD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A product and what follows it, in one: out (B, F) = GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W).
 
@@ -565,6 +626,7 @@ def product_activated(
     a_at = a + l * a_stride + (m % B)[:, None] * IN + c[None, :]
     w_at = weight + l * (IN * F) + c[:, None] * w_in + (f % F)[None, :] * w_out
     acc = tl.zeros([BM, BN], tl.float32)
+    await_kernel(EARLY)
     for k in range(0, IN, BK):
         if IN % BK == 0:
             left, right = tl.load(a_at), tl.load(w_at)
@@ -703,7 +765,7 @@ def keys_receive(
 def leaf_receives(
     table, ga, delta_chunk, gkv, slopes, r, B, scale, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, RB: tl.constexpr,
-    ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
+    ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """What the later queries of its own leaf send to pair r, whose gradient is complete with it.
 
@@ -729,6 +791,7 @@ def leaf_receives(
     gv = tl.load(to + G * K, mask=in_heads, other=0.0)
     q_at, a_at = pointer(table, Q, dtype), pointer(table, A, dtype)
     lse_at = pointer(table, LSE, tl.float32)
+    await_kernel(EARLY)
     for head in range(H // G):
         h = g * (H // G) + head
         columns = (h[:, None] * K + c[None, :])[None, :, :]
@@ -763,7 +826,7 @@ def leaf_receives(
 def pair_gradient(
     table, gkv, raw, bias, k_weight, g_pair, g_key, r, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
-    ROPE: tl.constexpr, BIAS: tl.constexpr,
+    ROPE: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of pair r back to those of the products K h and V h; all buffers (L, C, B, ...)."""
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -772,6 +835,7 @@ def pair_gradient(
     dtype = g_pair.dtype.element_ty
     p1, p2, m1, m2 = two_halves(gkv + place * (2 * G * K), G, K, GB, KB)
     t1, t2, _, _ = two_halves(g_pair + place * (2 * G * K), G, K, GB, KB)
+    await_kernel(EARLY)
     g1 = tl.load(p1, mask=m1 & active, other=0.0)
     g2 = tl.load(p2, mask=m2 & active, other=0.0)
     k_w = k_weight + l * (G * K if NORM == 2 else K)
@@ -793,7 +857,7 @@ def pair_gradient(
 @triton.jit
 def output_gradient(
     table, ring, g_h, weight, gz, scaled, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    DB: tl.constexpr, CENTRED: tl.constexpr,
+    DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """gz: what comes from above plus what the pair sends through the norm of z; gz (L, B, D), others (L, C, B, D)."""
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -804,15 +868,16 @@ def output_gradient(
     inside = mask & active & (i < n)
     at = ((l * C + r) * B + b) * D + c
     z = tl.load(output_row(table, l, b, i, B, D) + c, mask=inside, other=0.0)
-    g = tl.load(g_h + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + l * D + c, mask=mask, other=0.0)
-    xhat, rstd = normalised(z, inside, D, eps, CENTRED)
-    out = norm_gradient(g, xhat, rstd, inside, D, CENTRED)
+    w = tl.load(weight + l * D + c, mask=mask, other=0.0)
+    from_above = tl.load(pointer(table, GZ, tl.float32) + (b * n + i) * D + c, mask=inside & (l == L - 1), other=0.0)
     if L > 1:  # from the layer above, which was here one step ago, or from outside
         parity = (start // C) % 2
         above = ring + ((((l + 1) * 2 + parity) * C + r) * B + b) * D + c
-        out += tl.load(above, mask=inside & (l < L - 1), other=0.0)
-    outside = pointer(table, GZ, tl.float32) + (b * n + i) * D + c
-    out += tl.load(outside, mask=inside & (l == L - 1), other=0.0)
+        from_above += tl.load(above, mask=inside & (l < L - 1), other=0.0)
+    xhat, rstd = normalised(z, inside, D, eps, CENTRED)
+    await_kernel(EARLY)
+    g = tl.load(g_h + at, mask=inside, other=0.0).to(tl.float32) * w
+    out = norm_gradient(g, xhat, rstd, inside, D, CENTRED) + from_above
     tl.store(gz + (l * B + b) * D + c, out, mask=mask)
     tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=mask)
 
@@ -820,7 +885,7 @@ def output_gradient(
 @triton.jit
 def attended_gradient(
     table, y, g_h, weight, gz, gy, scaled, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    DB: tl.constexpr, CENTRED: tl.constexpr,
+    DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """gy = gz plus what the MLP sends through the norm of y; gz (L, B, D), others (L, C, B, D)."""
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -828,9 +893,14 @@ def attended_gradient(
     c = tl.arange(0, DB)
     mask = (c < D) & active
     at = ((l * C + r) * B + b) * D + c
+    w, from_z = (
+        tl.load(weight + l * D + c, mask=c < D, other=0.0),
+        tl.load(gz + (l * B + b) * D + c, mask=mask, other=0.0),
+    )
     xhat, rstd = normalised(tl.load(y + at, mask=mask, other=0.0), mask, D, eps, CENTRED)
-    g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32) * tl.load(weight + l * D + c, mask=c < D, other=0.0)
-    out = norm_gradient(g, xhat, rstd, mask, D, CENTRED) + tl.load(gz + (l * B + b) * D + c, mask=mask, other=0.0)
+    await_kernel(EARLY)
+    g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32) * w
+    out = norm_gradient(g, xhat, rstd, mask, D, CENTRED) + from_z
     tl.store(gy + at, out, mask=c < D)
     tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=c < D)
 
