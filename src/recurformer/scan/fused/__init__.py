@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from recurformer.config import ModelConfig
     from recurformer.model import LayerMaths, Layout
 
-CHUNK, LEAF = 64, 8  # positions of a chunk up to N = 1024, twice as many behind that; of a leaf
+CHUNK = 64  # positions of a chunk up to N = 1024, twice as many behind that
+LEAF, LEAF_BACKWARD = 8, 16  # positions of a leaf
 KEEP_PART = 4  # save="auto" keeps queries and pairs if those of a whole model take at most this part of the memory
 MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
 CAPABILITY = (8, 0)  # of the GPU, from Ampere on
@@ -84,7 +85,7 @@ def stack_scan(
     past: Sequence[Past] | None = None,
     *,
     chunk: int | None = None,
-    leaf: int = LEAF,
+    leaf: int | None = None,
     save: str = "auto",
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Outputs of the last of several recurrent layers of one shape, and the persistent pairs of each.
@@ -95,7 +96,7 @@ def stack_scan(
         layout: positions, padding, documents.
         past: of each layer, keys and values (B, G, P, K), constants; None: there are none.
         chunk: C, a power of two: positions between two pulls, by which a layer is behind the one below; None: by N.
-        leaf: S, a power of two up to C, positions that read each other directly.
+        leaf: S, a power of two up to C, positions that read each other directly; None: what was found to be fast.
         save: what the forward keeps for the backward besides inputs, outputs and attention outputs: "minimal"
             (nothing), "all" (queries and pairs) or "auto", by memory.
 
@@ -116,8 +117,8 @@ def stack_scan(
     B, N, _ = x.shape
     if chunk is None:
         chunk = min(CHUNK if N <= 1024 else 2 * CHUNK, max(16, 1 << (N - 1).bit_length()))
-    leaf = min(leaf, chunk)
-    for name, side in (("chunk", chunk), ("leaf", leaf)):
+    S, R = (min(side, chunk) for side in ((LEAF, LEAF_BACKWARD) if leaf is None else (leaf, leaf)))
+    for name, side in (("chunk", chunk), ("leaf", S)):
         if side < 1 or side & (side - 1):
             raise ValueError(f"{name} is {side}; it must be a power of two")
     config = first.config
@@ -131,7 +132,7 @@ def stack_scan(
     segmented = layout.valid is not None or layout.documents is not None
     shape = Shape(
         replace(config, n_layers=1, layers="recurrent", vocab_size=1, vocab_multiple=1, residual_scale="none"),
-        len(layers), B, chunk, leaf, first.compute_dtype, x.device, segmented, differentiable,
+        len(layers), B, chunk, S, R, first.compute_dtype, x.device, segmented, differentiable,
         config.branch_scale, precision(x.device),
     )  # fmt: skip
     call = Call(shape, layout, list(past) if past is not None else [None] * len(layers), save == "all", names, config)

@@ -30,6 +30,7 @@ LEAF_WARPS = 512  # elements of half a row of heads for each 4 warps of the forw
 ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
 ROOMY = 140 * 1024  # bytes of shared memory a block from which ACTIVATED fits as it is
+FULL = 0.75  # of the GPU's processors at work, on average, from which a kernel of one wave pays
 THIN = 16  # rows up to which a product is bound by reading its weights
 EARLY_CAPABILITY = (9, 0)  # of GPUs on which a kernel can be started before the one ahead of it has ended
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
@@ -44,6 +45,7 @@ class Shape:
     B: int
     C: int
     S: int  # positions of a leaf, which read each other directly
+    R: int  # the same of the backward, whose kernels make more of larger ones
     dtype: torch.dtype
     device: torch.device
     segments: bool  # padding or documents
@@ -90,9 +92,10 @@ class Engine:
         self.alibi = config.position == "alibi"
         self.on_gpu = shape.device.type == "cuda"
         self.activated = dict(ACTIVATED)
-        self.early = False
+        self.early, self.multiprocessors = False, 1
         if self.on_gpu:
             self.side = torch.cuda.Stream(shape.device)
+            self.multiprocessors = torch.cuda.get_device_properties(shape.device).multi_processor_count
             self.early = torch.cuda.get_device_capability(shape.device) >= EARLY_CAPABILITY
             if torch.cuda.get_device_properties(shape.device).shared_memory_per_block_optin < ROOMY:
                 self.activated["num_stages"] = 2
@@ -118,6 +121,7 @@ class Engine:
         self.leaf_warps = 4 * max(1, min(4, self.blocks["GB"] * self.blocks["KB"] // LEAF_WARPS))
         self.parts = min(PARTS, shape.C * shape.B)
         self.schedule = Schedule(shape.C, 0, None, shape.S)
+        self.mirror = Schedule(shape.C, 0, None, shape.R)
 
     def fresh(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer; zeros, for layers that do not work yet put what they hold through the products."""
@@ -355,19 +359,31 @@ class Engine:
         F, FB = self.F, min(2048, triton.next_power_of_2(self.F))
         kernels.activate_rows[(rows, triton.cdiv(F, FB), self.shape.L)](
             up, self.w.up_bias, inner, rows, up.stride(0), inner.stride(0), F=F, FB=FB, KIND=self.kind,
-            BIAS=self.shape.config.mlp_bias, num_warps=8 if FB > 1024 else 4,
+            BIAS=self.shape.config.mlp_bias, num_warps=8 if FB > 1024 else 4, **self.soon,
         )  # fmt: skip
 
     @property
     def fused_activation(self) -> bool:
-        """Whether the products around the activation end with it; library products are better in float32."""
-        return self.kind < 2 and self.shape.dtype.itemsize == 2
+        """Whether the products around the activation end with it.
+
+        Library products are better in float32, and where blocks of one size would leave a third of the GPU idle.
+        """
+        if self.kind == 2 or self.shape.dtype.itemsize == 4:
+            return False
+        options = self.activation_blocks
+        blocks = self.shape.L * triton.cdiv(self.F, options["BN"]) * triton.cdiv(self.shape.B, options["BM"])
+        rounds = triton.cdiv(blocks, self.multiprocessors)
+        return rounds > 4 or blocks >= FULL * rounds * self.multiprocessors or self.shape.B <= THIN
+
+    @property
+    def activation_blocks(self) -> dict[str, int]:
+        return {**self.activated, "BM": min(ACTIVATED["BM"], max(16, triton.next_power_of_2(self.shape.B)))}
 
     def product_activated(self, a: Tensor, weight: Tensor, up: Tensor, out: Tensor, backward: bool) -> None:
         """GELU after the product with `up`, or its slope after the backward's product with `down`; (L, B, ...)."""
         L, B = self.shape.L, self.shape.B
         w_in, w_out = (weight.stride(1), 1) if backward else (1, weight.stride(1))
-        options = {**self.activated, "BM": min(ACTIVATED["BM"], max(16, triton.next_power_of_2(B)))}
+        options = self.activation_blocks
         kernels.product_activated[(triton.cdiv(self.F, options["BN"]), triton.cdiv(B, options["BM"]), L)](
             a, weight, self.w.up_bias, up, out, B, a.stride(0), up.stride(0), out.stride(0), w_in, w_out, IN=self.D,
             F=self.F, KIND=self.kind, BIAS=self.shape.config.mlp_bias, BACKWARD=backward, **options, **self.soon,
@@ -464,7 +480,7 @@ class Engine:
 
         # One by one, from the last: data gradients alone.
         for r in reversed(range(C)):
-            push = self.schedule.push(r, slice(0, C))
+            push = self.mirror.push(r, slice(0, C))
             if push is not None:
                 keys, queries = push
                 self.keys_receive(
@@ -495,12 +511,12 @@ class Engine:
         L, B, config = shape.L, shape.B, shape.config
         s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
-        if r % shape.S < shape.S - 1:
+        if r % shape.R < shape.R - 1:
             heads, warps, many = RECEIVE
             heads = min(heads, k["GB"])
             kernels.leaf_receives[(B * triton.cdiv(self.G, heads), L)](
                 self.table, b["ga"], b["delta"], b["gkv"], w.slopes, r, B, self.K**-0.5, **self.size,
-                **self.attention, S=shape.S, HP=heads, RB=min(many, shape.S), num_warps=warps, **self.soon,
+                **self.attention, S=shape.R, HP=heads, RB=min(many, shape.R), num_warps=warps, **self.soon,
             )  # fmt: skip
         kernels.pair_gradient[(B, L)](
             self.table, b["gkv"], b["k_raw"], w.kv_bias, w.k_norm, b["g_pair"], b["g_key"], r, B, self.eps,
@@ -518,7 +534,7 @@ class Engine:
             FB = min(2048, triton.next_power_of_2(self.F))
             kernels.activation_gradient[(B, triton.cdiv(self.F, FB), L)](
                 self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, B, **self.size, F=self.F, FB=FB,
-                KIND=self.kind, BIAS=config.mlp_bias, num_warps=8 if FB > 1024 else 4,
+                KIND=self.kind, BIAS=config.mlp_bias, num_warps=8 if FB > 1024 else 4, **self.soon,
             )  # fmt: skip
         self.product(b["g_up"][:, r], w.up, b["g_hy"][:, r], transposed=False)
         kernels.attended_gradient[(B, L)](

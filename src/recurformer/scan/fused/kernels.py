@@ -590,7 +590,7 @@ def finished_rows(
 @triton.jit
 def activate_rows(
     up, bias, inner, rows, up_stride, inner_stride, F: tl.constexpr, FB: tl.constexpr, KIND: tl.constexpr,
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers."""
     row, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -598,6 +598,7 @@ def activate_rows(
     mask = c < F
     width: tl.constexpr = 2 * F if KIND == 2 else F
     at = up + l * up_stride + row * width + c
+    await_kernel(EARLY)
     u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     gate = u
     if KIND == 2:
@@ -908,7 +909,7 @@ def attended_gradient(
 @triton.jit
 def activation_gradient(
     table, up, bias, g_inner, g_up, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
-    KIND: tl.constexpr, BIAS: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F)."""
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -918,6 +919,7 @@ def activation_gradient(
     width: tl.constexpr = 2 * F if KIND == 2 else F
     at = ((l * C + r) * B + b) * width + c
     u = tl.load(up + at, mask=mask & active, other=0.0).to(tl.float32)
+    await_kernel(EARLY)
     g = tl.load(g_inner + (l * B + b) * F + c, mask=mask & active, other=0.0).to(tl.float32)
     if BIAS:
         u += tl.load(bias + l * width + c, mask=mask, other=0.0)
