@@ -420,9 +420,10 @@ class Engine:
         w, L, f32 = self.w, self.shape.L, torch.float32
         config = self.shape.config
         found = {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv", "kv", "o", "up", "down")}
-        for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
-            if self.norm or name in ("attention_norm", "mlp_norm"):
-                found[name] = self.fresh(L, self.parts, getattr(w, name).shape[1], dtype=f32)
+        for name in ("attention_norm", "q_norm", "k_norm") if self.norm else ("attention_norm",):
+            found[name] = self.fresh(L, self.parts, getattr(w, name).shape[1], dtype=f32)
+        for name in ("attention_norm_z", "mlp_norm"):
+            found[name] = self.fresh(L, self.shape.B, self.D, dtype=f32)
         if config.attention_bias:
             found |= {
                 name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv_bias", "kv_bias", "o_bias")
@@ -507,7 +508,7 @@ class Engine:
         self.weight_gradients()
 
     def backward_position(self, r: int) -> None:
-        b, w, shape, k = self.backward_buffers, self.w, self.shape, self.blocks
+        b, w, g, shape, k = self.backward_buffers, self.w, self.gradients, self.shape, self.blocks
         L, B, config = shape.L, shape.B, shape.config
         s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
@@ -524,8 +525,8 @@ class Engine:
         )  # fmt: skip
         self.product(b["g_pair"][:, r], w.kv, b["g_hz"][:, r], transposed=False)
         kernels.output_gradient[(B, L)](
-            self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], r, B, s, self.eps, **self.size,
-            **row, **self.soon,
+            self.table, b["ring"], b["g_hz"], w.attention_norm, b["gz"], b["sgz"], g["attention_norm_z"], r, B, s,
+            self.eps, **self.size, **row, **self.soon,
         )  # fmt: skip
         if self.fused_activation:
             self.product_activated(b["sgz"][:, r], w.down, b["up"][:, r], b["g_up"][:, r], True)
@@ -538,8 +539,8 @@ class Engine:
             )  # fmt: skip
         self.product(b["g_up"][:, r], w.up, b["g_hy"][:, r], transposed=False)
         kernels.attended_gradient[(B, L)](
-            self.table, b["y"], b["g_hy"], w.mlp_norm, b["gz"], b["gy"], b["sgy"], r, B, s, self.eps, **self.size,
-            **row, **self.soon,
+            self.table, b["y"], b["g_hy"], w.mlp_norm, b["gz"], b["gy"], b["sgy"], g["mlp_norm"], r, B, s, self.eps,
+            **self.size, **row, **self.soon,
         )  # fmt: skip
         self.product(b["sgy"][:, r], w.o, b["ga"][:, r], transposed=False)
 
@@ -556,26 +557,24 @@ class Engine:
             if f"{name}_bias" in g:
                 g[f"{name}_bias"] += b[out].flatten(1, 2).sum(1, dtype=torch.float32)
 
-        def norm(name: str, x: Tensor, grad: Tensor, source: int, per_row: int, bias: Tensor | None = None) -> None:
+        def norm(name: str, x: Tensor, grad: Tensor, per_row: int, bias: Tensor | None = None) -> None:
             W = g[name].shape[2]
             WB = triton.next_power_of_2(W)
             tile = max(1, 4096 // WB)
             kernels.norm_weight_gradient[(self.parts, L)](
                 self.table, x, grad, w.qkv_bias if bias is None else bias, g[name], C * B, per_row, x.stride(2),
-                grad.stride(2), B, self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=self.parts, SOURCE=source,
+                grad.stride(2), B, self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=self.parts,
                 CENTRED=self.centred, BIAS=bias is not None, bias_stride=0 if bias is None else bias.stride(0),
                 num_warps=4,
             )  # fmt: skip
 
-        norm("attention_norm", b["h_z"], b["g_hz"], 1, 1)  # that of the inputs is in input_gradient
-        norm("mlp_norm", b["y"], b["g_hy"], 0, 1)
         if self.norm:
             q_per, k_per = (1, 1) if self.norm == 2 else (self.H, self.G)
             biased = shape.config.attention_bias
-            norm("q_norm", b["qkv"], b["g_normed"], 0, q_per, w.qkv_bias if biased else None)
-            norm("k_norm", b["qkv"][..., HK:], b["g_normed"][..., HK:], 0, k_per,
+            norm("q_norm", b["qkv"], b["g_normed"], q_per, w.qkv_bias if biased else None)
+            norm("k_norm", b["qkv"][..., HK:], b["g_normed"][..., HK:], k_per,
                  w.qkv_bias[:, HK:] if biased else None)  # fmt: skip
-            norm("k_norm", b["k_raw"], b["g_key"], 0, k_per, w.kv_bias if biased else None)
+            norm("k_norm", b["k_raw"], b["g_key"], k_per, w.kv_bias if biased else None)
 
     def named_gradients(self, l: int) -> dict[str, Tensor]:
         """Gradients of layer l by the names of LayerMaths."""
@@ -588,6 +587,7 @@ class Engine:
         if self.kind == 2:
             found["gate"] = g["up"][l, F:]
         found |= {name: g[name][l].sum(0) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm") if name in g}
+        found["attention_norm"] += g["attention_norm_z"][l].sum(0)
         if "qkv_bias" in g:
             pairs = g["qkv_bias"][l, HK:] + g["kv_bias"][l]
             found |= {"q_bias": g["qkv_bias"][l, :HK], "k_bias": pairs[:GK], "v_bias": pairs[GK:]}

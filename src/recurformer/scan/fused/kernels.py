@@ -857,10 +857,13 @@ def pair_gradient(
 
 @triton.jit
 def output_gradient(
-    table, ring, g_h, weight, gz, scaled, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    table, ring, g_h, weight, gz, scaled, partial, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """gz: what comes from above plus what the pair sends through the norm of z; gz (L, B, D), others (L, C, B, D)."""
+    """gz: what comes from above plus what the pair sends through the norm of z; gz (L, B, D), others (L, C, B, D).
+
+    The norm weight's gradient is added to partial (L, B, D) on the way.
+    """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
     c = tl.arange(0, DB)
@@ -876,19 +879,25 @@ def output_gradient(
         above = ring + ((((l + 1) * 2 + parity) * C + r) * B + b) * D + c
         from_above += tl.load(above, mask=inside & (l < L - 1), other=0.0)
     xhat, rstd = normalised(z, inside, D, eps, CENTRED)
+    total_at = partial + (l * B + b) * D + c
+    total = tl.load(total_at, mask=inside, other=0.0)
     await_kernel(EARLY)
-    g = tl.load(g_h + at, mask=inside, other=0.0).to(tl.float32) * w
-    out = norm_gradient(g, xhat, rstd, inside, D, CENTRED) + from_above
+    g = tl.load(g_h + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(total_at, total + g * xhat, mask=inside)
+    out = norm_gradient(g * w, xhat, rstd, inside, D, CENTRED) + from_above
     tl.store(gz + (l * B + b) * D + c, out, mask=mask)
     tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def attended_gradient(
-    table, y, g_h, weight, gz, gy, scaled, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    table, y, g_h, weight, gz, gy, scaled, partial, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """gy = gz plus what the MLP sends through the norm of y; gz (L, B, D), others (L, C, B, D)."""
+    """gy = gz plus what the MLP sends through the norm of y; gz (L, B, D), others (L, C, B, D).
+
+    The norm weight's gradient is added to partial (L, B, D) on the way.
+    """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
     c = tl.arange(0, DB)
@@ -899,9 +908,12 @@ def attended_gradient(
         tl.load(gz + (l * B + b) * D + c, mask=mask, other=0.0),
     )
     xhat, rstd = normalised(tl.load(y + at, mask=mask, other=0.0), mask, D, eps, CENTRED)
+    total_at = partial + (l * B + b) * D + c
+    total = tl.load(total_at, mask=mask, other=0.0)
     await_kernel(EARLY)
-    g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32) * w
-    out = norm_gradient(g, xhat, rstd, mask, D, CENTRED) + from_z
+    g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(total_at, total + g * xhat, mask=mask)
+    out = norm_gradient(g * w, xhat, rstd, mask, D, CENTRED) + from_z
     tl.store(gy + at, out, mask=c < D)
     tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=c < D)
 
@@ -1098,30 +1110,24 @@ def input_gradient(
 @triton.jit
 def norm_weight_gradient(
     table, x, g, bias, partial, rows, per_row, x_stride, g_stride, B, eps, L: tl.constexpr, C: tl.constexpr,
-    W: tl.constexpr, WB: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SOURCE: tl.constexpr,
+    W: tl.constexpr, WB: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
     CENTRED: tl.constexpr, BIAS: tl.constexpr, bias_stride,
 ):  # fmt: skip
-    """Add to partial (L, PARTS, W) the sums over a chunk's rows of g times the normalised x.
+    """Add to partial (L, PARTS, W) the sums over a chunk's rows of g times the normalised x, for the QK-norms.
 
-    A row holds per_row vectors of width W. SOURCE: 0 x is a chunk's buffer, 1 the layer's outputs.
+    A row of the chunk's buffers x and g holds per_row vectors of width W.
     """
     part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start, _, active = chunk_of(table, l, L, C, True)
+    _, _, active = chunk_of(table, l, L, C, True)
     if not active:
         return
-    n = tl.load(table + LENGTH)
     c = tl.arange(0, WB)
     total = tl.zeros([WB], tl.float32)
     for first in range(part * TILE, rows * per_row, PARTS * TILE):
         vector = first + tl.arange(0, TILE)
         row, sub = (vector // per_row).to(tl.int64), vector % per_row
         mask = (vector < rows * per_row)[:, None] & (c < W)[None, :]
-        if SOURCE == 0:
-            at = x + (l * rows + row)[:, None] * x_stride + (sub * W)[:, None] + c[None, :]
-        else:
-            i, b = start + row // B, row % B
-            mask = mask & (i < n)[:, None]
-            at = output_row(table, l, 0, 0, B, W) + (b * n + i)[:, None] * W + c[None, :]
+        at = x + (l * rows + row)[:, None] * x_stride + (sub * W)[:, None] + c[None, :]
         u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if BIAS:
             u += tl.load(bias + l * bias_stride + (sub * W)[:, None] + c[None, :], mask=mask, other=0.0)
