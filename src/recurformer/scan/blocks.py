@@ -231,7 +231,8 @@ class LeafGradients:
         self.sent_before = torch.cat(sent).split(1, dim=1)
         self.by_key = by_key.view(-1, n, R * n).split(1, dim=1)
         self.p_rows, self.ga_rows = p.unbind(4), self.ga.unbind(4)
-        self.ds_rows = by_key[:, :, 0].transpose(3, 4).unbind(-1)
+        self.ds = by_key[:, :, 0]  # (layers, B, G, keys, R, queries)
+        self.ds_rows = self.ds.transpose(3, 4).unbind(-1)
 
     def pair(self, row: int) -> Tensor:
         """The complete gradients of a position's pairs, key beside value, (layers B 2 G, 1, K)."""
@@ -244,6 +245,11 @@ class LeafGradients:
         ga_row.copy_(ga)
         ds = torch.bmm(ga.view(-1, *ga.shape[3:]), self.v).view(p.shape).sub_((ga * a).sum(-1, keepdim=True))
         torch.mul(ds, p, out=self.ds_rows[row])
+
+    def queries(self, layer: int, k: Tensor) -> Tensor:
+        """What a leaf's keys k (E, n, K) send to the gradients of its scaled queries, (E, R, n, K), at its end."""
+        ds = self.ds[layer].permute(0, 1, 3, 4, 2)  # (B, G, R, n, keys)
+        return torch.bmm(ds.reshape(k.shape[0], -1, k.shape[1]), k).unflatten(1, (ds.shape[2], -1))
 
 
 def cut(span: slice, length: int) -> Iterator[slice]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -373,9 +373,10 @@ class Backward:
                 known = layer.pairs(layer.attention_input(w.transpose(0, 1)), rotation)
                 attention.fill(slice(0, x.shape[1]), layer.queries(layer.attention_input(u), rotation), *known)
         self.attentions = pairs.attentions(call)
-        q = pairs.q
+        self.q = q = pairs.q
         self.lse = q.new_empty(q.shape[:4]) if kept is None else kept.lse
         self.ga, self.delta = torch.empty_like(q), q.new_empty(q.shape[:4])  # <ga_i, a_i>, per head
+        self.gq = torch.zeros_like(q)  # of the scaled queries
         one = self.attentions[0]
         self.gkv = q.new_zeros(len(layers), one.B, 2, one.G, one.N, one.K)  # of the persistent pairs, keys beside values
         self.gradients: dict[str, Tensor] = {}  # (L, ...)
@@ -390,6 +391,8 @@ class Backward:
         for wave in reversed(self.call.waves):
             for block in reversed(list(cut(slice(0, wave.length), length))):  # of whole leaves
                 self.block(wave.part(block))
+            for block in cut(slice(0, wave.length), length):
+                self.inputs_of(wave.part(block))
         gradients = {}
         for name in list(self.gradients):
             total = self.gradients.pop(name)
@@ -415,7 +418,11 @@ class Backward:
         """Accumulate those of a matrix and its bias from its outputs' g and its inputs h, (layers, n, B, ...)."""
         g = g.flatten(1, -2)
         if name in self.wanted:
-            self.total(name, layers).add_(g.to(self.dtype).transpose(1, 2) @ h.flatten(1, -2).to(self.dtype))
+            total, factors = self.total(name, layers), (g.to(self.dtype).transpose(1, 2), h.flatten(1, -2).to(self.dtype))
+            if total.dtype == self.dtype:
+                torch.baddbmm(total, *factors, out=total)
+            else:
+                total.add_(torch.bmm(*factors))
         if f"{name}_bias" in self.wanted:
             self.add(f"{name}_bias", layers, g.to(self.acc).sum(1))
 
@@ -432,18 +439,9 @@ class Backward:
             return t.unflatten(1, (n, B))
 
         # In parallel: what the forward had at these positions.
-        inputs = [
-            Inputs(self.layers[l], self.inputs[l][:, span], None if rotation is None else rotation[span], self.wanted)
-            for l, span in wave
-        ]
-        temporary = [tuple(t.detach().to(self.acc).flatten(0, 1)[:, None] for t in (one.k, one.v)) for one in inputs]
-        if self.kept is None:
-            a = torch.stack([self.attend(l, span, *tmp) for (l, span), tmp in zip(wave, temporary, strict=True)])
-        else:
-            a = beside(self.kept.a, wave)
+        a = torch.stack([self.attend(l, span) for l, span in wave]) if self.kept is None else beside(self.kept.a, wave)
         a_inner = a.flatten(1, 2).to(self.dtype)
-        x = torch.stack([self.inputs[l][:, span].transpose(0, 1) for l, span in wave])
-        y = stack.attended(x.flatten(1, 2), a_inner)
+        y = stack.attended(self.x_of(wave), a_inner)
         if self.kept is None:
             up, gate = stack.mlp_inner(y)
         else:
@@ -458,7 +456,7 @@ class Backward:
             k_raw = many(linear(h_z.flatten(1, 2), stack.k, stack.k_bias))
             k_raw = k_raw.unflatten(-1, (config.kv_heads, -1)) if config.qk_norm == "head" else k_raw
             key_norm = NormTape(k_raw, stack.k_norm, config)
-        del x, y, up, gate
+        del y, up, gate
 
         # One by one, from the last: data gradients alone. `rows` of a tensor are its views by position, made at once.
         G, K = config.kv_heads, config.head_width
@@ -514,10 +512,11 @@ class Backward:
                 here = a[place, first : first + ga.shape[2]].view(-1, *ga.shape[:2], K).permute(1, 2, 0, 3)
                 self.ga[l][:, :, span] = ga
                 self.delta[l][:, :, span] = (ga * here).sum(-1)
+                self.gq[l][:, :, span] += leaf.queries(place, attention.k[:, span])
                 if step.pull is not None:
-                    self.push(l, step.pull.queries, slice(0, step.pull.keys.stop))  # the past is constant
+                    self.push(l, step.pull.queries, step.pull.keys)
 
-        # In parallel again: every weight, the queries, the temporary pairs, the inputs.
+        # In parallel again: the weights.
         self.add_product("down", layers, s * gz, many(inner))
         self.add_product("up", layers, g_up, mlp_norm.output)
         if g_gate is not None:
@@ -529,15 +528,56 @@ class Backward:
         if key_norm is not None and g_key is not None:
             self.add("k_norm", layers, key_norm.weight_gradient(g_key))
         self.add("attention_norm", layers, z_norm.weight_gradient(g_z_norm))
-        for place, (l, span) in enumerate(wave):
-            gx, gradients = inputs[place].backward(*self.query_gradients(l, span, *temporary[place]))
-            for name, gradient in gradients.items():
-                self.add(name, layers[place : place + 1], gradient[None])
-            torch.add(gy[place], gx.transpose(0, 1), out=self.g[span])
+        for span, gy_of_layer in zip(wave.spans(), gy, strict=True):
+            self.g[span] = gy_of_layer
 
-    def attend(self, l: int, block: slice, k_tmp: Tensor, v_tmp: Tensor) -> Tensor:
+    def inputs_of(self, wave: Wave) -> None:
+        """The rest of a block's gradients, once all pairs that its queries met have been passed: of its inputs."""
+        n, layers = wave.length, wave.layers
+        one = self.attentions[0]
+        B, G, R, K = one.B, one.G, one.R, one.K
+        inputs = Inputs(self.stack[layers.start : layers.stop], self.x_of(wave), self.turn_of(wave), self.wanted)
+        k_tmp, v_tmp = (  # (layers, E, 1, n, K)
+            t.detach().to(self.acc).view(-1, G, n, B, K).permute(0, 3, 1, 2, 4).reshape(-1, B * G, 1, n, K)
+            for t in (inputs.k, inputs.v)
+        )
+        q, ga, gq = (torch.stack([t[l][:, :, span] for l, span in wave]) for t in (self.q, self.ga, self.gq))
+        lse, delta = (torch.stack([t[l][:, :, span] for l, span in wave]) for t in (self.lse, self.delta))
+        p_own = ((q * k_tmp).sum(-1) - lse).exp()[..., None]
+        ds_own = p_own * ((ga * v_tmp).sum(-1) - delta)[..., None]
+        gq = (gq + ds_own * k_tmp) * K**-0.5
+
+        def by_head(t: Tensor) -> Tensor:
+            """(layers, E, ..., n, K) as (layers, heads, n B, K)."""
+            return t.reshape(len(layers), B, -1, n, K).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+        gx, gradients = inputs.backward(by_head(gq), by_head((ds_own * q).sum(2)), by_head((p_own * ga).sum(2)))
+        for name, gradient in gradients.items():
+            if name in self.wanted:
+                self.add(name, layers, gradient.view(len(layers), *getattr(self.layers[0], name).shape))
+        for span, gx_of_layer in zip(wave.spans(), gx.unflatten(1, (n, B)), strict=True):
+            self.g[span] += gx_of_layer
+
+    def x_of(self, wave: Wave) -> Tensor:
+        """The inputs of each layer, (layers, n B, D)."""
+        return torch.stack([self.inputs[l][:, span].transpose(0, 1) for l, span in wave]).flatten(1, 2)
+
+    def turn_of(self, wave: Wave) -> Rotation | None:
+        """The rotation of heads (layers, heads, n B, K)."""
+        rotation = self.layout.rotation
+        if rotation is None:
+            return None
+        shape = (self.x.shape[0], 1, wave.length, -1)
+        each = [(r.cos.expand(shape), r.sin.expand(shape)) for r in (rotation[span] for span in wave.spans())]
+        cos, sin = (torch.stack(parts).permute(0, 2, 3, 1, 4).flatten(2, 3) for parts in zip(*each, strict=True))
+        return replace(rotation, cos=cos, sin=sin)
+
+    def attend(self, l: int, block: slice) -> Tensor:
         """Attention outputs (n, B, H K) of a block's queries, all pairs being known; notes their log-sum-exps."""
-        attention, n = self.attentions[l], block.stop - block.start
+        attention, layer, n = self.attentions[l], self.layers[l], block.stop - block.start
+        rotation = None if self.layout.rotation is None else self.layout.rotation[block]
+        pairs = layer.pairs(layer.attention_input(self.inputs[l][:, block]), rotation)
+        k_tmp, v_tmp = (t.to(self.acc).flatten(0, 1)[:, None] for t in pairs)
         state = attention.new_state(n)
         attention.absorb(state, block, slice(-self.layout.past, block.stop), origin=block.start)
         own = (attention.q[:, :, block] * k_tmp).sum(-1)
@@ -547,64 +587,62 @@ class Backward:
         return a.permute(2, 0, 1, 3).reshape(n, attention.B, -1)
 
     def push(self, l: int, queries: slice, keys: slice) -> None:
-        """Add to the gradients of a layer's pairs what queries, whose ga is known, send them."""
+        """Add to the gradients of a layer's pairs what queries, whose ga is known, send them, and to the queries' own.
+
+        The past is constant.
+        """
         attention, rows = self.attentions[l], self.attentions[l].rows
+        B, G, R, K = attention.B, attention.G, attention.R, attention.K
         for q, kv in attention.blocks(queries, keys):
             k, v = attention.pairs_at(kv)
-            p, ds = self.probabilities(l, q, kv, k, v)
-            B, G, K = attention.B, attention.G, attention.K
+            p = attention.scores(q, kv, k).sub_(rows(self.lse[l], q)[..., None]).exp_()
+            ds = torch.bmm(rows(self.ga[l], q), v.transpose(1, 2)).sub_(rows(self.delta[l], q)[..., None]).mul_(p)
             # Not baddbmm_: on a strided destination it runs one small product after the other.
-            self.gkv[l, :, 0, :, kv] += torch.bmm(ds.transpose(1, 2), rows(attention.q, q)).view(B, G, -1, K)
-            self.gkv[l, :, 1, :, kv] += torch.bmm(p.transpose(1, 2), rows(self.ga[l], q)).view(B, G, -1, K)
-
-    def probabilities(self, l: int, q: slice, kv: slice, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """p_ij and the gradients ds_ij of the scores, (E, R q, k)."""
-        attention, rows = self.attentions[l], self.attentions[l].rows
-        p = attention.scores(q, kv, k).sub_(rows(self.lse[l], q)[..., None]).exp_()
-        dp = torch.bmm(rows(self.ga[l], q), v.transpose(1, 2))
-        return p, dp.sub_(rows(self.delta[l], q)[..., None]).mul_(p)
-
-    def query_gradients(self, l: int, block: slice, k_tmp: Tensor, v_tmp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of a block's q (B, H, n, K) and temporary pairs (B, G, n, K)."""
-        attention = self.attentions[l]
-        B, G, R, K, n = attention.B, attention.G, attention.R, attention.K, block.stop - block.start
-        q, ga = attention.q[:, :, block], self.ga[l][:, :, block]
-        p_own = ((q * k_tmp).sum(-1) - self.lse[l][:, :, block]).exp()[..., None]
-        ds_own = p_own * ((ga * v_tmp).sum(-1) - self.delta[l][:, :, block])[..., None]
-        gq = ds_own * k_tmp
-        for part, kv in attention.blocks(block, slice(-self.layout.past, block.stop)):
-            k, v = attention.pairs_at(kv)
-            here = slice(part.start - block.start, part.stop - block.start)
-            _, ds = self.probabilities(l, part, kv, k, v)
-            gq[:, :, here] += torch.bmm(ds, k).view(B * G, R, -1, K)
-        pairs = (ds_own * q).sum(1), (p_own * ga).sum(1)
-        return (gq * K**-0.5).view(B, G * R, n, K), pairs[0].view(B, G, n, K), pairs[1].view(B, G, n, K)
+            self.gq[l][:, :, q] += torch.bmm(ds, k).view(B * G, R, -1, K)
+            if kv.start >= 0:
+                self.gkv[l, :, 0, :, kv] += torch.bmm(ds.transpose(1, 2), rows(attention.q, q)).view(B, G, -1, K)
+                self.gkv[l, :, 1, :, kv] += torch.bmm(p.transpose(1, 2), rows(self.ga[l], q)).view(B, G, -1, K)
 
 
 class Inputs:
-    """Queries and temporary pairs of a block from its inputs, with autograd: nothing in them is sequential."""
+    """Queries and temporary pairs of a block of layers side by side, with autograd: nothing in them is sequential."""
 
-    NAMES = ("attention_norm", "q", "k", "v", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias")
+    NAMES = ("attention_norm", "q", "kv", "q_norm", "k_norm", "q_bias", "kv_bias")
+    PARTS: ClassVar = {"kv": ("k", "v"), "kv_bias": ("k_bias", "v_bias")}
 
-    def __init__(self, layer: LayerMaths, x: Tensor, rotation: Rotation | None, wanted: set[str]) -> None:
+    def __init__(self, stack: LayerMaths, x: Tensor, turn: Rotation | None, wanted: set[str]) -> None:
+        """Evaluate them.
+
+        Args:
+            stack: the maths of the layers.
+            x: (layers, n B, D).
+            turn: rotation of heads (layers, heads, n B, K).
+            wanted: names of the tensors of single layers whose gradients matter.
+        """
         self.x = x.detach().requires_grad_()
         self.leaves = {
-            name: getattr(layer, name).detach().requires_grad_(name in wanted)
+            name: getattr(stack, name).detach().requires_grad_(not wanted.isdisjoint(self.PARTS.get(name, (name,))))
             for name in self.NAMES
-            if getattr(layer, name) is not None
+            if getattr(stack, name) is not None
         }
         with torch.enable_grad():
-            maths = replace(layer, **self.leaves)
+            maths = replace(stack, **self.leaves)
             h = maths.attention_input(self.x)
-            self.q = maths.queries(h, rotation)
-            self.k, self.v = maths.pairs(h, rotation)
+            self.q = maths.queries(h, turn)  # (layers, H, n B, K)
+            self.k, self.v = maths.pairs(h, turn)  # (layers, G, n B, K)
 
     def backward(self, gq: Tensor, gk: Tensor, gv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of x and, by name, of the weights."""
         leaves = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
         outputs = (self.q, self.k, self.v)
         incoming = [g.to(t.dtype) for g, t in zip((gq, gk, gv), outputs, strict=True)]
         gx, *gradients = torch.autograd.grad(outputs, (self.x, *leaves.values()), incoming)
-        return gx, dict(zip(leaves, gradients, strict=True))
+        found: dict[str, Tensor] = {}
+        for name, gradient in zip(leaves, gradients, strict=True):
+            names = self.PARTS.get(name, (name,))
+            parts = gradient.chunk(len(names), dim=2 if name == "kv_bias" else 1)
+            found |= dict(zip(names, parts, strict=True))
+        return gx, found
 
 
 def activation_slopes(up: Tensor, gate: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor | None]:
