@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +185,17 @@ def test_attention_kernels_compile_to_wide_loads() -> None:
 # --- what can't run says so ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fused", "wavefront"])
-def test_without_a_gpu_the_error_names_what_runs(name: str) -> None:
+def test_without_a_gpu_the_error_names_what_runs() -> None:
     model = tiny()
-    model.scan = name
+    model.scan = "fused"
     with pytest.raises(ValueError, match=r"can't run: .*model\.scan = 'tiled'"):
         model(random_tokens(1, 4))
+
+
+def test_a_wavefront_on_a_gpu_is_that_of_the_kernels_or_refused() -> None:
+    with pytest.raises(ValueError, match=r"'wavefront', which can't run: .*model\.scan = 'tiled'"):
+        choose_scan("wavefront", ModelConfig(d_model=8, n_heads=1, head_dim=300), torch.device("cuda"))
+    assert choose_scan("wavefront", ModelConfig(), CPU)[0] == "wavefront"
 
 
 def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +243,13 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(config, batch_size=64, length=512) == "wavefront"
     assert chosen(ModelConfig(layers="first:1"), batch_size=64, length=512) == "fused"
     assert chosen(config, batch_size=1, length=1) == "tiled"
+    here = partial(choose_scan, "auto", device=CPU)
+    assert here(config)[0] == "wavefront"  # as `info` asks
+    assert here(config, batch_size=16, length=256)[0] == "wavefront"
+    for shape in ({"batch_size": 16, "length": 64}, {"batch_size": 512, "length": 256}, {"batch_size": 1, "length": 1}):
+        assert here(config, **shape)[0] == "tiled"
+    assert here(ModelConfig(layers="first:1"), batch_size=16, length=256)[0] == "tiled"
+    assert here(ModelConfig(d_model=1024), batch_size=1, length=256)[0] == "tiled"
     name, why = choose_scan("auto", config, gpu, dtype=torch.float64)
     assert name == "tiled"
     assert "float64" in why

@@ -230,7 +230,9 @@ class TiledScan(torch.autograd.Function):
         wanted = {name for name, need in zip(call.names * len(call.past), needed, strict=True) if need}
         with torch.autocast(x.device.type, enabled=False):
             gx, gradients = Backward(call, call.layers(tensors), x, z, pairs, kept, wanted).run(gz_out)
-        found = [gradients[name][l] if name in gradients else None for l in range(len(call.past)) for name in call.names]
+        found = [
+            gradients[name][l] if name in gradients else None for l in range(len(call.past)) for name in call.names
+        ]
         return (gx, None, *(g if need else None for g, need in zip(found, needed, strict=True)))
 
 
@@ -378,7 +380,9 @@ class Backward:
         self.ga, self.delta = torch.empty_like(q), q.new_empty(q.shape[:4])  # <ga_i, a_i>, per head
         self.gq = torch.zeros_like(q)  # of the scaled queries
         one = self.attentions[0]
-        self.gkv = q.new_zeros(len(layers), one.B, 2, one.G, one.N, one.K)  # of the persistent pairs, keys beside values
+        self.gkv = q.new_zeros(
+            len(layers), one.B, 2, one.G, one.N, one.K
+        )  # of the persistent pairs, keys beside values
         self.gradients: dict[str, Tensor] = {}  # (L, ...)
         self.stack = LayerMaths.stack(layers)
 
@@ -418,7 +422,10 @@ class Backward:
         """Accumulate those of a matrix and its bias from its outputs' g and its inputs h, (layers, n, B, ...)."""
         g = g.flatten(1, -2)
         if name in self.wanted:
-            total, factors = self.total(name, layers), (g.to(self.dtype).transpose(1, 2), h.flatten(1, -2).to(self.dtype))
+            total, factors = (
+                self.total(name, layers),
+                (g.to(self.dtype).transpose(1, 2), h.flatten(1, -2).to(self.dtype)),
+            )
             if total.dtype == self.dtype:
                 torch.baddbmm(total, *factors, out=total)
             else:
