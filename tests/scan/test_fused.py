@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +242,27 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(config, batch_size=64, length=512) == "wavefront"
     assert chosen(ModelConfig(layers="first:1"), batch_size=64, length=512) == "fused"
     assert chosen(config, batch_size=1, length=1) == "tiled"
-    here = partial(choose_scan, "auto", device=CPU)
-    assert here(config)[0] == "wavefront"  # as `info` asks
-    assert here(config, batch_size=16, length=256)[0] == "wavefront"
-    for shape in ({"batch_size": 16, "length": 64}, {"batch_size": 512, "length": 256}, {"batch_size": 1, "length": 1}):
-        assert here(config, **shape)[0] == "tiled"
-    assert here(ModelConfig(layers="first:1"), batch_size=16, length=256)[0] == "tiled"
-    assert here(ModelConfig(d_model=1024), batch_size=1, length=256)[0] == "tiled"
     name, why = choose_scan("auto", config, gpu, dtype=torch.float64)
     assert name == "tiled"
     assert "float64" in why
+
+
+@pytest.mark.parametrize(
+    ("options", "B", "N", "expected"),
+    [
+        ({}, None, None, "wavefront"),  # as `info` asks
+        ({}, 16, 256, "wavefront"),
+        ({}, 16, 64, "tiled"),
+        ({}, 1, 1, "tiled"),
+        ({}, 512, 256, "tiled"),
+        ({"layers": "first:1"}, 16, 256, "tiled"),
+        ({"d_model": 1024}, 1, 256, "tiled"),
+    ],
+    ids=["usual", "small", "short", "decoding", "rows", "alone", "wide"],
+)
+def test_on_a_cpu_layers_stand_side_by_side_where_products_are_small(
+    options: dict[str, Any], B: int | None, N: int | None, expected: str
+) -> None:
+    name, why = choose_scan("auto", ModelConfig(**options), CPU, batch_size=B, length=N)
+    assert name == expected
+    assert ("side by side" in why) == (name == "wavefront")

@@ -109,7 +109,7 @@ def stack_scan(
         per_position = 2 * (config.n_heads + config.kv_heads) * config.head_width + inner  # q and a, k and v, MLP
         keep = x.shape[0] * x.shape[1] * per_position * 4 <= KEEP_BYTES
     keep = keep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    remembered = [None] * len(layers) if past is None else list(past)
+    remembered: list[tuple[Tensor, Tensor] | None] = [None] * len(layers) if past is None else list(past)
     call = Call(config, layout, remembered, schedule, keep, names)
     z, keys, values = TiledScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
     return z, list(zip(keys, values, strict=True))
@@ -254,7 +254,9 @@ def turns_of(rotation: Rotation | None, spans: list[slice]) -> list[Rotation | N
     if rotation is None:
         return [None] * (spans[0].stop - spans[0].start)
     each = [rotation[span] for span in spans]
-    cos, sin = (torch.cat(parts, dim=1).permute(2, 1, 0, 3) for parts in zip(*((r.cos, r.sin) for r in each)))
+    cos, sin = (
+        torch.cat(parts, dim=1).permute(2, 1, 0, 3) for parts in zip(*((r.cos, r.sin) for r in each), strict=True)
+    )
     return [replace(rotation, cos=c[:, None], sin=s[:, None]) for c, s in zip(cos, sin, strict=True)]
 
 
@@ -439,6 +441,7 @@ class Backward:
 
         config, s, layers, n = self.config, self.config.branch_scale, wave.layers, wave.length
         stack, rotation = self.stack[layers.start : layers.stop], self.layout.rotation
+        assert stack.kv is not None
         B, width = self.x.shape[0], len(layers)
 
         def many(t: Tensor) -> Tensor:
@@ -481,8 +484,8 @@ class Backward:
             for l, step in zip(layers, steps, strict=True):
                 if step.push is not None:
                     self.push(l, step.push.queries, step.push.keys)
-            of_layers = [[per_layer[l] for l in layers] for per_layer in (self.attentions, self.lse, self.gkv)]
-            leaf = LeafGradients(of_layers[0], spans, *of_layers[1:])
+            attentions, lse, gkv = ([t[l] for l in layers] for t in (self.attentions, self.lse, self.gkv))
+            leaf = LeafGradients(attentions, spans, lse, gkv)  # pyright: ignore[reportArgumentType]
             turns = turns_of(None if rotation is None else rotation.inverse(), spans)
             first = spans[0].start - wave.starts[0]
             with few_threads(self.x, config, width), torch.inference_mode():
@@ -542,7 +545,7 @@ class Backward:
         """The rest of a block's gradients, once all pairs that its queries met have been passed: of its inputs."""
         n, layers = wave.length, wave.layers
         one = self.attentions[0]
-        B, G, R, K = one.B, one.G, one.R, one.K
+        B, G, K = one.B, one.G, one.K
         inputs = Inputs(self.stack[layers.start : layers.stop], self.x_of(wave), self.turn_of(wave), self.wanted)
         k_tmp, v_tmp = (  # (layers, E, 1, n, K)
             t.detach().to(self.acc).view(-1, G, n, B, K).permute(0, 3, 1, 2, 4).reshape(-1, B * G, 1, n, K)
