@@ -14,8 +14,8 @@ D width, F MLP width, H query heads, G key-value heads, K head width, V vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -166,12 +166,24 @@ class Layout:
 
 
 def normalise(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
-    """RMS or layer norm over the last dimension, in the accumulation dtype."""
+    """RMS or layer norm over the last dimension, in the accumulation dtype; the weights of a stack broadcast."""
     x = x.to(accumulation_dtype(x.dtype))
     weight = weight.to(x.dtype)
-    if config.norm == "rms":
-        return F.rms_norm(x, weight.shape, weight, config.norm_eps)
-    return F.layer_norm(x, weight.shape, weight, None, config.norm_eps)
+    if weight.dim() == 1:
+        norm = F.rms_norm if config.norm == "rms" else F.layer_norm
+        return norm(x, weight.shape, weight, eps=config.norm_eps)
+    if config.norm == "layer":
+        return F.layer_norm(x, weight.shape[-1:], eps=config.norm_eps) * weight
+    # Written out: on a CPU F.rms_norm takes three times as long for the few rows of a position.
+    return x * x.square().mean(-1, keepdim=True).add_(config.norm_eps).rsqrt_() * weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b; of a stack, x (L, n, in) with W (L, out, in) and b (L, 1, out), to each layer its own."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    weight = weight.transpose(1, 2)
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
 
 
 def activate(up: Tensor, gate: Tensor | None, config: ModelConfig) -> Tensor:
@@ -210,16 +222,45 @@ class LayerMaths:
     kv: Tensor | None = None  # (2 G K, D), k above v, where `packed` has made one product of two
     kv_bias: Tensor | None = None
 
-    def packed(self) -> LayerMaths:
-        """The same maths laid out for a loop of small products: keys and values in one, matrices column by column."""
-        columns = {
-            name: getattr(self, name).t().contiguous().t()
-            for name in ("o", "up", "gate", "down")
-            if getattr(self, name) is not None
-        }
-        kv = torch.cat([self.k, self.v]).t().contiguous().t()
-        bias = None if self.k_bias is None or self.v_bias is None else torch.cat([self.k_bias, self.v_bias])
-        return replace(self, kv=kv, kv_bias=bias, **columns)
+    @classmethod
+    def stack(cls, layers: Sequence[LayerMaths], by_column: bool = False) -> LayerMaths:
+        """The maths of several layers of one shape at once, for x (L, n, D): n positions of each layer.
+
+        In `pairs` n stands where N does, and L where B does. Matrices become (L, out, in), biases and norm weights
+        broadcast against (L, n, width), those of heads against (L, n, G, K); `kv` makes one product of two.
+
+        Args:
+            by_column: lay matrices out for products with few rows of x; else for those with few rows of gradients.
+        """
+
+        def matrices(*parts: str) -> Tensor:
+            joined = [torch.cat([getattr(layer, part) for part in parts]) for layer in layers]
+            if by_column:
+                return torch.stack([matrix.t() for matrix in joined]).transpose(1, 2)
+            return torch.stack(joined) if len(layers) > 1 else joined[0][None]
+
+        first, head = layers[0], layers[0].config.qk_norm == "head"
+        tensors: dict[str, Tensor] = {"kv": matrices("k", "v")}
+        tensors["k"], tensors["v"] = tensors["kv"].chunk(2, dim=1)
+        if first.k_bias is not None and first.v_bias is not None:
+            biases = [torch.cat([getattr(layer, name) for name in ("k_bias", "v_bias")]) for layer in layers]
+            tensors["kv_bias"] = torch.stack(biases)[:, None]
+            tensors["k_bias"], tensors["v_bias"] = tensors["kv_bias"].chunk(2, dim=2)
+        for name in (f.name for f in fields(cls)):
+            tensor = getattr(first, name)
+            if not isinstance(tensor, Tensor) or name in tensors:
+                continue
+            if tensor.dim() == 2:
+                tensors[name] = matrices(name)
+            else:
+                stacked = torch.stack([getattr(layer, name) for layer in layers])[:, None]
+                tensors[name] = stacked[:, None] if head and name in ("q_norm", "k_norm") else stacked
+        return cls(first.config, **tensors)
+
+    def __getitem__(self, layers: slice) -> LayerMaths:
+        """Some layers of a stack."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t[layers] for name, t in tensors.items() if isinstance(t, Tensor)})
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -236,7 +277,7 @@ class LayerMaths:
 
     def queries(self, h: Tensor, rotation: Rotation | None) -> Tensor:
         """q = RMSq(Q h), rotated; (B, N, D) to (B, H, N, K)."""
-        return self._heads(F.linear(h, self.q, self.q_bias), self.q_norm, rotation)
+        return self._heads(linear(h, self.q, self.q_bias), self.q_norm, rotation)
 
     def pairs(self, h: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """k = RMSk(K h), rotated, and v = V h; (B, N, D) to two of (B, G, N, K).
@@ -244,9 +285,9 @@ class LayerMaths:
         Of RMS(x) these are the temporary pairs k^, v^; of RMS(z) the persistent ones.
         """
         if self.kv is None:
-            k, v = F.linear(h, self.k, self.k_bias), F.linear(h, self.v, self.v_bias)
+            k, v = linear(h, self.k, self.k_bias), linear(h, self.v, self.v_bias)
         else:
-            k, v = F.linear(h, self.kv, self.kv_bias).chunk(2, dim=-1)
+            k, v = linear(h, self.kv, self.kv_bias).chunk(2, dim=-1)
         return self._heads(k, self.k_norm, rotation), self._heads(v, None, None)
 
     def _heads(self, u: Tensor, norm_weight: Tensor | None, rotation: Rotation | None) -> Tensor:
@@ -266,16 +307,16 @@ class LayerMaths:
 
     def attended(self, x: Tensor, a: Tensor) -> Tensor:
         """y = x + s O a, with the heads of a side by side, (..., H K)."""
-        return torch.add(x, F.linear(a, self.o, self.o_bias), alpha=self.config.branch_scale)
+        return torch.add(x, linear(a, self.o, self.o_bias), alpha=self.config.branch_scale)
 
     def mlp_inner(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The MLP's inner values before activation, up and (swiglu) gate, (..., F), from y (..., D)."""
         h = normalise(y, self.mlp_norm, self.config).to(self.compute_dtype)
-        return F.linear(h, self.up, self.up_bias), None if self.gate is None else F.linear(h, self.gate, self.gate_bias)
+        return linear(h, self.up, self.up_bias), None if self.gate is None else linear(h, self.gate, self.gate_bias)
 
     def finished(self, y: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
         """z = y + s MLP(RMS(y)), given the MLP's inner values."""
-        branch = F.linear(activate(up, gate, self.config), self.down, self.down_bias)
+        branch = linear(activate(up, gate, self.config), self.down, self.down_bias)
         return torch.add(y, branch, alpha=self.config.branch_scale)
 
 

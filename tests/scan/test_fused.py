@@ -184,12 +184,17 @@ def test_attention_kernels_compile_to_wide_loads() -> None:
 # --- what can't run says so ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fused", "wavefront"])
-def test_without_a_gpu_the_error_names_what_runs(name: str) -> None:
+def test_without_a_gpu_the_error_names_what_runs() -> None:
     model = tiny()
-    model.scan = name
+    model.scan = "fused"
     with pytest.raises(ValueError, match=r"can't run: .*model\.scan = 'tiled'"):
         model(random_tokens(1, 4))
+
+
+def test_a_wavefront_on_a_gpu_is_that_of_the_kernels_or_refused() -> None:
+    with pytest.raises(ValueError, match=r"'wavefront', which can't run: .*model\.scan = 'tiled'"):
+        choose_scan("wavefront", ModelConfig(d_model=8, n_heads=1, head_dim=300), torch.device("cuda"))
+    assert choose_scan("wavefront", ModelConfig(), CPU)[0] == "wavefront"
 
 
 def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,3 +245,24 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     name, why = choose_scan("auto", config, gpu, dtype=torch.float64)
     assert name == "tiled"
     assert "float64" in why
+
+
+@pytest.mark.parametrize(
+    ("options", "B", "N", "expected"),
+    [
+        ({}, None, None, "wavefront"),  # as `info` asks
+        ({}, 16, 256, "wavefront"),
+        ({}, 16, 64, "tiled"),
+        ({}, 1, 1, "tiled"),
+        ({}, 512, 256, "tiled"),
+        ({"layers": "first:1"}, 16, 256, "tiled"),
+        ({"d_model": 1024}, 1, 256, "tiled"),
+    ],
+    ids=["usual", "small", "short", "decoding", "rows", "alone", "wide"],
+)
+def test_on_a_cpu_layers_stand_side_by_side_where_products_are_small(
+    options: dict[str, Any], B: int | None, N: int | None, expected: str
+) -> None:
+    name, why = choose_scan("auto", ModelConfig(**options), CPU, batch_size=B, length=N)
+    assert name == expected
+    assert ("side by side" in why) == (name == "wavefront")

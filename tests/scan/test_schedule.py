@@ -17,6 +17,7 @@ from recurformer.scan.schedule import (
     choose_schedule,
     lowbit,
     naive_schedule,
+    waves,
 )
 
 SIDES = st.integers(0, 8).map(lambda e: 1 << e)
@@ -264,3 +265,41 @@ def test_the_chosen_schedule_moves_least(length: int, past: int):
     assert (chosen.length, chosen.past) == (length, past)
     for side in (None, *(chosen.leaf << e for e in range(math.ceil(math.log2(length)) + 1))):
         assert least <= attention_traffic(Schedule(length, past, side, chosen.leaf), 1, 4, 32, 2, 4).bytes
+
+
+# --- layers side by side ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_waves_do_everything_once_and_in_time(layers: int, chunk: int):
+    """Each layer meets positions that the layer below has finished, in order; backward the same from the other end."""
+    for length in (1, 3, 4, 5, 16, 31, 64, 100):
+        done = [0] * layers
+        found = waves(layers, length, chunk)
+        for wave in found:
+            before = list(done)
+            for layer, span in wave:
+                assert span.start == before[layer]
+                assert span.stop <= (length if layer == 0 else before[layer - 1])
+                assert span.stop - span.start == wave.length <= chunk
+                done[layer] = span.stop
+            behind = {one - other for one, other in pairwise(wave.starts)}
+            assert behind <= {chunk}
+        assert done == [length] * layers
+        # Backward: every layer above, and every later position of the layer itself, has been passed.
+        passed = [length] * (layers + 1)
+        passed[layers] = 0
+        for wave in reversed(found):
+            before = list(passed)
+            for layer, span in wave:
+                assert span.stop == before[layer]
+                assert span.start >= before[layer + 1]
+                passed[layer] = span.start
+        assert passed == [0] * (layers + 1)
+
+
+def test_a_part_of_a_wave_keeps_its_layers():
+    wave = waves(3, 48, 16)[2]
+    assert list(wave) == [(0, slice(32, 48)), (1, slice(16, 32)), (2, slice(0, 16))]
+    assert list(wave.part(slice(4, 10))) == [(0, slice(36, 42)), (1, slice(20, 26)), (2, slice(4, 10))]

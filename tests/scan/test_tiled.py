@@ -29,10 +29,10 @@ from torch import Tensor
 
 from recurformer import KVCache, LanguageModel, ModelConfig
 from recurformer.bench.memory import peak_memory
-from recurformer.model import Layer, Layout
+from recurformer.model import Layer, LayerMaths, Layout
 from recurformer.scan.blocks import Attention, Leaf, LeafGradients
 from recurformer.scan.reference import reference_scan
-from recurformer.scan.tiled import tiled_scan
+from recurformer.scan.tiled import stack_scan, tiled_scan
 
 # --- one layer and one call of it ------------------------------------------------------------------------------------
 
@@ -323,6 +323,173 @@ def test_inputs_and_gradients_are_left_alone(save: str):
     before = [t.detach().clone() for t in tensors]
     tiled(one, save=save, leaf=4)
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, before, strict=True))
+
+
+# --- several layers side by side -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one shape and a call of them, as `Case`."""
+
+    layers: list[Layer]
+    layout: Layout
+    x: Tensor
+    gz: Tensor
+    past: list[tuple[Tensor, Tensor]] | None
+
+    @property
+    def real(self) -> Tensor:
+        return Case(self.layers[0], self.layout, self.x, self.gz).real
+
+
+def stack(
+    B: int, N: int, *, L: int = 3, dtype: torch.dtype = torch.float64, mask: Tensor | None = None,
+    documents: Tensor | None = None, past: int = 0, past_mask: Tensor | None = None, **options: Any,
+) -> Stack:  # fmt: skip
+    """L layers with strong weights and random inputs, behind `past` remembered positions."""
+    model = tiny(dtype=dtype, n_layers=L, **options)
+    remembered = None
+    if past:
+        remembered = KVCache(model.config, B, dtype=dtype)
+        with torch.no_grad():
+            model(random_tokens(B, past), cache=remembered, attention_mask=past_mask)
+    layout = model._layout(B, N, mask, documents, remembered)
+    x, gz = torch.randn(2, B, N, model.config.d_model, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    layers, memory = [layer_of(model, l) for l in range(L)], None
+    if remembered is not None:
+        memory = [remembered.past(l) for l in range(L)]
+    made = Stack(layers, layout, x.to(dtype), gz.to(dtype), memory)
+    return replace(made, gz=made.gz * made.real[..., None])
+
+
+def one_after_the_other(
+    x: Tensor, maths: list[LayerMaths], layout: Layout, past: list[tuple[Tensor, Tensor]] | None
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """What `stack_scan` stands for, layer by layer with the reference."""
+    pairs = []
+    for l, layer in enumerate(maths):
+        x, keys, values = reference_scan(x, layer, layout, None if past is None else past[l])
+        pairs.append((keys, values))
+    return x, pairs
+
+
+def evaluate_stack(scan: Callable, one: Stack, **options: Any) -> dict[str, Tensor]:
+    """Outputs, persistent pairs of each layer and the gradients of the inputs and every parameter."""
+    x = one.x.detach().requires_grad_()
+    z, pairs = scan(x, [layer.maths() for layer in one.layers], one.layout, one.past, **options)
+    parameters = {f"{l}.{name}": p for l, layer in enumerate(one.layers) for name, p in layer.named_parameters()}
+    grads = torch.autograd.grad(z, [x, *parameters.values()], one.gz)
+    found = {"z": z[one.real], "x": grads[0], **dict(zip(parameters, grads[1:], strict=True))}
+    for l, (keys, values) in enumerate(pairs):
+        # Persistent pairs are held to the reference on their own scale, as gradients are.
+        found |= {f"keys {l}": keys.transpose(1, 2)[one.real], f"values {l}": values.transpose(1, 2)[one.real]}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def assert_stack_is_exact(one: Stack, **options: Any) -> None:
+    expected = evaluate_stack(one_after_the_other, one)
+    for save in ("minimal", "all"):
+        assert_same(evaluate_stack(stack_scan, one, save=save, **options), expected)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("N", [1, 2, 3, 5, 8, 31, 64, 100, 129])
+def test_a_stack_is_its_layers_one_after_the_other(N: int, B: int):
+    assert_stack_is_exact(stack(B, N))
+
+
+@pytest.mark.parametrize("options", LAYER_OPTIONS.values(), ids=LAYER_OPTIONS.keys())
+def test_options_of_a_stack(options: dict[str, Any]):
+    assert_stack_is_exact(stack(2, 21, L=2, **options), chunk=4, leaf=4)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{}, {"chunk": 8, "leaf": 2}, {"chunk": 64, "leaf": 4}, {"chunk": None, "leaf": 4}, {"chunk": 1, "leaf": 1}],
+    ids=["default", "leaves", "one-chunk", "pure", "pulls"],
+)
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_every_schedule_of_a_stack_is_exact(name: str, schedule: dict[str, Any]):
+    assert_stack_is_exact(stack(3, 37, **SITUATIONS[name]), **schedule)
+
+
+def test_blocks_of_a_stack_may_be_shorter_than_its_chunks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recurformer.scan.tiled.POSITION_BLOCK", 8)
+    assert_stack_is_exact(stack(2, 40), chunk=16, leaf=4)
+
+
+def test_a_stack_repeats_to_the_bit_whatever_fresh_memory_holds(request: pytest.FixtureRequest):
+    one = stack(3, 37, dtype=torch.float32, n_kv_heads=2, activation="swiglu", mask=MASK, position="rope")
+    modes = ("minimal", "all")
+    clean, again = ([evaluate_stack(stack_scan, one, save=save) for save in modes] for _ in range(2))
+    request.getfixturevalue("poisoned_memory")
+    poisoned = [evaluate_stack(stack_scan, one, save=save) for save in modes]
+    for first, second, third in zip(clean, again, poisoned, strict=True):
+        for name in first:
+            assert torch.isfinite(first[name]).all(), name
+            assert torch.equal(first[name], second[name]), name
+            assert torch.equal(first[name], third[name]), name
+
+
+def test_layers_of_a_stack_may_be_frozen_one_by_one():
+    one = stack(2, 37)
+    expected = evaluate_stack(one_after_the_other, one)
+    learning = {"0.q_proj.weight", "1.k_proj.weight", "2.attention_norm.weight", "2.down_proj.weight"}
+    leaves = {}
+    for l, layer in enumerate(one.layers):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(f"{l}.{name}" in learning)
+            leaves[f"{l}.{name}"] = parameter
+    z, _ = stack_scan(one.x, [layer.maths() for layer in one.layers], one.layout)
+    z.backward(one.gz)
+    assert {name for name, leaf in leaves.items() if leaf.grad is not None} == learning
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    assert_same(found, {name: expected[name] for name in found})
+    assert all(grad.untyped_storage().nbytes() == grad.nbytes for grad in found.values())
+
+
+def test_a_stack_under_bfloat16():
+    """Fresh weights, as in training; matrices in bf16, everything that is summed up in float32."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=2, n_heads=4))
+    layout, layers = model._layout(2, 65, None, None, None), [layer_of(model, l) for l in range(2)]
+    x, gz = torch.randn(2, 2, 65, 64, generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for dtype, scan in ((torch.float32, one_after_the_other), (torch.bfloat16, stack_scan)):
+        inputs = x.clone().requires_grad_()
+        z, _ = scan(inputs, [layer.maths(dtype) for layer in layers], layout, None)
+        names, parameters = zip(*model.layers.named_parameters(), strict=True)
+        grads = torch.autograd.grad(z, [inputs, *parameters], gz)
+        assert all(grad.dtype == torch.float32 for grad in (z, *grads))
+        outcomes.append({"z": z.detach(), "x": grads[0], **dict(zip(names, grads[1:], strict=True))})
+    for name, expected in outcomes[0].items():
+        assert relative_rms(outcomes[1][name], expected) <= 2e-2, name
+
+
+def test_models_of_both_kinds_stack_what_stands_together():
+    kinds = ("recurrent", "recurrent", "standard", "recurrent", "recurrent", "recurrent")
+    model = tiny(dtype=torch.float64, n_layers=6, layers=kinds)
+    tokens, outcomes = random_tokens(2, 37), []
+    for model.scan in ("reference", "wavefront"):
+        cache = KVCache(model.config, 2, dtype=torch.float64)
+        with torch.no_grad():
+            model(tokens[:, :5], cache=cache)
+            continued = model(tokens[:, 5:], cache=cache).logits
+        outcomes.append({"continued": continued, **gradients(model, loss_of(model, tokens))})
+    assert_all_close(outcomes[1], outcomes[0])
+
+
+def test_memory_of_a_stack_is_linear_in_the_length():
+    """For each layer as small as that of a layer by itself, at save="minimal"."""
+
+    def peak(N: int) -> float:
+        one = stack(2, N, dtype=torch.float32, n_heads=2)
+        return peak_memory(lambda: evaluate_stack(stack_scan, one, save="minimal")) / one.x.nbytes / len(one.layers)
+
+    short, long = peak(256), peak(1024)
+    assert 4 < long < 32
+    assert long < 1.1 * short
 
 
 # --- the autograd contract -------------------------------------------------------------------------------------------

@@ -114,7 +114,8 @@ def bench_prefill(settings: PrefillSettings, progress: Callable[[str, int, int],
         if kind == "recurrent":
             row["limit_tokens_per_s"] = streaming_limit(config, DTYPES[s.dtype], bandwidth, s.batch_size)
             if scan == "auto":
-                notes.append(f"auto for {preset} is {': '.join(choose_scan('auto', config, device))}")
+                choice = choose_scan("auto", config, device, batch_size=s.batch_size, length=s.length)
+                notes.append(f"auto for {preset} is {': '.join(choice)}")
         try:
             row |= _measure(s, config, scan, device)
             if kind == "recurrent":

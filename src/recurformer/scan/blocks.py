@@ -47,14 +47,11 @@ class Attention:
         E, self.R, self.N, self.K = q.shape
         self.B, self.G = batch, E // batch
 
-    @classmethod
-    def of(cls, layout: Layout, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None) -> Attention:
-        """From queries (B, H, N, K) and pairs (B, G, N, K) as a layer makes them; copies the pairs."""
-        (B, H, N, K), G = q.shape, k.shape[1]
-        acc = torch.promote_types(q.dtype, torch.float32)
-        scaled = (q.to(acc) * K**-0.5).reshape(B * G, H // G, N, K).contiguous()
-        k, v = (t.to(acc, copy=True, memory_format=torch.contiguous_format).view(B * G, N, K) for t in (k, v))
-        return cls(layout, B, scaled, k, v, past)
+    def fill(self, positions: slice, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Take over queries (B, H, n, K) and pairs (B, G, n, K) of a range of positions as a layer makes them."""
+        n = positions.stop - positions.start
+        torch.mul(q.to(self.q.dtype).reshape(-1, self.R, n, self.K), self.K**-0.5, out=self.q[:, :, positions])
+        self.k[:, positions], self.v[:, positions] = (t.reshape(-1, n, self.K) for t in (k, v))
 
     def new_state(self, length: int) -> State:
         """The state of `length` queries that have met nothing."""
@@ -131,56 +128,75 @@ class Attention:
 class Leaf:
     """The pairs of one leaf as its queries read them, one after the other; one object serves all leaves of a call.
 
+    Several layers, each at a leaf of its own, are read side by side: their rows E follow each other.
+
     What a query has met before the leaf, a normalised state, counts as one more key in front of the leaf's own: its
     score is the state's log-sum-exp, its value the state's output, which differs from query to query.
     """
 
-    def __init__(self, attention: Attention, side: int) -> None:
-        self.attention = attention
+    def __init__(self, attention: Attention, side: int, layers: int = 1) -> None:
+        """Make room.
+
+        Args:
+            attention: of one of the layers, which are all of one shape.
+            side: the most positions of a leaf.
+        """
         q, B, G, R, K = attention.q, attention.B, attention.G, attention.R, attention.K
-        self.k, self.v = q.new_zeros(2, B * G, 1 + side, K)  # slot 0: of the state, zero in both
-        self.scores = q.new_zeros(B * G, R, side, 1 + side)  # before the product of queries and keys
+        self.E = B * G
+        E = layers * self.E
+        self.k, self.v = q.new_zeros(2, E, 1 + side, K)  # slot 0: of the state, zero in both
+        self.scores = q.new_zeros(E, R, side, 1 + side)  # before the product of queries and keys
+        self.q, self.o = q.new_zeros(2, E, R, side, K)
         # Views for every row, made once: in the loop over positions each would cost as much as a small operation.
         upto = [slice(0, row + 2) for row in range(side)]
         self.k_upto = [self.k[:, slots].transpose(1, 2) for slots in upto]
         self.v_upto = [self.v[:, slots] for slots in upto]
         self.scores_upto = [self.scores[:, :, row, slots] for row, slots in enumerate(upto)]
-        self.k_slots, self.v_slots = (t.view(B, G, 1 + side, 1, K).unbind(2)[1:] for t in (self.k, self.v))
-
-    def begin(self, state: State, positions: slice) -> None:
-        """Take over temporary pairs and complete states of the leaf's positions."""
-        self.positions, n = positions, positions.stop - positions.start
-        m, l, acc = (t[:, :, positions] for t in state)
-        self.k[:, 1 : n + 1], self.v[:, 1 : n + 1] = (t[:, positions] for t in (self.attention.k, self.attention.v))
-        self.scores[:, :, :n, 0] = m + l.log()  # -inf where nothing has been met
-        bias = self.attention.leaf_bias(positions)
-        if bias is not None:
-            self.scores.unflatten(0, (self.attention.B, -1))[..., :n, 1 : n + 1] = bias
-        self.o = (acc / l.clamp_min(torch.finfo(l.dtype).tiny)[..., None]).unbind(2)
-        self.q = self.attention.q[:, :, positions].unbind(2)
+        self.q_rows, self.o_rows = self.q.unbind(2), self.o.unbind(2)
+        self.k_slots, self.v_slots = (
+            t.view(layers, B, G, 1 + side, K).transpose(1, 2).unbind(3)[1:] for t in (self.k, self.v)
+        )
         self.peaks: list[tuple[Tensor, Tensor]] = []
 
+    def begin(self, layer: int, attention: Attention, state: State, positions: slice, origin: int = 0) -> None:
+        """Take over a layer's temporary pairs and complete states of the leaf's positions.
+
+        Args:
+            layer: its place among those side by side.
+            origin: the first query of the state.
+        """
+        n, rows = positions.stop - positions.start, slice(layer * self.E, (layer + 1) * self.E)
+        m, l, acc = (t[:, :, positions.start - origin : positions.stop - origin] for t in state)
+        self.k[rows, 1 : n + 1], self.v[rows, 1 : n + 1] = attention.k[:, positions], attention.v[:, positions]
+        self.scores[rows, :, :n, 0] = m + l.log()  # -inf where nothing has been met
+        bias = attention.leaf_bias(positions)
+        if bias is not None:
+            self.scores[rows].unflatten(0, (attention.B, -1))[..., :n, 1 : n + 1] = bias
+        torch.div(acc, l.clamp_min(torch.finfo(l.dtype).tiny)[..., None], out=self.o[rows, :, :n])
+        self.q[rows, :, :n] = attention.q[:, :, positions]
+        self.peaks = []
+
     def read(self, row: int) -> Tensor:
-        """Attention output (E, R, K) of one position: state, leaf, and its own slot."""
-        s = torch.baddbmm(self.scores_upto[row], self.q[row], self.k_upto[row])
+        """Attention outputs (E, R, K) of one position of each layer: state, leaf, and its own slot."""
+        s = torch.baddbmm(self.scores_upto[row], self.q_rows[row], self.k_upto[row])
         p = s.softmax(dim=-1)
         self.peaks.append((s.amax(-1), p.amax(-1)))
-        return torch.baddbmm(p[..., :1] * self.o[row], p, self.v_upto[row])
+        return torch.baddbmm(p[..., :1] * self.o_rows[row], p, self.v_upto[row])
 
     def log_sum_exp(self) -> Tensor:
-        """Of all scores of a position, (E, R, S): the largest of them less the logarithm of its probability."""
+        """Of all scores of a position, (layers, E, R, S): the largest of them less the logarithm of its probability."""
         s, p = (torch.stack(peaks, dim=-1) for peaks in zip(*self.peaks, strict=True))
-        return s - p.log()
+        return (s - p.log()).unflatten(0, (-1, self.E))
 
     def set_pair(self, row: int, k: Tensor, v: Tensor) -> None:
-        """Put the persistent pair (B, G, 1, K) of a position into its slot."""
+        """Put the persistent pairs (layers, G, B, K) of a position into their slots."""
         self.k_slots[row].copy_(k)
         self.v_slots[row].copy_(v)
 
-    def end(self) -> None:
-        """Hand the persistent pairs to the blocks of later queries."""
-        slots = slice(1, 1 + self.positions.stop - self.positions.start)
-        self.attention.k[:, self.positions], self.attention.v[:, self.positions] = self.k[:, slots], self.v[:, slots]
+    def end(self, layer: int, attention: Attention, positions: slice) -> None:
+        """Hand a layer's persistent pairs to the blocks of later queries."""
+        slots, rows = slice(1, 1 + positions.stop - positions.start), slice(layer * self.E, (layer + 1) * self.E)
+        attention.k[:, positions], attention.v[:, positions] = self.k[rows, slots], self.v[rows, slots]
 
 
 class LeafGradients:
@@ -190,38 +206,50 @@ class LeafGradients:
     is. Keys and values stand beside each other, (B, 2, G, ...), so that one product serves both.
     """
 
-    def __init__(self, attention: Attention, positions: slice, lse: Tensor, gkv: Tensor) -> None:
-        """Begin a leaf.
+    def __init__(self, attentions: list[Attention], spans: list[slice], lse: list[Tensor], gkv: list[Tensor]) -> None:
+        """Begin a leaf of each layer.
 
         Args:
-            lse: (E, R, N).
-            gkv: (B, 2, G, N, K), what queries behind the leaf have sent to its pairs.
+            attentions, spans: of each layer, and its n positions.
+            lse: of each layer, (E, R, N).
+            gkv: of each layer, (B, 2, G, N, K), what queries behind the leaf have sent to its pairs.
         """
-        B, G, R, K, n = attention.B, attention.G, attention.R, attention.K, positions.stop - positions.start
-        q, k = attention.q[:, :, positions], attention.k[:, positions]
-        p = attention.scores(positions, positions, k).sub_(lse[:, :, positions].flatten(1)[..., None]).exp_()
-        p = p.view(B, G, R, n, n)
-        by_key = q.new_zeros(B, 2, G, n, R, n)  # gradients of scores, zero until known, and probabilities
-        by_key[:, 1] = p.permute(0, 1, 4, 2, 3)
-        met = q.new_zeros(B, 2, G, R, n, K)  # what they are multiplied with: queries and ga
-        met[:, 0] = q.view(B, G, R, n, K)
-        self.ga, self.met = met[:, 1], met.view(-1, R * n, K)
-        self.v = attention.v[:, positions].transpose(1, 2)
+        one, L, n = attentions[0], len(attentions), spans[0].stop - spans[0].start
+        B, G, R, K = one.B, one.G, one.R, one.K
+        by_key = one.q.new_zeros(L, B, 2, G, n, R, n)  # gradients of scores, zero until known, and probabilities
+        met = one.q.new_zeros(L, B, 2, G, R, n, K)  # what they are multiplied with: queries and ga
+        p = one.q.new_empty(L, B, G, R, n, n)
+        for layer, (attention, span) in enumerate(zip(attentions, spans, strict=True)):
+            scores = attention.scores(span, span, attention.k[:, span])
+            torch.exp(scores.sub_(lse[layer][:, :, span].flatten(1)[..., None]).view_as(p[layer]), out=p[layer])
+            met[layer, :, 0] = attention.q[:, :, span].view(B, G, R, n, K)
+        by_key[:, :, 1] = p.permute(0, 1, 2, 5, 3, 4)
+        self.ga, self.met = met[:, :, 1], met.view(-1, R * n, K)
+        self.v = torch.cat([t.v[:, span] for t, span in zip(attentions, spans, strict=True)]).transpose(1, 2)
         # Views for every row, made once.
-        self.sent_before = gkv[:, :, :, positions].reshape(-1, n, K).split(1, dim=1)
+        sent = [t[:, :, :, span].reshape(-1, n, K) for t, span in zip(gkv, spans, strict=True)]
+        self.sent_before = torch.cat(sent).split(1, dim=1)
         self.by_key = by_key.view(-1, n, R * n).split(1, dim=1)
-        self.p_rows, self.ga_rows = p.unbind(3), self.ga.unbind(3)
-        self.ds_rows = by_key[:, 0].transpose(2, 3).unbind(-1)
+        self.p_rows, self.ga_rows = p.unbind(4), self.ga.unbind(4)
+        self.ds = by_key[:, :, 0]  # (layers, B, G, keys, R, queries)
+        self.ds_rows = self.ds.transpose(3, 4).unbind(-1)
 
-    def pair(self, row: int, out: Tensor) -> None:
-        """Write the complete gradient of a pair, key beside value, into (B 2 G, 1, K)."""
-        torch.baddbmm(self.sent_before[row], self.by_key[row], self.met, out=out)
+    def pair(self, row: int) -> Tensor:
+        """The complete gradients of a position's pairs, key beside value, (layers B 2 G, 1, K)."""
+        return torch.baddbmm(self.sent_before[row], self.by_key[row], self.met)
 
     def meet(self, row: int, ga: Tensor, a: Tensor) -> None:
-        """Take in the gradient ga of a position's attention output a, both (E, R, K)."""
-        self.ga_rows[row].copy_(ga.view_as(self.ga_rows[row]))
-        ds = torch.bmm(ga, self.v).sub_((ga * a).sum(-1, keepdim=True))
-        torch.mul(ds.view_as(self.p_rows[row]), self.p_rows[row], out=self.ds_rows[row])
+        """Take in the gradients ga of a position's attention outputs a, both (layers, B, H K)."""
+        ga_row, p = self.ga_rows[row], self.p_rows[row]
+        ga, a = ga.view(ga_row.shape), a.view(ga_row.shape)
+        ga_row.copy_(ga)
+        ds = torch.bmm(ga.view(-1, *ga.shape[3:]), self.v).view(p.shape).sub_((ga * a).sum(-1, keepdim=True))
+        torch.mul(ds, p, out=self.ds_rows[row])
+
+    def queries(self, layer: int, k: Tensor) -> Tensor:
+        """What a leaf's keys k (E, n, K) send to the gradients of its scaled queries, (E, R, n, K), at its end."""
+        ds = self.ds[layer].permute(0, 1, 3, 4, 2)  # (B, G, R, n, keys)
+        return torch.bmm(ds.reshape(k.shape[0], -1, k.shape[1]), k).unflatten(1, (ds.shape[2], -1))
 
 
 def cut(span: slice, length: int) -> Iterator[slice]:

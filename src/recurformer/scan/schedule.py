@@ -127,6 +127,48 @@ class Schedule:
                 yield LeafStep(positions, pull, self.push(positions.stop - 1, chunk))
 
 
+# --- several layers side by side -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Consecutive layers at work side by side, each on `length` positions from its own start."""
+
+    layers: range
+    starts: list[int]  # multiples of the chunk, which each layer is behind the one before it
+    length: int
+
+    def spans(self) -> list[slice]:
+        """The positions of each layer."""
+        return [slice(start, start + self.length) for start in self.starts]
+
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        """Each layer with its positions."""
+        return zip(self.layers, self.spans(), strict=True)
+
+    def part(self, offsets: slice) -> Wave:
+        """The same layers at some of their positions, which count from each layer's start."""
+        return Wave(self.layers, [start + offsets.start for start in self.starts], offsets.stop - offsets.start)
+
+
+def waves(layers: int, length: int, chunk: int) -> list[Wave]:
+    """A stack of layers over chunks of positions: layer l is at chunk w - l at step w; the backward is the reverse.
+
+    All layers of a wave have as many positions to do, so that a last chunk that is shorter goes by itself.
+    """
+    count, found = -(-length // chunk), []
+    for w in range(count + layers - 1):
+        active = range(max(0, w - count + 1), min(layers, w + 1))
+        starts = [(w - layer) * chunk for layer in active]
+        rest = length - starts[0]
+        if rest < chunk:
+            found.append(Wave(active[:1], starts[:1], rest))
+            active, starts = active[1:], starts[1:]
+        if active:
+            found.append(Wave(active, starts, chunk))
+    return found
+
+
 # --- HBM traffic -----------------------------------------------------------------------------------------------------
 
 

@@ -17,23 +17,23 @@ Shapes here: E = B G rows of the attention products, R = H / G query heads that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recurformer.scan.blocks import Attention, Leaf, LeafGradients, cut
-from recurformer.scan.schedule import LeafStep, Schedule, choose_schedule
+from recurformer.scan.schedule import LeafStep, Schedule, Wave, choose_schedule, waves
 
 if TYPE_CHECKING:
     from recurformer.config import ModelConfig
     from recurformer.model import LayerMaths, Layout, Rotation
 
+STACK_LEAF = 16  # as LEAF, of layers side by side: also what each is behind the one below
 LEAF = 32  # positions that read each other directly: launches are what a small tile costs
 POSITION_BLOCK = 64  # positions whose parallel part of the backward is done together; half, where memory counts
 ONE_THREAD = 2**22  # multiply-adds of a position's largest product up to which the loop runs on one CPU thread
@@ -43,115 +43,175 @@ pick_schedule = lru_cache(maxsize=256)(choose_schedule)
 
 
 def tiled_scan(
-    x: Tensor,
-    layer: LayerMaths,
-    layout: Layout,
-    past: tuple[Tensor, Tensor] | None = None,
-    *,
-    chunk: int | str | None = "auto",
-    leaf: int = LEAF,
-    save: str = "auto",
+    x: Tensor, layer: LayerMaths, layout: Layout, past: tuple[Tensor, Tensor] | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs and persistent pairs of one recurrent layer; arguments and results as `reference_scan`.
 
+    Options are those of `stack_scan`.
+    """
+    z, ((keys, values),) = stack_scan(x, [layer], layout, [past], **options)
+    return z, keys, values
+
+
+def stack_scan(
+    x: Tensor,
+    layers: Sequence[LayerMaths],
+    layout: Layout,
+    past: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    *,
+    chunk: int | str | None = "auto",
+    leaf: int | None = None,
+    save: str = "auto",
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Outputs of the last of several recurrent layers of one shape, and the persistent pairs of each.
+
     Args:
-        x, layer, layout, past: see `reference_scan`.
-        chunk: C of the two-level schedule, a power of two; None: pure tiling; "auto": least modelled HBM traffic.
+        x: (B, N, D), the first layer's inputs.
+        layers: their maths and weights.
+        layout: positions, padding, documents.
+        past: of each layer, keys and values (B, G, P, K), constants; None: there are none.
+        chunk: C of the two-level schedule, a power of two, by which a layer is behind the one below; None: pure tiling,
+            one layer after the other; "auto": for one layer, least modelled HBM traffic; for several, one leaf.
         leaf: S, a power of two, positions that read each other directly, with memory for S^2 scores a head; 1 is the
-            paper's algorithm to the letter.
+            paper's algorithm to the letter. None: LEAF for one layer, STACK_LEAF for several.
         save: what the forward keeps for the backward: "minimal" (inputs and outputs; the rest is recomputed in
             parallel), "all" (queries, pairs, attention outputs and the MLP's inner values), or "auto", by size.
+
+    Returns:
+        z (B, N, D), and a pair of keys and values (B, G, N, K) for each layer.
 
     Raises:
         ValueError: for a chunk or leaf that is no power of two, or an unknown `save`.
     """
     if torch.compiler.is_compiling():  # loops of thousands of operations: as one graph they take minutes to compile
-        eager: Any = torch.compiler.disable(tiled_scan)
-        return eager(x, layer, layout, past, chunk=chunk, leaf=leaf, save=save)
-    config = layer.config
+        eager: Any = torch.compiler.disable(stack_scan)
+        return eager(x, layers, layout, past, chunk=chunk, leaf=leaf, save=save)
+    config = layers[0].config
     if save not in ("auto", "minimal", "all"):
         raise ValueError(f"save is {save!r}; choose 'auto', 'minimal' or 'all'")
+    if leaf is None:
+        leaf = LEAF if len(layers) == 1 else STACK_LEAF
     if isinstance(chunk, str):
         if chunk != "auto":
             raise ValueError(f"chunk is {chunk!r}; give a power of two, None (pure tiling) or 'auto'")
-        schedule = pick_schedule(layout.length, layout.past, leaf, config.head_width, config.n_heads, config.kv_heads)
+        if len(layers) == 1:
+            sizes = (config.head_width, config.n_heads, config.kv_heads)
+            schedule = pick_schedule(layout.length, layout.past, leaf, *sizes)
+        else:
+            schedule = Schedule(layout.length, layout.past, leaf, leaf)
     else:
         schedule = Schedule(layout.length, layout.past, chunk, leaf)
-    tensors = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "config"}
+    names = [f.name for f in fields(layers[0]) if f.name not in ("config", "kv", "kv_bias")]  # packed ones repeat k, v
+    tensors = [getattr(layer, name) for layer in layers for name in names]
     keep = save == "all"
     if save == "auto":
-        inner = config.mlp_width * (1 if layer.gate is None else 2)
+        inner = config.mlp_width * (1 if layers[0].gate is None else 2)
         per_position = 2 * (config.n_heads + config.kv_heads) * config.head_width + inner  # q and a, k and v, MLP
         keep = x.shape[0] * x.shape[1] * per_position * 4 <= KEEP_BYTES
-    keep = keep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors.values()))
-    call = Call(config, layout, past, schedule, keep, tuple(tensors))
-    return TiledScan.apply(x, call, *tensors.values())  # pyright: ignore[reportReturnType]
+    keep = keep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    remembered: list[tuple[Tensor, Tensor] | None] = [None] * len(layers) if past is None else list(past)
+    call = Call(config, layout, remembered, schedule, keep, names)
+    z, keys, values = TiledScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
+    return z, list(zip(keys, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is no differentiable tensor in one evaluation of a layer."""
+    """What is no differentiable tensor in one evaluation of a stack of layers."""
 
     config: ModelConfig
     layout: Layout
-    past: tuple[Tensor, Tensor] | None
+    past: list[tuple[Tensor, Tensor] | None]  # of each layer
     schedule: Schedule
     keep: bool
-    names: tuple[str, ...]  # of the tensors of LayerMaths
+    names: list[str]  # of the tensors of LayerMaths
 
-    def layer(self, tensors: Any) -> LayerMaths:
+    def layers(self, tensors: Sequence[Any]) -> list[LayerMaths]:
+        """The stack, given the tensors of its first layer, its second, ..."""
         from recurformer.model import LayerMaths
 
-        return LayerMaths(self.config, **dict(zip(self.names, tensors, strict=True)))
+        count = len(self.names)
+        each = [tensors[start : start + count] for start in range(0, len(tensors), count)]
+        return [LayerMaths(self.config, **dict(zip(self.names, some, strict=True))) for some in each]
+
+    @cached_property
+    def waves(self) -> list[Wave]:
+        """Which layers work where; a layer by itself does all its positions at once."""
+        N, L = self.layout.length, len(self.past)
+        return waves(L, N, N if L == 1 else self.schedule.chunk_length)
+
+    @cached_property
+    def leaves(self) -> list[LeafStep]:
+        return list(self.schedule.leaves())
+
+    def leaves_of(self, wave: Wave) -> list[list[LeafStep]]:
+        """The steps of a wave, for each its leaves, one of every layer."""
+        side = self.schedule.leaf
+        count = -(-wave.length // side)
+        return [[self.leaves[start // side + n] for start in wave.starts] for n in range(count)]
 
 
 class TiledScan(torch.autograd.Function):
-    """One layer as a pure function of its input and weights."""
+    """A stack of layers as a pure function of its input and weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        layer, layout, schedule = call.layer(tensors), call.layout, call.schedule
-        config, rotation = call.config, call.layout.rotation
-        B, N, _ = x.shape
-        h = layer.attention_input(x)
-        attention = Attention.of(layout, layer.queries(h, rotation), *layer.pairs(h, rotation), call.past)
-        del h
-        state, leaf = attention.new_state(N), Leaf(attention, schedule.leaf)
-        # Position-major from here: what belongs to a position is one piece of memory.
-        x_rows = x.transpose(0, 1).contiguous().unbind(0)
-        z = x.new_empty(N, B, x.shape[2])
-        z_rows = z.unbind(0)
-        kept = Kept.empty(call, layer, attention) if call.keep else None
+        from recurformer.model import LayerMaths
 
-        small = layer.packed()
-        for positions, pull, push in schedule.leaves():
-            if pull is not None:
-                attention.absorb(state, pull.queries, pull.keys)
-            leaf.begin(state, positions)
-            with few_threads(x, config), torch.inference_mode():
-                for row, i in enumerate(range(positions.start, positions.stop)):
-                    a = leaf.read(row)
-                    y = small.attended(x_rows[i], a.view(B, -1).to(small.compute_dtype))
-                    up, gate = small.mlp_inner(y)
-                    z_i = small.finished(y, up, gate)
-                    h_z = small.attention_input(z_i)[:, None]
-                    leaf.set_pair(row, *small.pairs(h_z, None if rotation is None else rotation[i : i + 1]))
-                    z_rows[i].copy_(z_i)
-                    if kept is not None:
-                        kept.store(i, a, up, gate)
-            leaf.end()
-            if kept is not None:
-                kept.lse[:, :, positions] = leaf.log_sum_exp()
-            if push is not None:
-                attention.absorb(state, push.queries, push.keys)
+        layers, config, rotation = call.layers(tensors), call.config, call.layout.rotation
+        (B, N, D), L, side = x.shape, len(layers), call.schedule.leaf
+        pairs = Pairs.empty(call, x)
+        attentions = pairs.attentions(call)
+        kept = Kept.empty(call, layers[0], pairs.q) if call.keep else None
+        z = x.new_empty(L, N, B, D)  # position-major: what belongs to a position is one piece of memory
+        inputs = [x, *z[:-1].transpose(1, 2)]  # (B, N, D)
+        stack = LayerMaths.stack(layers, by_column=True)
 
-        z = z.transpose(0, 1)
-        keys, values = (t.view(B, config.kv_heads, N, -1).to(layer.compute_dtype) for t in (attention.k, attention.v))
-        ctx.save_for_backward(x, z, *tensors, *(kept or ()))
+        for wave in call.waves:
+            for l, span in wave:
+                h = layers[l].attention_input(inputs[l][:, span])
+                turned = None if rotation is None else rotation[span]
+                attentions[l].fill(span, layers[l].queries(h, turned), *layers[l].pairs(h, turned))
+            states = [attentions[l].new_state(wave.length) for l in wave.layers]
+            leaf = Leaf(attentions[0], min(side, wave.length), len(states))
+            small = stack[wave.layers.start : wave.layers.stop]
+            x_rows = torch.stack([inputs[l][:, span].transpose(0, 1) for l, span in wave], dim=1).unbind(0)
+            z_rows = beside(z, wave).unbind(1)
+            kept_rows = [] if kept is None else [beside(t, wave).unbind(1) for t in kept.by_position()]
+            for steps in call.leaves_of(wave):
+                works = list(zip([attentions[l] for l in wave.layers], states, steps, wave.starts, strict=True))
+                for place, (attention, state, step, origin) in enumerate(works):
+                    if step.pull is not None:
+                        attention.absorb(state, step.pull.queries, step.pull.keys, origin)
+                    leaf.begin(place, attention, state, step.positions, origin)
+                spans = [step.positions for step in steps]
+                turns = turns_of(rotation, spans)
+                first = spans[0].start - wave.starts[0]
+                with few_threads(x, config, len(steps)), torch.inference_mode():
+                    for row in range(spans[0].stop - spans[0].start):
+                        a = leaf.read(row).view(len(steps), B, -1)
+                        y = small.attended(x_rows[first + row], a.to(small.compute_dtype))
+                        up, gate = small.mlp_inner(y)
+                        z_i = small.finished(y, up, gate)
+                        leaf.set_pair(row, *small.pairs(small.attention_input(z_i), turns[row]))
+                        z_rows[first + row].copy_(z_i)
+                        for rows_of_one, made in zip(kept_rows, (a, up, gate), strict=False):
+                            rows_of_one[first + row].copy_(made)
+                for place, (attention, state, step, origin) in enumerate(works):
+                    leaf.end(place, attention, step.positions)
+                    if step.push is not None:
+                        attention.absorb(state, step.push.queries, step.push.keys, origin)
+                if kept is not None:
+                    for l, span, lse in zip(wave.layers, spans, leaf.log_sum_exp(), strict=True):
+                        kept.lse[l][:, :, span] = lse
+
+        shape = (L, B, config.kv_heads, N, -1)
+        keys, values = (t.view(shape).to(layers[0].compute_dtype) for t in (pairs.k, pairs.v))
+        ctx.save_for_backward(x, z, *tensors, *((*pairs, *kept) if kept is not None else ()))
         ctx.call = call
         ctx.mark_non_differentiable(keys, values)  # the cache holds constants
         ctx.set_materialize_grads(False)
-        return z, keys, values
+        return z[-1].transpose(0, 1), keys, values
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -160,31 +220,57 @@ class TiledScan(torch.autograd.Function):
                 "the tiled scan has no second derivative (create_graph=True); set model.scan = 'reference', which has"
             )
         call: Call = ctx.call
-        gz_out = incoming[0]
+        gz_out, count = incoming[0], len(call.names) * len(call.past)
         if gz_out is None:
-            return (None,) * (2 + len(call.names))
+            return (None,) * (2 + count)
         x, z, *rest = ctx.saved_tensors
-        tensors, kept = rest[: len(call.names)], Kept(*rest[len(call.names) :]) if call.keep else None
-        wanted = {name for name, need in zip(call.names, ctx.needs_input_grad[2:], strict=True) if need}
+        tensors, known = rest[:count], rest[count:]
+        pairs, kept = (Pairs(*known[:3]), Kept(*known[3:])) if call.keep else (None, None)
+        needed = ctx.needs_input_grad[2:]
+        wanted = {name for name, need in zip(call.names * len(call.past), needed, strict=True) if need}
         with torch.autocast(x.device.type, enabled=False):
-            gx, gradients = Backward(call, call.layer(tensors), x, z, kept, wanted).run(gz_out)
-        return (gx, None, *(gradients.get(name) for name in call.names))
+            gx, gradients = Backward(call, call.layers(tensors), x, z, pairs, kept, wanted).run(gz_out)
+        found = [
+            gradients[name][l] if name in gradients else None for l in range(len(call.past)) for name in call.names
+        ]
+        return (gx, None, *(g if need else None for g, need in zip(found, needed, strict=True)))
 
 
 def rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The views of each tensor at every index of its first dimension."""
-    return [tensor.unbind(0) for tensor in tensors]
+    """The views of each tensor, (layers, n, ...), at every position."""
+    return [tensor.unbind(1) for tensor in tensors]
+
+
+def beside(t: Tensor, wave: Wave) -> Tensor:
+    """Of t (L, N, ...), what the layers of a wave have at their positions, (layers, n, ...): a view."""
+    behind = wave.starts[0] - wave.starts[1] if len(wave.starts) > 1 else 0
+    first = t[wave.layers.start, wave.starts[0] : wave.starts[0] + wave.length]
+    strides = (t.stride(0) - behind * t.stride(1), *first.stride())
+    return t.as_strided((len(wave.layers), *first.shape), strides, first.storage_offset())
+
+
+def turns_of(rotation: Rotation | None, spans: list[slice]) -> list[Rotation | None]:
+    """For each of n positions, the rotation of several layers' heads there, angles (layers, 1, B or 1, K/2)."""
+    if rotation is None:
+        return [None] * (spans[0].stop - spans[0].start)
+    each = [rotation[span] for span in spans]
+    cos, sin = (
+        torch.cat(parts, dim=1).permute(2, 1, 0, 3) for parts in zip(*((r.cos, r.sin) for r in each), strict=True)
+    )
+    return [replace(rotation, cos=c[:, None], sin=s[:, None]) for c, s in zip(cos, sin, strict=True)]
 
 
 @contextmanager
-def few_threads(x: Tensor, config: ModelConfig) -> Iterator[None]:
+def few_threads(x: Tensor, config: ModelConfig, layers: int) -> Iterator[None]:
     """One thread while small products follow each other on a CPU.
 
     A second thread gains little on a product of B rows and has to be waited for after each: where a neighbour holds its
-    core, thousands of such waits make the loop many times slower.
+    core, thousands of such waits make the loop many times slower. Products of several layers side by side share out
+    better.
     """
     threads = torch.get_num_threads()
-    if x.device.type != "cpu" or threads == 1 or x.shape[0] * x.shape[2] * config.mlp_width > ONE_THREAD:
+    work = x.shape[0] * x.shape[2] * config.mlp_width * layers
+    if x.device.type != "cpu" or threads == 1 or work > ONE_THREAD:
         yield
         return
     torch.set_num_threads(1)
@@ -194,45 +280,61 @@ def few_threads(x: Tensor, config: ModelConfig) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Kept(NamedTuple):
-    """What save="all" keeps for the backward."""
+class Pairs(NamedTuple):
+    """Queries and pairs of each layer in the accumulation dtype."""
 
-    q: Tensor  # (E, R, N, K), scaled
-    k: Tensor  # (E, N, K), persistent
+    q: Tensor  # (L, E, R, N, K), scaled
+    k: Tensor  # (L, E, N, K), persistent once they are known
     v: Tensor
-    a: Tensor  # (N, E, R, K)
-    lse: Tensor  # (E, R, N)
-    up: Tensor  # (N, B, F)
-    gate: Tensor | None  # (N, B, F), swiglu
 
     @classmethod
-    def empty(cls, call: Call, layer: LayerMaths, attention: Attention) -> Kept:
-        q, shape = attention.q, (attention.N, attention.B, call.config.mlp_width)
-        up = q.new_empty(shape, dtype=layer.compute_dtype)
-        gate = None if layer.gate is None else torch.empty_like(up)
-        a = q.new_empty(attention.N, *q.shape[:2], attention.K)
-        return cls(q, attention.k, attention.v, a, q.new_empty(q.shape[:3]), up, gate)
+    def empty(cls, call: Call, x: Tensor) -> Pairs:
+        config, (B, N, _), L = call.config, x.shape, len(call.past)
+        G, K = config.kv_heads, config.head_width
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        q = x.new_empty(L, B * G, config.n_heads // G, N, K, dtype=dtype)
+        return cls(q, *(x.new_empty(L, B * G, N, K, dtype=dtype) for _ in range(2)))
 
-    def store(self, position: int, a: Tensor, up: Tensor, gate: Tensor | None) -> None:
-        self.a[position].copy_(a)
-        self.up[position].copy_(up)
-        if self.gate is not None and gate is not None:
-            self.gate[position].copy_(gate)
+    def attentions(self, call: Call) -> list[Attention]:
+        """Of each layer."""
+        B = self.k.shape[1] // call.config.kv_heads
+        return [Attention(call.layout, B, *each) for each in zip(*self, call.past, strict=True)]
+
+
+class Kept(NamedTuple):
+    """What save="all" keeps for the backward besides queries and pairs."""
+
+    lse: Tensor  # (L, E, R, N)
+    a: Tensor  # (L, N, B, H K)
+    up: Tensor  # (L, N, B, F)
+    gate: Tensor | None  # (L, N, B, F), swiglu
+
+    @classmethod
+    def empty(cls, call: Call, layer: LayerMaths, q: Tensor) -> Kept:
+        config, (L, E, _, N, _) = call.config, q.shape
+        B = E // config.kv_heads
+        up = q.new_empty(L, N, B, config.mlp_width, dtype=layer.compute_dtype)
+        a = q.new_empty(L, N, B, config.n_heads * config.head_width)
+        return cls(q.new_empty(q.shape[:4]), a, up, None if layer.gate is None else torch.empty_like(up))
+
+    def by_position(self) -> list[Tensor]:
+        """a, up and, where there is one, gate."""
+        return [t for t in (self.a, self.up, self.gate) if t is not None]
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
 class NormTape:
-    """A norm's input, normalised, for its backward: `output = xhat * weight`, statistics in the accumulation dtype.
+    """A norm's input (layers, n, ..., width), normalised, for its backward: `output = xhat * weight`.
 
     With xhat = (x - mean x) rstd, the gradient of x is
     `rstd weight g - mean(rstd weight g) - xhat rstd mean(g output)`. RMS has no mean and no second term.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, config: ModelConfig) -> None:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self.centred, weight = config.norm == "layer", weight.to(x.dtype)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics in the accumulation dtype
+        self.centred, weight = config.norm == "layer", weight.to(x.dtype)[:, None]
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         rstd = (x.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
@@ -243,7 +345,7 @@ class NormTape:
         )
 
     def backward(self, g: Tensor, row: int, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """Gradient of the input at `row` of the first dimension, given that of the output; plus the residual's."""
+        """Gradient of the input at a position, given that of the output; plus the residual's."""
         along = (g * self.output_rows[row]).sum(-1, keepdim=True)
         slope = self.slope_rows[row]
         gx = g * slope if residual is None else torch.addcmul(residual, g, slope, out=out)
@@ -252,224 +354,305 @@ class NormTape:
         return gx.addcmul_(self.pull_rows[row], along)
 
     def weight_gradient(self, g: Tensor) -> Tensor:
-        """Sum over everything but the normalised dimension."""
-        return (g * self.xhat).flatten(0, -2).sum(0)
+        """Sum over everything but layers and the normalised dimension."""
+        return (g * self.xhat).flatten(1, -2).sum(1)
 
 
 class Backward:
-    """Gradients of one call. Work tensors of a block of n positions are position-major, (n, B, ...)."""
+    """Gradients of one call. Work tensors of a block of n positions of several layers are (layers, n, B, ...)."""
 
     def __init__(
-        self, call: Call, layer: LayerMaths, x: Tensor, z: Tensor, kept: Kept | None, wanted: set[str]
-    ) -> None:
-        self.call, self.layer, self.x, self.z, self.kept, self.wanted = call, layer, x, z, kept, wanted
-        self.config, self.layout, self.schedule = call.config, call.layout, call.schedule
-        self.acc, self.dtype = x.dtype, layer.compute_dtype
-        if kept is not None:
-            self.attention = Attention(self.layout, x.shape[0], kept.q, kept.k, kept.v, call.past)
-        else:
-            rotation = self.layout.rotation
-            pairs = layer.pairs(layer.attention_input(z), rotation)
-            q = layer.queries(layer.attention_input(x), rotation)
-            self.attention = Attention.of(self.layout, q, *pairs, call.past)
-        q = self.attention.q
-        self.lse = q.new_empty(q.shape[:3]) if kept is None else kept.lse
-        self.ga, self.delta = torch.empty_like(q), q.new_empty(q.shape[:3])  # <ga_i, a_i>, per head
-        B, G, N, K = self.attention.B, self.attention.G, self.attention.N, self.attention.K
-        self.gkv = q.new_zeros(B, 2, G, N, K)  # of the persistent pairs, keys beside values
-        self.gradients: dict[str, Tensor] = {}
-        # Products that the loop repeats: the pair's two matrices as one.
-        self.kv_weight = torch.cat([layer.k, layer.v])
-        self.leaves = list(self.schedule.leaves())
+        self, call: Call, layers: list[LayerMaths], x: Tensor, z: Tensor, pairs: Pairs | None, kept: Kept | None,
+        wanted: set[str],
+    ) -> None:  # fmt: skip
+        from recurformer.model import LayerMaths
 
-    def run(self, gz_out: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of x and, by name, of the wanted tensors."""
-        N, side = self.x.shape[1], self.schedule.leaf
-        gx = self.x.new_empty(N, *self.x[:, 0].shape)
-        length = POSITION_BLOCK if self.kept is not None else POSITION_BLOCK // 2
-        for block in reversed(list(cut(slice(0, N), max(length, side)))):  # of whole leaves
-            leaves = self.leaves[block.start // side : -(-block.stop // side)]
-            gx[block] = self.block(block, leaves, gz_out[:, block].transpose(0, 1))
-        return gx.transpose(0, 1), {name: g.to(getattr(self.layer, name).dtype) for name, g in self.gradients.items()}
+        self.call, self.layers, self.x, self.z, self.kept, self.wanted = call, layers, x, z, kept, wanted
+        self.config, self.layout = call.config, call.layout
+        self.acc, self.dtype = x.dtype, layers[0].compute_dtype
+        self.inputs = [x, *z[:-1].transpose(1, 2)]  # (B, N, D)
+        if pairs is None:
+            pairs, rotation = Pairs.empty(call, x), self.layout.rotation
+            for layer, attention, u, w in zip(layers, pairs.attentions(call), self.inputs, z, strict=True):
+                known = layer.pairs(layer.attention_input(w.transpose(0, 1)), rotation)
+                attention.fill(slice(0, x.shape[1]), layer.queries(layer.attention_input(u), rotation), *known)
+        self.attentions = pairs.attentions(call)
+        self.q = q = pairs.q
+        self.lse = q.new_empty(q.shape[:4]) if kept is None else kept.lse
+        self.ga, self.delta = torch.empty_like(q), q.new_empty(q.shape[:4])  # <ga_i, a_i>, per head
+        self.gq = torch.zeros_like(q)  # of the scaled queries
+        one = self.attentions[0]
+        self.gkv = q.new_zeros(
+            len(layers), one.B, 2, one.G, one.N, one.K
+        )  # of the persistent pairs, keys beside values
+        self.gradients: dict[str, Tensor] = {}  # (L, ...)
+        self.stack = LayerMaths.stack(layers)
 
-    def add(self, name: str, gradient: Tensor | None) -> None:
-        """Accumulate the gradient of a weight, in at least float32."""
-        if gradient is None or name not in self.wanted:
-            return
-        if name in self.gradients:
-            self.gradients[name] += gradient
-        else:
-            self.gradients[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+    def run(self, gz_out: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Gradients of x and, by name, of the wanted tensors of each layer."""
+        side = self.call.schedule.leaf
+        length = max(side, POSITION_BLOCK if self.kept is not None else POSITION_BLOCK // 2)
+        # At each position the gradient of the outputs of the layer that comes next there, then of its inputs.
+        self.g = gz_out.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        for wave in reversed(self.call.waves):
+            for block in reversed(list(cut(slice(0, wave.length), length))):  # of whole leaves
+                self.block(wave.part(block))
+            for block in cut(slice(0, wave.length), length):
+                self.inputs_of(wave.part(block))
+        gradients = {}
+        for name in list(self.gradients):
+            total = self.gradients.pop(name)
+            parts = zip(total, self.layers, strict=True)
+            # Of their own memory, each layer's: who keeps one must not keep all.
+            gradients[name] = [g.to(getattr(layer, name).dtype, copy=len(self.layers) > 1) for g, layer in parts]
+        return self.g.transpose(0, 1), gradients
 
-    def add_product(self, name: str, g: Tensor, h: Tensor) -> None:
-        """Accumulate the gradients of a matrix and its bias from its outputs' g and its inputs h, (n, B, ...)."""
-        g = g.flatten(0, -2)
+    def total(self, name: str, layers: range) -> Tensor:
+        """What the gradients of some layers' weights add up to, in at least float32."""
+        if name not in self.gradients:
+            weight = getattr(self.layers[0], name)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.gradients[name] = weight.new_zeros(len(self.layers), *weight.shape, dtype=dtype)
+        return self.gradients[name][layers.start : layers.stop]
+
+    def add(self, name: str, layers: range, gradient: Tensor) -> None:
+        """Accumulate the gradients (layers, ...) of a weight."""
         if name in self.wanted:
-            self.add(name, g.to(self.dtype).T @ h.flatten(0, -2).to(self.dtype))
-        if f"{name}_bias" in self.wanted:
-            self.add(f"{name}_bias", g.to(self.acc).sum(0))
+            self.total(name, layers).add_(gradient)
 
-    def block(self, block: slice, leaves: list[LeafStep], gz_out: Tensor) -> Tensor:
-        """Positions of one block, last to first; gradients of outputs and, returned, of inputs are (n, B, D)."""
-        layer, config, attention, s = self.layer, self.config, self.attention, self.config.branch_scale
-        B, G, R, K, n = attention.B, attention.G, attention.R, attention.K, block.stop - block.start
-        rotation = None if self.layout.rotation is None else self.layout.rotation[block]
+    def add_product(self, name: str, layers: range, g: Tensor, h: Tensor) -> None:
+        """Accumulate those of a matrix and its bias from its outputs' g and its inputs h, (layers, n, B, ...)."""
+        g = g.flatten(1, -2)
+        if name in self.wanted:
+            total, factors = (
+                self.total(name, layers),
+                (g.to(self.dtype).transpose(1, 2), h.flatten(1, -2).to(self.dtype)),
+            )
+            if total.dtype == self.dtype:
+                torch.baddbmm(total, *factors, out=total)
+            else:
+                total.add_(torch.bmm(*factors))
+        if f"{name}_bias" in self.wanted:
+            self.add(f"{name}_bias", layers, g.to(self.acc).sum(1))
+
+    def block(self, wave: Wave) -> None:
+        """Positions of one block of each layer, last to first."""
+        from recurformer.model import linear
+
+        config, s, layers, n = self.config, self.config.branch_scale, wave.layers, wave.length
+        stack, rotation = self.stack[layers.start : layers.stop], self.layout.rotation
+        assert stack.kv is not None
+        B, width = self.x.shape[0], len(layers)
+
+        def many(t: Tensor) -> Tensor:
+            """(layers, n B, ...) as (layers, n, B, ...)."""
+            return t.unflatten(1, (n, B))
 
         # In parallel: what the forward had at these positions.
-        inputs = Inputs(layer, self.x[:, block], rotation, self.wanted)
-        k_tmp, v_tmp = (t.detach().to(self.acc).reshape(B * G, 1, n, -1) for t in (inputs.k, inputs.v))
+        a = torch.stack([self.attend(l, span) for l, span in wave]) if self.kept is None else beside(self.kept.a, wave)
+        a_inner = a.flatten(1, 2).to(self.dtype)
+        y = stack.attended(self.x_of(wave), a_inner)
         if self.kept is None:
-            a, self.lse[:, :, block] = self.attend(block, k_tmp, v_tmp)
-            a = a.permute(2, 0, 1, 3).contiguous()
+            up, gate = stack.mlp_inner(y)
         else:
-            a = self.kept.a[block]
-        a_rows = a.view(n, B, -1).to(self.dtype)
-        y = layer.attended(self.x[:, block].transpose(0, 1), a_rows)
-        if self.kept is None:
-            up, gate = layer.mlp_inner(y)
-        else:
-            up, gate = self.kept.up[block], None if self.kept.gate is None else self.kept.gate[block]
+            up = beside(self.kept.up, wave).flatten(1, 2)
+            gate = None if self.kept.gate is None else beside(self.kept.gate, wave).flatten(1, 2)
         inner, slope_up, slope_gate = activation_slopes(up, gate, config)
-        mlp_norm = NormTape(y, layer.mlp_norm, config)
-        del y, up, gate
-        z_norm = NormTape(self.z[:, block].transpose(0, 1), layer.attention_norm, config)
+        mlp_norm = NormTape(many(y), stack.mlp_norm, config)
+        z_norm = NormTape(beside(self.z, wave), stack.attention_norm, config)
         h_z = z_norm.output.to(self.dtype)
         key_norm = None
-        if layer.k_norm is not None:
-            k_raw = F.linear(h_z, layer.k, layer.k_bias)
-            k_raw = k_raw.view(n, B, G, K) if config.qk_norm == "head" else k_raw
-            key_norm = NormTape(k_raw, layer.k_norm, config)
+        if stack.k_norm is not None:
+            k_raw = many(linear(h_z.flatten(1, 2), stack.k, stack.k_bias))
+            k_raw = k_raw.unflatten(-1, (config.kv_heads, -1)) if config.qk_norm == "head" else k_raw
+            key_norm = NormTape(k_raw, stack.k_norm, config)
+        del y, up, gate
 
         # One by one, from the last: data gradients alone. `rows` of a tensor are its views by position, made at once.
-        gz, gy = (self.x.new_empty(n, B, self.x.shape[2]) for _ in range(2))
+        G, K = config.kv_heads, config.head_width
+        gz, gy = (self.x.new_empty(width, n, B, self.x.shape[2]) for _ in range(2))
         g_mlp_norm, g_z_norm = (torch.empty_like(gz, dtype=self.dtype) for _ in range(2))
-        g_up = torch.empty_like(inner)
-        g_gate = None if slope_gate is None else torch.empty_like(inner)
-        g_pair = gz.new_empty(n, B, 2, G, K)
-        g_k = g_pair[:, :, 0]
+        g_up = torch.empty_like(many(inner))
+        g_gate = None if slope_gate is None else torch.empty_like(g_up)
+        g_pair = gz.new_empty(width, n, B, 2, G, K)
         g_key = None if key_norm is None else torch.empty_like(key_norm.output)  # before the norm of keys
+        gz_out = torch.stack([self.g[span] for span in wave.spans()])
         gz_rows, gy_rows, g_up_rows, g_mlp_norm_rows, g_z_norm_rows = rows(gz, gy, g_up, g_mlp_norm, g_z_norm)
-        gz_out_rows, a_by_row, slope_rows = rows(gz_out.contiguous(), a, slope_up)
-        g_pair_rows, g_k_rows = rows(g_pair, g_k)
-        for positions, pull, push in reversed(leaves):
-            if push is not None:
-                self.push(push.queries, push.keys)
-            leaf = LeafGradients(attention, positions, self.lse, self.gkv)
-            with few_threads(self.x, config), torch.inference_mode():
-                for row in reversed(range(positions.stop - positions.start)):
-                    r = positions.start + row - block.start
+        gz_out_rows, a_rows, slope_rows, g_pair_rows = rows(gz_out, a, many(slope_up), g_pair)
+        for steps in reversed(self.call.leaves_of(wave)):
+            spans = [step.positions for step in steps]
+            for l, step in zip(layers, steps, strict=True):
+                if step.push is not None:
+                    self.push(l, step.push.queries, step.push.keys)
+            attentions, lse, gkv = ([t[l] for l in layers] for t in (self.attentions, self.lse, self.gkv))
+            leaf = LeafGradients(attentions, spans, lse, gkv)  # pyright: ignore[reportArgumentType]
+            turns = turns_of(None if rotation is None else rotation.inverse(), spans)
+            first = spans[0].start - wave.starts[0]
+            with few_threads(self.x, config, width), torch.inference_mode():
+                for row in reversed(range(spans[0].stop - spans[0].start)):
+                    r = first + row
                     # z_i, through the persistent pair
-                    leaf.pair(row, g_pair_rows[r].view(-1, 1, K))
-                    if rotation is not None:
-                        g_k_rows[r].copy_(rotation[r : r + 1].inverse()(g_k_rows[r].unsqueeze(2)).squeeze(2))
+                    pair = leaf.pair(row).view(width, B, 2, G, K)
+                    g_k, turn = pair[:, :, 0], turns[row]
+                    if turn is not None:
+                        g_k.copy_(turn(g_k.transpose(1, 2)).transpose(1, 2))
                     if key_norm is not None and g_key is not None:
-                        g_key[r] = g_k_rows[r].reshape(g_key.shape[1:])
-                        g_k_rows[r].copy_(key_norm.backward(g_key[r], r).view(B, G, K))
-                    g_z_norm_i = g_z_norm_rows[r]
-                    torch.mm(g_pair_rows[r].view(B, -1).to(self.dtype), self.kv_weight, out=g_z_norm_i)
+                        g_key_i = g_key[:, r]
+                        g_key_i.copy_(g_k.reshape(g_key_i.shape))
+                        g_k.copy_(key_norm.backward(g_key_i, r).view(g_k.shape))
+                    g_pair_rows[r].copy_(pair)
+                    g_z_norm_i = torch.bmm(pair.view(width, B, -1).to(self.dtype), stack.kv)
+                    g_z_norm_rows[r].copy_(g_z_norm_i)
                     gz_i = z_norm.backward(g_z_norm_i, r, gz_out_rows[r], out=gz_rows[r])
                     # y_i, through the MLP
-                    g_inner, g_up_i = torch.mm((s * gz_i).to(self.dtype), layer.down), g_up_rows[r]
+                    g_inner, g_up_i = torch.bmm((s * gz_i).to(self.dtype), stack.down), g_up_rows[r]
                     torch.mul(g_inner, slope_rows[r], out=g_up_i)
-                    g_mlp_norm_i = torch.mm(g_up_i, layer.up, out=g_mlp_norm_rows[r])
-                    if g_gate is not None and slope_gate is not None and layer.gate is not None:
-                        torch.mul(g_inner, slope_gate[r], out=g_gate[r])
-                        g_mlp_norm_i.addmm_(g_gate[r], layer.gate)
+                    g_mlp_norm_i = torch.bmm(g_up_i, stack.up)
+                    if g_gate is not None and slope_gate is not None and stack.gate is not None:
+                        g_gate_i = torch.mul(g_inner, many(slope_gate)[:, r], out=g_gate[:, r])
+                        g_mlp_norm_i = torch.baddbmm(g_mlp_norm_i, g_gate_i, stack.gate)
+                    g_mlp_norm_rows[r].copy_(g_mlp_norm_i)
                     gy_i = mlp_norm.backward(g_mlp_norm_i, r, gz_i, out=gy_rows[r])
                     # a_i, through the attention output
-                    ga = torch.mm((s * gy_i).to(self.dtype), layer.o)
-                    leaf.meet(row, ga.view(B * G, R, K).to(self.acc), a_by_row[r])
-            self.ga[:, :, positions] = leaf.ga.reshape(B * G, R, -1, K)
-            here = a[positions.start - block.start : positions.stop - block.start].permute(1, 2, 0, 3)
-            self.delta[:, :, positions] = (self.ga[:, :, positions] * here).sum(-1)
-            if pull is not None:
-                self.push(pull.queries, slice(0, pull.keys.stop))  # the past is constant
+                    ga = torch.bmm((s * gy_i).to(self.dtype), stack.o)
+                    leaf.meet(row, ga.to(self.acc), a_rows[r])
+            for place, (l, step) in enumerate(zip(layers, steps, strict=True)):
+                attention, span = self.attentions[l], step.positions
+                ga = leaf.ga[place].reshape(-1, attention.R, span.stop - span.start, K)
+                here = a[place, first : first + ga.shape[2]].view(-1, *ga.shape[:2], K).permute(1, 2, 0, 3)
+                self.ga[l][:, :, span] = ga
+                self.delta[l][:, :, span] = (ga * here).sum(-1)
+                self.gq[l][:, :, span] += leaf.queries(place, attention.k[:, span])
+                if step.pull is not None:
+                    self.push(l, step.pull.queries, step.pull.keys)
 
-        # In parallel again: every weight, the queries, the temporary pairs, the inputs.
-        self.add_product("down", s * gz, inner)
-        self.add_product("up", g_up, mlp_norm.output)
+        # In parallel again: the weights.
+        self.add_product("down", layers, s * gz, many(inner))
+        self.add_product("up", layers, g_up, mlp_norm.output)
         if g_gate is not None:
-            self.add_product("gate", g_gate, mlp_norm.output)
-        self.add("mlp_norm", mlp_norm.weight_gradient(g_mlp_norm))
-        self.add_product("o", s * gy, a_rows)
-        self.add_product("k", g_k.flatten(2), h_z)
-        self.add_product("v", g_pair[:, :, 1].flatten(2), h_z)
+            self.add_product("gate", layers, g_gate, mlp_norm.output)
+        self.add("mlp_norm", layers, mlp_norm.weight_gradient(g_mlp_norm))
+        self.add_product("o", layers, s * gy, many(a_inner))
+        self.add_product("k", layers, g_pair[:, :, :, 0].flatten(3), h_z)
+        self.add_product("v", layers, g_pair[:, :, :, 1].flatten(3), h_z)
         if key_norm is not None and g_key is not None:
-            self.add("k_norm", key_norm.weight_gradient(g_key))
-        self.add("attention_norm", z_norm.weight_gradient(g_z_norm))
-        gx, gradients = inputs.backward(*self.query_gradients(block, k_tmp, v_tmp))
-        for name, gradient in gradients.items():
-            self.add(name, gradient)
-        return gy.add_(gx.transpose(0, 1))
+            self.add("k_norm", layers, key_norm.weight_gradient(g_key))
+        self.add("attention_norm", layers, z_norm.weight_gradient(g_z_norm))
+        for span, gy_of_layer in zip(wave.spans(), gy, strict=True):
+            self.g[span] = gy_of_layer
 
-    def attend(self, block: slice, k_tmp: Tensor, v_tmp: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention outputs (E, R, n, K) and log-sum-exps (E, R, n) of a block's queries, all pairs being known."""
-        attention = self.attention
-        state = attention.new_state(block.stop - block.start)
+    def inputs_of(self, wave: Wave) -> None:
+        """The rest of a block's gradients, once all pairs that its queries met have been passed: of its inputs."""
+        n, layers = wave.length, wave.layers
+        one = self.attentions[0]
+        B, G, K = one.B, one.G, one.K
+        inputs = Inputs(self.stack[layers.start : layers.stop], self.x_of(wave), self.turn_of(wave), self.wanted)
+        k_tmp, v_tmp = (  # (layers, E, 1, n, K)
+            t.detach().to(self.acc).view(-1, G, n, B, K).permute(0, 3, 1, 2, 4).reshape(-1, B * G, 1, n, K)
+            for t in (inputs.k, inputs.v)
+        )
+        q, ga, gq = (torch.stack([t[l][:, :, span] for l, span in wave]) for t in (self.q, self.ga, self.gq))
+        lse, delta = (torch.stack([t[l][:, :, span] for l, span in wave]) for t in (self.lse, self.delta))
+        p_own = ((q * k_tmp).sum(-1) - lse).exp()[..., None]
+        ds_own = p_own * ((ga * v_tmp).sum(-1) - delta)[..., None]
+        gq = (gq + ds_own * k_tmp) * K**-0.5
+
+        def by_head(t: Tensor) -> Tensor:
+            """(layers, E, ..., n, K) as (layers, heads, n B, K)."""
+            return t.reshape(len(layers), B, -1, n, K).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+        gx, gradients = inputs.backward(by_head(gq), by_head((ds_own * q).sum(2)), by_head((p_own * ga).sum(2)))
+        for name, gradient in gradients.items():
+            if name in self.wanted:
+                self.add(name, layers, gradient.view(len(layers), *getattr(self.layers[0], name).shape))
+        for span, gx_of_layer in zip(wave.spans(), gx.unflatten(1, (n, B)), strict=True):
+            self.g[span] += gx_of_layer
+
+    def x_of(self, wave: Wave) -> Tensor:
+        """The inputs of each layer, (layers, n B, D)."""
+        return torch.stack([self.inputs[l][:, span].transpose(0, 1) for l, span in wave]).flatten(1, 2)
+
+    def turn_of(self, wave: Wave) -> Rotation | None:
+        """The rotation of heads (layers, heads, n B, K)."""
+        rotation = self.layout.rotation
+        if rotation is None:
+            return None
+        shape = (self.x.shape[0], 1, wave.length, -1)
+        each = [(r.cos.expand(shape), r.sin.expand(shape)) for r in (rotation[span] for span in wave.spans())]
+        cos, sin = (torch.stack(parts).permute(0, 2, 3, 1, 4).flatten(2, 3) for parts in zip(*each, strict=True))
+        return replace(rotation, cos=cos, sin=sin)
+
+    def attend(self, l: int, block: slice) -> Tensor:
+        """Attention outputs (n, B, H K) of a block's queries, all pairs being known; notes their log-sum-exps."""
+        attention, layer, n = self.attentions[l], self.layers[l], block.stop - block.start
+        rotation = None if self.layout.rotation is None else self.layout.rotation[block]
+        pairs = layer.pairs(layer.attention_input(self.inputs[l][:, block]), rotation)
+        k_tmp, v_tmp = (t.to(self.acc).flatten(0, 1)[:, None] for t in pairs)
+        state = attention.new_state(n)
         attention.absorb(state, block, slice(-self.layout.past, block.stop), origin=block.start)
         own = (attention.q[:, :, block] * k_tmp).sum(-1)
         lse = torch.logaddexp(state.m + state.l.log(), own)
-        return state.acc * (state.m - lse).exp()[..., None] + v_tmp * (own - lse).exp()[..., None], lse
+        self.lse[l][:, :, block] = lse
+        a = state.acc * (state.m - lse).exp()[..., None] + v_tmp * (own - lse).exp()[..., None]  # (E, R, n, K)
+        return a.permute(2, 0, 1, 3).reshape(n, attention.B, -1)
 
-    def push(self, queries: slice, keys: slice) -> None:
-        """Add to the gradients of pairs what queries, whose ga is known, send them."""
-        attention, rows = self.attention, self.attention.rows
+    def push(self, l: int, queries: slice, keys: slice) -> None:
+        """Add to the gradients of a layer's pairs what queries, whose ga is known, send them, and to the queries' own.
+
+        The past is constant.
+        """
+        attention, rows = self.attentions[l], self.attentions[l].rows
+        B, G, R, K = attention.B, attention.G, attention.R, attention.K
         for q, kv in attention.blocks(queries, keys):
             k, v = attention.pairs_at(kv)
-            p, ds = self.probabilities(q, kv, k, v)
-            B, G, K = attention.B, attention.G, attention.K
+            p = attention.scores(q, kv, k).sub_(rows(self.lse[l], q)[..., None]).exp_()
+            ds = torch.bmm(rows(self.ga[l], q), v.transpose(1, 2)).sub_(rows(self.delta[l], q)[..., None]).mul_(p)
             # Not baddbmm_: on a strided destination it runs one small product after the other.
-            self.gkv[:, 0, :, kv] += torch.bmm(ds.transpose(1, 2), rows(attention.q, q)).view(B, G, -1, K)
-            self.gkv[:, 1, :, kv] += torch.bmm(p.transpose(1, 2), rows(self.ga, q)).view(B, G, -1, K)
-
-    def probabilities(self, q: slice, kv: slice, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """p_ij and the gradients ds_ij of the scores, (E, R q, k)."""
-        rows = self.attention.rows
-        p = self.attention.scores(q, kv, k).sub_(rows(self.lse, q)[..., None]).exp_()
-        dp = torch.bmm(rows(self.ga, q), v.transpose(1, 2))
-        return p, dp.sub_(rows(self.delta, q)[..., None]).mul_(p)
-
-    def query_gradients(self, block: slice, k_tmp: Tensor, v_tmp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of a block's q (B, H, n, K) and temporary pairs (B, G, n, K)."""
-        attention = self.attention
-        B, G, R, K, n = attention.B, attention.G, attention.R, attention.K, block.stop - block.start
-        q, ga = attention.q[:, :, block], self.ga[:, :, block]
-        p_own = ((q * k_tmp).sum(-1) - self.lse[:, :, block]).exp()[..., None]
-        ds_own = p_own * ((ga * v_tmp).sum(-1) - self.delta[:, :, block])[..., None]
-        gq = ds_own * k_tmp
-        for part, kv in attention.blocks(block, slice(-self.layout.past, block.stop)):
-            k, v = attention.pairs_at(kv)
-            here = slice(part.start - block.start, part.stop - block.start)
-            _, ds = self.probabilities(part, kv, k, v)
-            gq[:, :, here] += torch.bmm(ds, k).view(B * G, R, -1, K)
-        pairs = (ds_own * q).sum(1), (p_own * ga).sum(1)
-        return (gq * K**-0.5).view(B, G * R, n, K), pairs[0].view(B, G, n, K), pairs[1].view(B, G, n, K)
+            self.gq[l][:, :, q] += torch.bmm(ds, k).view(B * G, R, -1, K)
+            if kv.start >= 0:
+                self.gkv[l, :, 0, :, kv] += torch.bmm(ds.transpose(1, 2), rows(attention.q, q)).view(B, G, -1, K)
+                self.gkv[l, :, 1, :, kv] += torch.bmm(p.transpose(1, 2), rows(self.ga[l], q)).view(B, G, -1, K)
 
 
 class Inputs:
-    """Queries and temporary pairs of a block from its inputs, with autograd: nothing in them is sequential."""
+    """Queries and temporary pairs of a block of layers side by side, with autograd: nothing in them is sequential."""
 
-    NAMES = ("attention_norm", "q", "k", "v", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias")
+    NAMES = ("attention_norm", "q", "kv", "q_norm", "k_norm", "q_bias", "kv_bias")
+    PARTS: ClassVar = {"kv": ("k", "v"), "kv_bias": ("k_bias", "v_bias")}
 
-    def __init__(self, layer: LayerMaths, x: Tensor, rotation: Rotation | None, wanted: set[str]) -> None:
+    def __init__(self, stack: LayerMaths, x: Tensor, turn: Rotation | None, wanted: set[str]) -> None:
+        """Evaluate them.
+
+        Args:
+            stack: the maths of the layers.
+            x: (layers, n B, D).
+            turn: rotation of heads (layers, heads, n B, K).
+            wanted: names of the tensors of single layers whose gradients matter.
+        """
         self.x = x.detach().requires_grad_()
         self.leaves = {
-            name: getattr(layer, name).detach().requires_grad_(name in wanted)
+            name: getattr(stack, name).detach().requires_grad_(not wanted.isdisjoint(self.PARTS.get(name, (name,))))
             for name in self.NAMES
-            if getattr(layer, name) is not None
+            if getattr(stack, name) is not None
         }
         with torch.enable_grad():
-            maths = replace(layer, **self.leaves)
+            maths = replace(stack, **self.leaves)
             h = maths.attention_input(self.x)
-            self.q = maths.queries(h, rotation)
-            self.k, self.v = maths.pairs(h, rotation)
+            self.q = maths.queries(h, turn)  # (layers, H, n B, K)
+            self.k, self.v = maths.pairs(h, turn)  # (layers, G, n B, K)
 
     def backward(self, gq: Tensor, gk: Tensor, gv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of x and, by name, of the weights."""
         leaves = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
         outputs = (self.q, self.k, self.v)
         incoming = [g.to(t.dtype) for g, t in zip((gq, gk, gv), outputs, strict=True)]
         gx, *gradients = torch.autograd.grad(outputs, (self.x, *leaves.values()), incoming)
-        return gx, dict(zip(leaves, gradients, strict=True))
+        found: dict[str, Tensor] = {}
+        for name, gradient in zip(leaves, gradients, strict=True):
+            names = self.PARTS.get(name, (name,))
+            parts = gradient.chunk(len(names), dim=2 if name == "kv_bias" else 1)
+            found |= dict(zip(names, parts, strict=True))
+        return gx, found
 
 
 def activation_slopes(up: Tensor, gate: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,9 +1,10 @@
 """Several recurrent layers at once (design: wavefront): layer l works on a chunk while layer l - 1 works on the next.
 
-One layer leaves a GPU idle when the batch is small: its products have few rows, and each waits for the one before. A
-stack of L layers needs L times as many of them, but those of different layers are independent as soon as layer l stays
-a chunk behind layer l - 1. They become one batched product, so that N + (L - 1) C steps take the place of N L, forward
-and backward. The work is that of `recurformer.scan.fused`, whose kernels take a stack; its order is what is new here.
+One layer leaves a machine idle when the batch is small: its products have few rows, and each waits for the one before.
+A stack of L layers needs L times as many of them, but those of different layers are independent as soon as layer l
+stays a chunk behind layer l - 1. They become one batched product, so that N + (L - 1) C steps take the place of N L,
+forward and backward. The work is that of `recurformer.scan.fused` on a GPU and of `recurformer.scan.tiled` elsewhere,
+both of which take a stack; its order is what is new here.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from recurformer.scan.fused import stack_scan
+from recurformer.scan import fused, tiled
 
 if TYPE_CHECKING:
     from recurformer.model import LayerMaths, Layout
 
-CHUNK = 16  # positions that a layer is behind the one below: fewer fill the stack faster, more save kernel launches
+CHUNK = 16  # positions that a layer is behind the one below: fewer fill the stack faster, more save launches
 
 
 def wavefront_scan(
@@ -33,7 +34,8 @@ def wavefront_scan(
     Args:
         x: (B, N, D), the first layer's inputs.
         layers: maths and weights, all of one shape.
-        layout, past: as `recurformer.scan.fused.stack_scan`, whose options are taken too.
+        layout, past: as `stack_scan` of `recurformer.scan.fused` on a GPU and of `recurformer.scan.tiled` elsewhere,
+            whose options are taken too.
 
     Returns:
         z (B, N, D), and keys and values (B, G, N, K) of each layer.
@@ -41,4 +43,16 @@ def wavefront_scan(
     Raises:
         ValueError: as `stack_scan`.
     """
-    return stack_scan(x, layers, layout, past, **{"chunk": CHUNK, **options})
+    on_gpu = x.device.type == "cuda" or fused.interpreted()
+    scan = fused.stack_scan if on_gpu else tiled.stack_scan
+    if len(layers) > 1:
+        options = {"chunk": CHUNK, "leaf": CHUNK, **options}
+    return scan(x, layers, layout, past, **options)
+
+
+def layer_scan(
+    x: Tensor, layer: LayerMaths, layout: Layout, past: tuple[Tensor, Tensor] | None = None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of one layer; arguments and results as `reference_scan`."""
+    z, ((keys, values),) = wavefront_scan(x, [layer], layout, [past], **options)
+    return z, keys, values
