@@ -1,0 +1,1 @@
+"""Decoding: static buffers, and the step from one token to the next."""
