@@ -41,19 +41,19 @@ class Tuning:
         wide: input width from which those products have 8 warps instead of 4.
         warps_per_multiprocessor: of those products; programs beyond that take turns.
         block: keys that attention handles at once, times head width, for each warp.
-        attention_warps: warps of an attention program.
+        attention_warps: warps of an attention program for a single row, and for several.
         parts: programs of attention for each multiprocessor that the memory is divided among.
-        least: keys below which attention does not divide the memory.
+        spread: keys of a memory from which attention gives each multiprocessor a part of it.
         pdl: kernels of a single row start early (compute capability 9 and above).
     """
 
     thread_bytes: int = 128
     wide: int = 4096
     warps_per_multiprocessor: int = 16
-    block: int = 1024
-    attention_warps: int = 4
+    block: int = 512
+    attention_warps: tuple[int, int] = (16, 4)
     parts: int = 2
-    least: int = 128
+    spread: int = 1024
     pdl: bool = True
 
 
@@ -154,8 +154,9 @@ class FusedStep:
         power, tuning, K = triton.next_power_of_2, self.tuning, self.K
         self.R = self.H // self.G
         self.KB = max(16, power(K))
-        self.BN = max(16, min(256, tuning.block * tuning.attention_warps // self.KB))
-        self.least = -(-tuning.least // self.BN) * self.BN
+        self.attention_warps = tuning.attention_warps[0 if self.single else 1]
+        self.BN = max(16, min(256, tuning.block * self.attention_warps // self.KB))
+        self.least = max(1, -(-tuning.spread * self.B * self.G // (self.multiprocessors * self.BN))) * self.BN
         wanted = -(-self.multiprocessors * tuning.parts // (self.B * self.G))
         self.S = max(1, min(wanted if self.single else wanted // 2, -(-self.capacity // self.least), 64))
         self.parts = self.S > 1 or self.single  # a single row's product puts them together anyway
@@ -165,7 +166,7 @@ class FusedStep:
         self.DB = power(self.D)
         self.row_warps = 4 if self.D <= 2048 else 8
         self.heads = {
-            "K": K, "KB": self.KB, "GB": power(self.G * K), "NORM": self.norm, "CENTRED": self.centred,
+            "K": K, "KB": self.KB, "NORM": self.norm, "CENTRED": self.centred,
             "ROPE": self.config.position == "rope",
         }  # fmt: skip
 
@@ -337,7 +338,7 @@ class FusedStep:
             QB=_power(self.H * self.K), BN=self.BN, S=self.S, LEAST=self.least, ALIBI=self.config.position == "alibi",
             PADS=self.pads, STORE=not recurrent, DEFER=recurrent and self.defer, PARTS=self.parts,
             PRECISION="ieee" if self.dtype == torch.float32 else "tf32", PDL=self.pdl, **self.heads,
-            num_warps=self.tuning.attention_warps, early=True,
+            num_warps=self.attention_warps, early=True,
         )  # fmt: skip
 
     def _make_pairs(self, slot: Tensor, positions: Tensor) -> None:
@@ -356,20 +357,27 @@ class FusedStep:
         self._launch(
             self.kernels.store_pairs, (B * G, len(self.recurrent)), self.raw_pairs, self.layer_numbers, state.keys,
             state.values, self._or_nothing(self.k_norm), self.cos, self.sin, slot, positions, B, self.capacity,
-            self.config.norm_eps, G=G, W=0 if self.k_norm is None else self.k_norm.shape[1], **self.heads, num_warps=1,
+            self.config.norm_eps, G=G, GB=_power(G * K), W=0 if self.k_norm is None else self.k_norm.shape[1], **self.heads, num_warps=1,
         )  # fmt: skip
 
     # --- a single row ------------------------------------------------------------------------------------------------
 
-    def _blocks(self, width: int, rows: int, unit: int) -> dict[str, int]:
-        """Rows of weights at a time (a divisor of `unit`), programs and warps of a product with `width` inputs."""
+    def _blocks(self, width: int, rows: int, unit: int, once: bool = False) -> dict[str, int]:
+        """Rows of weights at a time (a divisor of `unit`), programs and warps of a product with `width` inputs.
+
+        once: preparing the inputs is expensive, so one program a multiprocessor takes all of its rows at a time.
+        """
         tuning, itemsize = self.tuning, self.dtype.itemsize
         WB = max(_power(width), 16)
         warps = 8 if WB >= tuning.wide else 4
         if WB * itemsize > warps * 32 * 4 * tuning.thread_bytes:
             warps = 16
+        thread_bytes, most = tuning.thread_bytes, 2**20
+        if once:
+            warps = 8 if WB < 2048 else 16
+            thread_bytes, most = 2 * thread_bytes, _power(-(-rows // self.multiprocessors))
         unit &= -unit  # the largest power of two in it
-        bn = max(1, min(warps * 32 * tuning.thread_bytes // (WB * itemsize), unit, _power(rows)))
+        bn = max(1, min(warps * 32 * thread_bytes // (WB * itemsize), unit, _power(rows), most))
         programs = self.multiprocessors * max(1, tuning.warps_per_multiprocessor // warps)
         align = gcd(16, width * itemsize)
         return {
@@ -396,10 +404,9 @@ class FusedStep:
 
     def _residual_product(self, a: Tensor, weight: Tensor, bias: Tensor, has_bias: bool, x: Tensor, out: Tensor,
                           combine: bool) -> None:  # fmt: skip
-        blocks = self._blocks(weight.shape[1], self.D, 2**20)
+        blocks = self._blocks(weight.shape[1], self.D, 2**20, once=combine)
         blocks["ALIGN"] = _aligned(blocks["ALIGN"], weight)
-        threads = 32 * blocks["num_warps"]
-        SB = max(1, min(_power(self.S), 32 * threads // blocks["WB"]))
+        SB = max(1, min(_power(self.S), 2**13 // blocks["WB"]))
         self._launch(
             self.kernels.residual_product, (blocks["PROGRAMS"],), a, self.lse, self.state.slot, weight, bias, x, out,
             self.config.branch_scale, N=self.D, H=self.H, K=self.K, S=self.S, SB=SB, LEAST=self.least, BLOCK=self.BN,

@@ -144,10 +144,10 @@ def normed_product(
         tl.store(out + row + n, u.to(out.dtype.element_ty), mask=inside)
         if DEFER:
             if row >= N1:
-                u = dots(w, old)
+                again = dots(w, old)
                 if BIAS:
-                    u += added
-                tl.store(out + N + row + n, u.to(dtype), mask=inside)
+                    again += added
+                tl.store(out + N + row + n, again.to(dtype), mask=inside)
         if TILES > PROGRAMS:
             w = w_next
             if KIND == 2:
@@ -219,54 +219,69 @@ def residual_product(
 
 
 @triton.jit
-def shaped(
-    row, first, on, weight, cos, sin, position, eps, HEADS: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    RB: tl.constexpr, KB: tl.constexpr, WB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
-    ROPE: tl.constexpr,
+def head_tile(
+    row, first, on, STRIDE: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, KB: tl.constexpr,
+    PARTNER: tl.constexpr,
 ):  # fmt: skip
-    """Heads first ... first + R of a row (HEADS K) as the layer makes them: QK-norm (0 none, 1 each head, 2 the whole
-    row), rotation by `position`; (RB, KB) float32, zeros outside and where not `on`."""
+    """R heads of a row from head `first` on, (RB, KB) float32, zeros outside and where not `on`.
+
+    PARTNER: instead of each coordinate, the one that RoPE pairs with it.
+    """
     r, c = tl.arange(0, RB)[:, None], tl.arange(0, KB)[None, :]
     half: tl.constexpr = K // 2
-    other = tl.where(c < half, c + half, c - half)  # what RoPE pairs with c
-    mask = (r < R) & (c < K) & on
-    at = row + (first + r) * K
-    u = tl.load(at + c, mask=mask, other=0.0).to(tl.float32)
-    if ROPE:
-        v = tl.load(at + other, mask=mask, other=0.0).to(tl.float32)
-    if NORM > 0:
-        w_at = weight + tl.zeros_like(r)
-        if NORM == 2:
-            w_at += (first + r) * K
-            i = tl.arange(0, WB)
-            inside = (i < HEADS * K) & on
-            d = tl.load(row + i, mask=inside, other=0.0).to(tl.float32)
-            mean = 0.0
-            if CENTRED:
-                mean = tl.sum(d, 0) / (HEADS * K)
-                d = tl.where(inside, d - mean, 0.0)
-            rstd = tl.rsqrt(tl.sum(d * d, 0) / (HEADS * K) + eps)
-        else:
-            mean = tl.zeros([RB, 1], tl.float32)
-            if CENTRED:
-                mean = (tl.sum(u, 1) / K)[:, None]
-            d = tl.where(mask, u - mean, 0.0)
-            rstd = tl.rsqrt(tl.sum(d * d, 1) / K + eps)[:, None]
-        u = (u - mean) * rstd * tl.load(w_at + c, mask=mask, other=0.0).to(tl.float32)
-        if ROPE:
-            v = (v - mean) * rstd * tl.load(w_at + other, mask=mask, other=0.0).to(tl.float32)
-    if ROPE:
-        angle = position * half + tl.where(c < half, c, other)
-        cosine = tl.load(cos + angle, mask=c < K, other=1.0)
-        sine = tl.load(sin + angle, mask=c < K, other=0.0)
-        u = u * cosine + tl.where(c < half, -v, v) * sine
-    return tl.where(mask, u, 0.0)
+    at = row + (first + r) * STRIDE + c
+    if PARTNER:
+        at += tl.where(c < half, half, -half)
+    return tl.load(at, mask=(r < R) & (c < K) & on, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def add_pair(m, l, acc, q, k, v, shift, seen):
-    """The state of softmax (rows) with one more pair k, v (1, K), its score shifted by `shift`."""
-    s = tl.sum(q * k, 1) + shift
+def angle_row(table, position, K: tl.constexpr, KB: tl.constexpr):
+    """Cosines or sines of a position, (1, KB), from a table (capacity, K / 2)."""
+    c = tl.arange(0, KB)[None, :]
+    half: tl.constexpr = K // 2
+    return tl.load(table + position * half + tl.where(c < half, c, c - half), mask=c < K, other=0.0)
+
+
+@triton.jit
+def statistics(d, inside, length, eps, CENTRED: tl.constexpr):
+    """Mean (0 unless CENTRED) and 1 / rms or 1 / standard deviation of rows, each (rows, 1)."""
+    mean = tl.zeros_like(tl.sum(d, 1))[:, None]
+    if CENTRED:
+        mean = tl.sum(d, 1)[:, None] / length
+        d = tl.where(inside, d - mean, 0.0)
+    return mean, tl.rsqrt(tl.sum(d * d, 1)[:, None] / length + eps)
+
+
+@triton.jit
+def shaped(
+    u, v, w, w_v, mean, rstd, cos, sin, eps, K: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, KB: tl.constexpr,
+    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """Heads (RB, KB) as the layer makes them: QK-norm (0 none, 1 each head, 2 by the whole row's statistics), rotation.
+
+    u are the coordinates, v what RoPE pairs with each, w and w_v their weights of the norm.
+    """
+    c = tl.arange(0, KB)[None, :]
+    if NORM == 1:
+        mean, rstd = statistics(u, (tl.arange(0, RB)[:, None] < R) & (c < K), K, eps, CENTRED)
+    if NORM > 0:
+        u = (u - mean) * rstd * w
+    if ROPE:
+        if NORM > 0:
+            v = (v - mean) * rstd * w_v
+        u = u * cos + tl.where(c < K // 2, -v, v) * sin
+    return u
+
+
+@triton.jit
+def add_three(a, b, c, more_a, more_b, more_c):
+    return a + more_a, b + more_b, c + more_c
+
+
+@triton.jit
+def add_pair(m, l, acc, s, v, seen):
+    """The state of softmax (rows) with one more pair, of scores s (rows) and value v (1, K)."""
     s = tl.where(seen, s, float("-inf"))
     top = tl.maximum(m, s)
     change, p = tl.exp2(m - top), tl.exp2(s - top)
@@ -277,7 +292,7 @@ def add_pair(m, l, acc, q, k, v, shift, seen):
 def attend(
     raw, keys, values, q_weight, k_weight, slopes, cos, sin, slot, positions, valid, key_positions, pending_slot,
     pending_positions, partial, lse, out, B, capacity, eps, scale, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-    R: tl.constexpr, RB: tl.constexpr, KB: tl.constexpr, QB: tl.constexpr, GB: tl.constexpr, BN: tl.constexpr,
+    R: tl.constexpr, RB: tl.constexpr, KB: tl.constexpr, QB: tl.constexpr, BN: tl.constexpr,
     S: tl.constexpr, LEAST: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr,
     ALIBI: tl.constexpr, PADS: tl.constexpr, STORE: tl.constexpr, DEFER: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -315,39 +330,101 @@ def attend(
     k = tl.load(keys + here + offsets, mask=mask, other=0.0)
     v = tl.load(values + here + offsets, mask=mask, other=0.0)
 
-    wait(PDL)
+    # All that the first products need besides them is asked for here as well, before any of it is used.
     position = tl.load(positions + b)
-    row = raw + b * ((H + 2 * G) * K)
-    q = shaped(row, g * R, True, q_weight, cos, sin, position, eps, H, K, R, RB, KB, QB, NORM, CENTRED, ROPE)
-    q = q.to(dtype)
-    # Asked for now, needed after the loop.
-    row += H * K
-    own = shaped(row, g, is_first, k_weight, cos, sin, position, eps, G, K, 1, 1, KB, GB, NORM, CENTRED, ROPE).to(dtype)
-    c1 = c[None, :]
-    own_v = tl.load(row + (G + g) * K + c1, mask=(c1 < K) & is_first, other=0.0)
+    old_position = position
     if DEFER:
-        row += B * ((H + 2 * G) * K)
-        old &= is_first
         old_position = tl.load(pending_positions + b)
-        old_k = shaped(row, g, old, k_weight, cos, sin, old_position, eps, G, K, 1, 1, KB, GB, NORM, CENTRED, ROPE)
-        old_k = old_k.to(dtype)
-        old_v = tl.load(row + (G + g) * K + c1, mask=(c1 < K) & old, other=0.0)
-
-    factor = scale * LOG2E
+    each_head: tl.constexpr = K if NORM == 2 else 0
+    w_q, w_k, w_q2, w_k2 = 0.0, 0.0, 0.0, 0.0
+    if NORM > 0:
+        w_q = head_tile(q_weight, g * R, True, each_head, K, R, RB, KB, False)
+        w_k = head_tile(k_weight, g, True, each_head, K, 1, 1, KB, False)
+        if ROPE:
+            w_q2 = head_tile(q_weight, g * R, True, each_head, K, R, RB, KB, True)
+            w_k2 = head_tile(k_weight, g, True, each_head, K, 1, 1, KB, True)
+    cosine, sine, old_cosine, old_sine = 1.0, 0.0, 1.0, 0.0
+    if ROPE:
+        cosine, sine = angle_row(cos, position, K, KB), angle_row(sin, position, K, KB)
+        if DEFER:
+            old_cosine, old_sine = angle_row(cos, old_position, K, KB), angle_row(sin, old_position, K, KB)
     r = tl.arange(0, RB)
     slope = tl.zeros([RB], tl.float32)
     if ALIBI:
         slope = tl.load(slopes + g * R + r, mask=r < R, other=0.0) * LOG2E
+
+    wait(PDL)
+    W: tl.constexpr = (H + 2 * G) * K
+    row = raw + b * W
+    old_row = row + B * W + H * K
+    old &= is_first
+    u_q = head_tile(row, g * R, True, K, K, R, RB, KB, False)
+    u_k = head_tile(row + H * K, g, is_first, K, K, 1, 1, KB, False)
+    c1 = c[None, :]
+    own_v = tl.load(row + (H + G + g) * K + c1, mask=(c1 < K) & is_first, other=0.0)
+    u_q2, u_k2, u_old, u_old2 = u_q, u_k, u_k, u_k
+    if ROPE:
+        u_q2 = head_tile(row, g * R, True, K, K, R, RB, KB, True)
+        u_k2 = head_tile(row + H * K, g, is_first, K, K, 1, 1, KB, True)
+    if DEFER:
+        u_old = head_tile(old_row, g, old, K, K, 1, 1, KB, False)
+        if ROPE:
+            u_old2 = head_tile(old_row, g, old, K, K, 1, 1, KB, True)
+        old_v = tl.load(old_row + (G + g) * K + c1, mask=(c1 < K) & old, other=0.0)
+    mean_q, rstd_q, mean_k, rstd_k, mean_old, rstd_old = 0.0, 1.0, 0.0, 1.0, 0.0, 1.0
+    if NORM == 2:  # of queries, keys and the keys of the slot before at once
+        column = tl.arange(0, QB)
+        in_q, in_k = column < H * K, (column < G * K) & is_first
+        d_q = tl.load(row + column, mask=in_q, other=0.0).to(tl.float32)
+        d_k = tl.load(row + H * K + column, mask=in_k, other=0.0).to(tl.float32)
+        d_old = d_k
+        if DEFER:
+            d_old = tl.load(old_row + column, mask=(column < G * K) & old, other=0.0).to(tl.float32)
+        if CENTRED:
+            mean_q, mean_k, mean_old = tl.reduce((d_q, d_k, d_old), 0, add_three)
+            mean_q, mean_k, mean_old = mean_q / (H * K), mean_k / (G * K), mean_old / (G * K)
+            d_q, d_k = tl.where(in_q, d_q - mean_q, 0.0), tl.where(column < G * K, d_k - mean_k, 0.0)
+            d_old = tl.where(column < G * K, d_old - mean_old, 0.0)
+        rstd_q, rstd_k, rstd_old = tl.reduce((d_q * d_q, d_k * d_k, d_old * d_old), 0, add_three)
+        rstd_q, rstd_k = tl.rsqrt(rstd_q / (H * K) + eps), tl.rsqrt(rstd_k / (G * K) + eps)
+        rstd_old = tl.rsqrt(rstd_old / (G * K) + eps)
+    q = shaped(u_q, u_q2, w_q, w_q2, mean_q, rstd_q, cosine, sine, eps, K, R, RB, KB, NORM, CENTRED, ROPE).to(dtype)
+    own = shaped(u_k, u_k2, w_k, w_k2, mean_k, rstd_k, cosine, sine, eps, K, 1, 1, KB, NORM, CENTRED, ROPE).to(dtype)
+    if DEFER:
+        old_k = shaped(
+            u_old, u_old2, w_k, w_k2, mean_old, rstd_old, old_cosine, old_sine, eps, K, 1, 1, KB, NORM, CENTRED, ROPE
+        ).to(dtype)
+
+    factor = scale * LOG2E
+    # Softmax starts with the own pair, and the pair of the slot before.
+    q_row = q.to(tl.float32) * factor
+    s_own = tl.sum(q_row * own.to(tl.float32), 1)
+    s_old, has_old = s_own, False
+    if DEFER:
+        since = 1.0
+        has_old = old
+        if PADS:
+            at = b * capacity + n - 1
+            has_old &= tl.load(valid + at, mask=old, other=0) != 0
+            since = (position - tl.load(key_positions + at, mask=old, other=0)).to(tl.float32)
+        s_old = tl.sum(q_row * old_k.to(tl.float32), 1) - slope * since
     if R == 1:
-        q1 = tl.sum(q.to(tl.float32), 0) * factor
-        slope1 = tl.sum(slope, 0)
-        m = tl.full([BN], NOTHING, tl.float32)
-        l = tl.zeros([BN], tl.float32)
-        acc = tl.zeros([BN, KB], tl.float32)
+        q1, slope1 = tl.sum(q_row, 0), tl.sum(slope, 0)
+        has_own = (j == 0) & is_first
+        m = tl.where(has_own, tl.sum(s_own, 0), NOTHING)
+        l = has_own.to(tl.float32)
+        acc = tl.where(has_own[:, None], own_v.to(tl.float32), tl.zeros([BN, KB], tl.float32))
+        if DEFER:
+            has_old &= j == 1
+            m = tl.where(has_old, tl.sum(s_old, 0), m)
+            l += has_old.to(tl.float32)
+            acc = tl.where(has_old[:, None], old_v.to(tl.float32), acc)
     else:
-        m = tl.full([RB], NOTHING, tl.float32)
-        l = tl.zeros([RB], tl.float32)
+        m, l = tl.full([RB], NOTHING, tl.float32), tl.zeros([RB], tl.float32)
         acc = tl.zeros([RB, KB], tl.float32)
+        m, l, acc = add_pair(m, l, acc, s_own, own_v.to(tl.float32), is_first)
+        if DEFER:
+            m, l, acc = add_pair(m, l, acc, s_old, old_v.to(tl.float32), has_old)
     for j0 in range(start, stop, BN):
         here += BN * K
         mask = wide & (j0 + BN + j < stop)[:, None]
@@ -385,27 +462,14 @@ def attend(
         total, sums = tl.sum(l * p, 0), tl.sum(acc * p[:, None], 0)
         m, l = tl.full([RB], 0.0, tl.float32) + top, tl.zeros([RB], tl.float32) + total
         acc = tl.zeros([RB, KB], tl.float32) + sums[None, :]
-
-    q = q.to(tl.float32) * factor
-    nothing = tl.zeros([RB], tl.float32)
-    m, l, acc = add_pair(m, l, acc, q, own.to(tl.float32), own_v.to(tl.float32), nothing, is_first)
     if STORE:
         at = n.to(tl.int64) * K + c1
         tl.store(keys + at, own, mask=(c1 < K) & is_first)
         tl.store(values + at, own_v, mask=(c1 < K) & is_first)
     if DEFER:
-        seen = old
-        distance = 1.0
-        if PADS:
-            at = b * capacity + n - 1
-            seen &= tl.load(valid + at, mask=old, other=0) != 0
-            distance = (position - tl.load(key_positions + at, mask=old, other=0)).to(tl.float32)
-        shift = -slope * distance
-        m, l, acc = add_pair(m, l, acc, q, old_k.to(tl.float32), old_v.to(tl.float32), shift, seen)
         at = (n - 1).to(tl.int64) * K + c1
         tl.store(keys + at, old_k, mask=(c1 < K) & old)
         tl.store(values + at, old_v, mask=(c1 < K) & old)
-
     acc = acc / tl.where(l > 0.0, l, 1.0)[:, None]
     mask = (r < R)[:, None] & (c < K)[None, :]
     at = (g * R + r)[:, None] * K + c[None, :]
@@ -434,9 +498,23 @@ def store_pairs(
     layer = tl.load(layers + i).to(tl.int64)
     row = raw + (i * B + b) * (2 * G * K)
     position = tl.load(positions + b)
-    weight = k_weight + layer * W
-    k = shaped(row, g, True, weight, cos, sin, position, eps, G, K, 1, 1, KB, GB, NORM, CENTRED, ROPE)
     c = tl.arange(0, KB)[None, :]
+    u, u2 = head_tile(row, g, True, K, K, 1, 1, KB, False), 0.0
+    w, w2, mean, rstd, cosine, sine = 1.0, 1.0, 0.0, 1.0, 1.0, 0.0
+    if ROPE:
+        u2 = head_tile(row, g, True, K, K, 1, 1, KB, True)
+        cosine, sine = angle_row(cos, position, K, KB), angle_row(sin, position, K, KB)
+    if NORM > 0:
+        each_head: tl.constexpr = K if NORM == 2 else 0
+        w = head_tile(k_weight + layer * W, g, True, each_head, K, 1, 1, KB, False)
+        if ROPE:
+            w2 = head_tile(k_weight + layer * W, g, True, each_head, K, 1, 1, KB, True)
+    if NORM == 2:
+        column = tl.arange(0, GB)[None, :]
+        inside = column < G * K
+        d = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+        mean, rstd = statistics(d, inside, G * K, eps, CENTRED)
+    k = shaped(u, u2, w, w2, mean, rstd, cosine, sine, eps, K, 1, 1, KB, NORM, CENTRED, ROPE)
     v = tl.load(row + (G + g) * K + c, mask=c < K, other=0.0)
     at = (((layer * B + b) * G + g) * capacity + n) * K + c
     tl.store(keys + at, k.to(keys.dtype.element_ty), mask=c < K)
