@@ -80,25 +80,23 @@ class State:
         else:
             self.positions.copy_(self.key_positions.index_select(1, self.slot.clamp(max=self.capacity - 1)[None])[:, 0])
 
-    def copy_from(self, source: State, slots: int, rows: Tensor | None = None) -> None:
-        """Take over the first `slots` slots of another state's rows (None: all, in order)."""
-        B = self.batch_size
+    def load(self, cache: KVCache, rows: Tensor | None = None) -> None:
+        """Take over every filled slot of a cache, of these rows in this order (None: of all); they must fit."""
+        n = cache.length
         for l in range(len(self.keys)):
-            for mine, other in ((self.keys, source.keys), (self.values, source.values)):
-                filled = other[l, :, :, :slots]
-                mine[l, :, :, :slots].copy_(filled if rows is None else filled.index_select(0, rows))
+            for mine, source in ((self.keys[l], cache.keys[l]), (self.values[l], cache.values[l])):
+                filled = source[:, :, :n]
+                mine[:, :, :n].copy_(filled if rows is None else filled.index_select(0, rows))
         if self.valid is not None:
+            filled = cache.valid[:, :n]
             self.valid.fill_(True)
-            if source.valid is not None:
-                filled = source.valid[:, :slots]
-                self.valid[:, :slots].copy_(filled if rows is None else filled.index_select(0, rows))
-        assert len(self.tokens) == B
-        self.place(slots)
+            self.valid[:, :n].copy_(filled if rows is None else filled.index_select(0, rows))
+        self.place(n)
 
     # --- the public cache ------------------------------------------------------------------------------------------
 
     def as_cache(self, config: ModelConfig, length: int) -> KVCache:
-        """A `KVCache` over this very memory: what one writes the other holds. It can't outgrow the buffers."""
+        """The first `length` slots as a `KVCache` over this very memory, which it can't outgrow."""
         cache = object.__new__(KVCache)
         cache.config, cache.batch_size, cache.max_length = config, self.batch_size, self.capacity
         cache.length = length
