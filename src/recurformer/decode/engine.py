@@ -38,11 +38,20 @@ def fused_obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype
 
 def obstacle(model: LanguageModel) -> str | None:
     """Why no engine can decode for this model, with a remedy, or None."""
+    if type(model) is not LanguageModel or {"hidden", "logits"} & vars(model).keys():
+        return "the model computes its logits in a way of its own; decode with step='model'"
     for index, layer in enumerate(model.layers):
         hooks = (layer._forward_hooks, layer._forward_pre_hooks)
         if type(layer) is not Layer or any(hooks):
             return f"layer {index} is more than a layer (wrapped, or with hooks); decode with step='model'"
     return None
+
+
+def fingerprint(model: LanguageModel) -> tuple[tuple[int, int], ...] | None:
+    """Where the weights are and how often they were changed in place; None where PyTorch does not count."""
+    if any(p.is_inference() for p in model.parameters()):
+        return None
+    return tuple((p.data_ptr(), p._version) for p in model.parameters())
 
 
 def choose_step(
@@ -114,6 +123,7 @@ class DecodeEngine:
         self.on_gpu = weight.device.type == "cuda"
         self.side = torch.cuda.Stream(weight.device) if self.on_gpu else None
         self.length = 0
+        self._requested, self._weights = step, fingerprint(model)
         self._plain: PlainStep | None = None
         self._use(State.empty(model.config, batch_size, capacity, dtype, weight.device, padded))
 
@@ -125,6 +135,12 @@ class DecodeEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+    def serves(self, model: LanguageModel, batch_size: int, step: str) -> bool:
+        """Whether it is what a new engine with these arguments would be: weights that changed since make it useless."""
+        same = (model, model.config, compute_dtype(model.embedding.weight), batch_size, step)
+        own = (self.model, self.config, self.dtype, self.batch_size, self._requested)
+        return same == own and self._weights is not None and self._weights == fingerprint(model)
 
     @property
     def batch_size(self) -> int:
@@ -287,6 +303,11 @@ class DecodeEngine:
         """Make the pairs of the last token where the step has put them off to the next one."""
         if self.step_name == "fused" and self.length:
             self._step.flush()
+
+    def refresh(self) -> None:
+        """Take over weights that were changed in place, where the step has copies of them."""
+        if self.step_name == "fused":
+            self._step.refresh()
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 
