@@ -44,7 +44,9 @@ class Tuning:
         attention_warps: warps of an attention program for a single row, and for several.
         parts: programs of attention for each multiprocessor that the memory is divided among.
         spread: keys of a memory from which attention gives each multiprocessor a part of it.
+        gathered: partial attention outputs that a program of the product behind them takes at once.
         pdl: kernels of a single row start early (compute capability 9 and above).
+        multiprocessors: to reckon with; None: those of the device.
     """
 
     thread_bytes: int = 128
@@ -54,7 +56,9 @@ class Tuning:
     attention_warps: tuple[int, int] = (16, 4)
     parts: int = 2
     spread: int = 1024
+    gathered: int = 2**13
     pdl: bool = True
+    multiprocessors: int | None = None
 
 
 def interpreted() -> bool:
@@ -137,7 +141,8 @@ class FusedStep:
         self.defer = defer and bool(self.recurrent)
         self.single = self.B == 1 and max(self.D, self.F, self.H * self.K) <= MAX_ROW_WIDTH
         on_gpu = self.device.type == "cuda"
-        self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 132
+        present = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 132
+        self.multiprocessors = self.tuning.multiprocessors or present
         self.pdl = self.tuning.pdl and self.single and not interpreted()
         if on_gpu and torch.cuda.get_device_capability(self.device) < PDL_CAPABILITY:
             self.pdl = False
@@ -406,7 +411,7 @@ class FusedStep:
                           combine: bool) -> None:  # fmt: skip
         blocks = self._blocks(weight.shape[1], self.D, 2**20, once=combine)
         blocks["ALIGN"] = _aligned(blocks["ALIGN"], weight)
-        SB = max(1, min(_power(self.S), 2**13 // blocks["WB"]))
+        SB = max(1, min(_power(self.S), self.tuning.gathered // blocks["WB"]))
         self._launch(
             self.kernels.residual_product, (blocks["PROGRAMS"],), a, self.lse, self.state.slot, weight, bias, x, out,
             self.config.branch_scale, N=self.D, H=self.H, K=self.K, S=self.S, SB=SB, LEAST=self.least, BLOCK=self.BN,

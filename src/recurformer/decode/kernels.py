@@ -476,7 +476,7 @@ def attend(
     if PARTS:
         to = b * S + part
         tl.store(partial + to * (H * K) + at, acc, mask=mask)
-        tl.store(lse + to * H + g * R + r, tl.where(l > 0.0, m + tl.log2(l), NOTHING), mask=r < R)
+        tl.store(lse + to * H + g * R + r, tl.where(l > 0.0, m + tl.log2(tl.where(l > 0.0, l, 1.0)), NOTHING), mask=r < R)
     else:
         tl.store(out + b * (H * K) + at, acc.to(dtype), mask=mask)
 
