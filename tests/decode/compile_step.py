@@ -21,7 +21,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scan"))
-from compile_kernels import compile_launch
+from compile_kernels import compile_launch  # pyright: ignore[reportMissingImports]
 
 from recurformer import LanguageModel, ModelConfig
 from recurformer.decode.fused import FusedStep, Tuning
@@ -72,9 +72,9 @@ def main(presets: list[str]) -> None:
         with torch.device("meta"):
             model = LanguageModel(config).to(torch.bfloat16)
             state = State(
-                torch.empty(B, dtype=torch.int64), torch.empty((), dtype=torch.int32), torch.empty(B, dtype=torch.int32),
-                torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16), None, None,
-                torch.empty(B, config.vocab_size),
+                torch.empty(B, dtype=torch.int64), torch.empty((), dtype=torch.int32),
+                torch.empty(B, dtype=torch.int32), torch.empty(shape, dtype=torch.bfloat16),
+                torch.empty(shape, dtype=torch.bfloat16), None, None, torch.empty(B, config.vocab_size),
             )  # fmt: skip
         tuning = Tuning(**{key: int(value) for key, value in (item.split("=") for item in tuned)})  # pyright: ignore
         FusedStep(model, state, defer=True, tuning=tuning)()

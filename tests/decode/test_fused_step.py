@@ -1,4 +1,4 @@
-"""The fused decoding step against the model's own cached path: in Triton's interpreter, and on a GPU where there is one.
+"""The fused decoding step against the model's own cached path: in Triton's interpreter, and on a GPU if there is one.
 
 Blocks are made tiny in the interpreter, so that a few positions and rows meet every loop: several parts of the memory,
 several blocks of each, programs that take turns.
@@ -27,7 +27,7 @@ interpreter = pytest.mark.skipif(
     reason="needs Triton, and a machine without a GPU, where its interpreter takes the place of the compiler",
 )
 TINY = Tuning(thread_bytes=16, block=16, attention_warps=(1, 1), spread=1, parts=16, gathered=64, multiprocessors=1)
-HYBRID = {"layers": "first:1"}
+HYBRID: dict[str, Any] = {"layers": "first:1"}
 
 
 @pytest.fixture
@@ -109,34 +109,41 @@ def compare(
 
 
 @interpreter
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("options", LAYER_OPTIONS.values(), ids=LAYER_OPTIONS.keys())
-def test_every_option(interpreted: None, options: dict[str, Any], batch: int) -> None:
-    compare(tiny(**HYBRID, **options), 1e-4, batch=batch, context=3, steps=2)
+def test_every_option(interpreted: None, options: dict[str, Any]) -> None:
+    compare(tiny(**HYBRID, **options), 1e-4, context=3, steps=2)
+
+
+@interpreter
+@pytest.mark.parametrize("name", ["defaults", "rope-full-grouped", "swiglu-biases-layer", "no-qk-norm"])
+def test_options_of_several_rows(interpreted: None, name: str) -> None:
+    compare(tiny(**HYBRID, **LAYER_OPTIONS[name]), 1e-4, batch=2, context=3, steps=2)
 
 
 @interpreter
 @pytest.mark.parametrize("defer", [True, False], ids=["deferred", "at once"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("layers", ["recurrent", "standard", ("standard", "recurrent")], ids=str)
+@pytest.mark.parametrize(
+    ("layers", "batch"), [("recurrent", 1), ("standard", 1), (("standard", "recurrent"), 1), ("recurrent", 2)], ids=str
+)
 def test_every_kind(interpreted: None, layers: Any, batch: int, defer: bool) -> None:
-    compare(tiny(layers=layers), 1e-4, batch=batch, context=2, defer=defer)
+    compare(tiny(layers=layers), 1e-4, batch=batch, context=2, defer=defer, steps=2)
 
 
 @interpreter
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "pads"])
 @pytest.mark.parametrize(
-    ("batch", "context"), [(1, 0), (1, 1), (1, 63), (1, 64), (1, 200), (2, 0), (2, 64), (3, 63), (17, 5), (33, 1)]
-)
+    ("batch", "context", "padded"),
+    [
+        (1, 0, False), (1, 1, False), (1, 63, True), (1, 64, False), (1, 200, False), (2, 0, False), (3, 63, True),
+        (17, 5, True), (33, 1, False),
+    ],
+)  # fmt: skip
 def test_batches_and_contexts(interpreted: None, batch: int, context: int, padded: bool) -> None:
-    if padded and not context:
-        pytest.skip("nothing to pad")
-    model = tiny(d_model=8, n_heads=2, d_mlp=12, **HYBRID)
+    model = tiny(d_model=8, n_heads=1, d_mlp=12, n_layers=1)
     compare(model, 1e-4, batch=batch, context=context, steps=2, padded=padded)
 
 
 @interpreter
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     "options",
     [
@@ -149,7 +156,7 @@ def test_batches_and_contexts(interpreted: None, batch: int, context: int, padde
     ids=["rope, shared heads", "one key-value head", "width 5", "odd widths", "tied, padded vocabulary"],
 )
 def test_pads_and_odd_widths(interpreted: None, options: dict[str, Any], batch: int) -> None:
-    compare(tiny(**HYBRID, **options), 1e-4, batch=batch, context=18, steps=2, padded=True)
+    compare(tiny(**HYBRID, **options), 1e-4, batch=batch, context=17, steps=2, padded=True)
 
 
 @interpreter
@@ -219,7 +226,7 @@ def test_equal_states_give_equal_bits(interpreted: None) -> None:
     for _ in range(2):
         state = State.empty(model.config, 1, 40, torch.float32, "cpu")
         step = FusedStep(model, state, defer=True, tuning=TINY)
-        for token in random_tokens(20):
+        for token in random_tokens(6):
             state.tokens.fill_(int(token))
             step()
             state.advance()

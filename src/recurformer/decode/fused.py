@@ -359,10 +359,11 @@ class FusedStep:
                 self._add_and_norm(self.z[l], None, w.maths.attention_norm, self.z[l], B)
                 assert w.qkv is not None
                 self._product(self.h[:B], w.qkv[QK:], out, bias if self.config.attention_bias else None)
+        width = 0 if self.k_norm is None else self.k_norm.shape[1]
         self._launch(
             self.kernels.store_pairs, (B * G, len(self.recurrent)), self.raw_pairs, self.layer_numbers, state.keys,
             state.values, self._or_nothing(self.k_norm), self.cos, self.sin, slot, positions, B, self.capacity,
-            self.config.norm_eps, G=G, GB=_power(G * K), W=0 if self.k_norm is None else self.k_norm.shape[1], **self.heads, num_warps=1,
+            self.config.norm_eps, G=G, GB=_power(G * K), W=width, **self.heads, num_warps=1,
         )  # fmt: skip
 
     # --- a single row ------------------------------------------------------------------------------------------------
@@ -374,7 +375,7 @@ class FusedStep:
         """
         tuning, itemsize = self.tuning, self.dtype.itemsize
         WB = max(_power(width), 16)
-        warps = 8 if WB >= tuning.wide else 4
+        warps = 8 if tuning.wide <= WB else 4
         if WB * itemsize > warps * 32 * 4 * tuning.thread_bytes:
             warps = 16
         thread_bytes, most = tuning.thread_bytes, 2**20
@@ -398,11 +399,12 @@ class FusedStep:
         rows = sum(w.shape[0] for w in matrices) if rows is None else rows
         N1 = matrices[0].shape[0] if len(matrices) > 1 else rows
         N2 = N1 + matrices[1].shape[0] if len(matrices) > 2 else rows
-        blocks = self._blocks(self.D, rows, gcd(N1, N2) if N1 < rows else 2**20)
+        blocks = self._blocks(self.D, rows, gcd(N1, N2) if rows > N1 else 2**20)
         blocks["ALIGN"] = _aligned(blocks["ALIGN"], *matrices)
         self._launch(
             self.kernels.normed_product, (blocks["PROGRAMS"],), x, norm, matrices[0],
-            matrices[min(1, len(matrices) - 1)], matrices[-1], self._or_nothing(gate), bias, self._or_nothing(gate_bias),
+            matrices[min(1, len(matrices) - 1)], matrices[-1], self._or_nothing(gate), bias,
+            self._or_nothing(gate_bias),
             self._or_nothing(pending), out, self.config.norm_eps, N1=N1, N2=N2, N=rows, KIND=kind, CENTRED=self.centred,
             BIAS=has_bias, DEFER=pending is not None, PDL=self.pdl, **blocks, early=early,
         )  # fmt: skip

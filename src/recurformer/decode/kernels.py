@@ -1,6 +1,7 @@
 # Triton compiles this; to a type checker it is no Python.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 """Triton kernels of one decoding step: what one new token a row needs of a layer.
 
 For a single row (B = 1) a layer is five kernels: `normed_product` (queries, keys, values), `attend`,
@@ -142,7 +143,7 @@ def normed_product(
                 opened = opened.to(dtype).to(tl.float32)
             u = activated(u.to(tl.float32), opened, KIND, dtype).to(dtype)
         tl.store(out + row + n, u.to(out.dtype.element_ty), mask=inside)
-        if DEFER:
+        if DEFER:  # noqa: SIM102 - known when the kernel is compiled, the other when it runs
             if row >= N1:
                 again = dots(w, old)
                 if BIAS:
@@ -297,7 +298,7 @@ def attend(
     ALIBI: tl.constexpr, PADS: tl.constexpr, STORE: tl.constexpr, DEFER: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the new token's queries that share a key-value head, over one part of the memory (B, G, capacity, K).
+    """Attention of the new token's queries that share a key-value head, over a part of the memory (B, G, capacity, K).
 
     The slots filled so far are divided evenly among at most S parts. The first part also has the token's own pair,
     which a standard layer stores in its slot (STORE), and the pair of the slot before where that is still to be made
@@ -357,7 +358,6 @@ def attend(
     W: tl.constexpr = (H + 2 * G) * K
     row = raw + b * W
     old_row = row + B * W + H * K
-    old &= is_first
     u_q = head_tile(row, g * R, True, K, K, R, RB, KB, False)
     u_k = head_tile(row + H * K, g, is_first, K, K, 1, 1, KB, False)
     c1 = c[None, :]
@@ -367,6 +367,7 @@ def attend(
         u_q2 = head_tile(row, g * R, True, K, K, R, RB, KB, True)
         u_k2 = head_tile(row + H * K, g, is_first, K, K, 1, 1, KB, True)
     if DEFER:
+        old &= is_first
         u_old = head_tile(old_row, g, old, K, K, 1, 1, KB, False)
         if ROPE:
             u_old2 = head_tile(old_row, g, old, K, K, 1, 1, KB, True)
@@ -476,7 +477,9 @@ def attend(
     if PARTS:
         to = b * S + part
         tl.store(partial + to * (H * K) + at, acc, mask=mask)
-        tl.store(lse + to * H + g * R + r, tl.where(l > 0.0, m + tl.log2(tl.where(l > 0.0, l, 1.0)), NOTHING), mask=r < R)
+        tl.store(
+            lse + to * H + g * R + r, tl.where(l > 0.0, m + tl.log2(tl.where(l > 0.0, l, 1.0)), NOTHING), mask=r < R
+        )
     else:
         tl.store(out + b * (H * K) + at, acc.to(dtype), mask=mask)
 
@@ -540,7 +543,7 @@ def add_and_norm(
     x, branch, weight, out, h, pending, B, scale, eps, D: tl.constexpr, DB: tl.constexpr, CENTRED: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """Rows y = x + scale branch (BRANCH: written to out; else y = x) and h = norm(y); rows B ... of h: norm(pending)."""
+    """Rows y = x + scale branch (BRANCH: into out; else y = x) and h = norm(y); rows B ... of h: norm(pending)."""
     b = tl.program_id(0).to(tl.int64)
     new = b < B
     c = tl.arange(0, DB)
