@@ -76,7 +76,7 @@ def main(presets: list[str]) -> None:
                 torch.empty(B, dtype=torch.int32), torch.empty(shape, dtype=torch.bfloat16),
                 torch.empty(shape, dtype=torch.bfloat16), None, None, torch.empty(B, config.vocab_size),
             )  # fmt: skip
-        tuning = Tuning(**{key: int(value) for key, value in (item.split("=") for item in tuned)})  # pyright: ignore
+        tuning = Tuning(**{key: json.loads(value) for key, value in (item.split("=") for item in tuned)})
         FusedStep(model, state, defer=True, tuning=tuning)()
     print(json.dumps(found, indent=1))
 

@@ -368,10 +368,11 @@ class FusedStep:
 
     # --- a single row ------------------------------------------------------------------------------------------------
 
-    def _blocks(self, width: int, rows: int, unit: int, once: bool = False) -> dict[str, int]:
+    def _blocks(self, width: int, rows: int, unit: int, once: bool = False, twice: bool = False) -> dict[str, int]:
         """Rows of weights at a time (a divisor of `unit`), programs and warps of a product with `width` inputs.
 
         once: preparing the inputs is expensive, so one program a multiprocessor takes all of its rows at a time.
+        twice: there are two vectors of inputs, whose registers leave room for fewer programs.
         """
         tuning, itemsize = self.tuning, self.dtype.itemsize
         WB = max(_power(width), 16)
@@ -384,7 +385,8 @@ class FusedStep:
             thread_bytes, most = 2 * thread_bytes, _power(-(-rows // self.multiprocessors))
         unit &= -unit  # the largest power of two in it
         bn = max(1, min(warps * 32 * thread_bytes // (WB * itemsize), unit, _power(rows), most))
-        programs = self.multiprocessors * max(1, tuning.warps_per_multiprocessor // warps)
+        room = tuning.warps_per_multiprocessor * (3 if twice else 4) // 4
+        programs = self.multiprocessors * max(1, room // warps)
         align = gcd(16, width * itemsize)
         return {
             "IN": width, "WB": WB, "BN": bn, "PROGRAMS": min(programs, -(-rows // bn)), "ALIGN": align,
