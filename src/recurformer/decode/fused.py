@@ -375,7 +375,7 @@ class FusedStep:
         twice: there are two vectors of inputs, whose registers leave room for fewer programs.
         """
         tuning, itemsize = self.tuning, self.dtype.itemsize
-        WB = max(_power(width), 16)
+        WB = _power(width)
         warps = 8 if tuning.wide <= WB else 4
         if WB * itemsize > warps * 32 * 4 * tuning.thread_bytes:
             warps = 16
@@ -387,7 +387,7 @@ class FusedStep:
         bn = max(1, min(warps * 32 * thread_bytes // (WB * itemsize), unit, _power(rows), most))
         room = tuning.warps_per_multiprocessor * (3 if twice else 4) // 4
         programs = self.multiprocessors * max(1, room // warps)
-        align = gcd(16, width * itemsize)
+        align = gcd(16, width * itemsize)  # of rows
         return {
             "IN": width, "WB": WB, "BN": bn, "PROGRAMS": min(programs, -(-rows // bn)), "ALIGN": align,
             "num_warps": warps,
@@ -401,7 +401,8 @@ class FusedStep:
         rows = sum(w.shape[0] for w in matrices) if rows is None else rows
         N1 = matrices[0].shape[0] if len(matrices) > 1 else rows
         N2 = N1 + matrices[1].shape[0] if len(matrices) > 2 else rows
-        blocks = self._blocks(self.D, rows, gcd(N1, N2) if rows > N1 else 2**20)
+        unit = gcd(N1, N2) if rows > N1 else 2**20
+        blocks = self._blocks(self.D, rows, unit, twice=pending is not None)
         blocks["ALIGN"] = _aligned(blocks["ALIGN"], *matrices)
         self._launch(
             self.kernels.normed_product, (blocks["PROGRAMS"],), x, norm, matrices[0],

@@ -163,19 +163,23 @@ def combined(
 ):  # fmt: skip
     """The first W attention outputs of a row (H K) from the parts that n keys were divided into, SB at a time."""
     parts = tl.maximum(tl.cdiv(n, part_of_keys(n, S, LEAST, BLOCK)), 1)
-    c, s = tl.arange(0, WB)[None, :], tl.arange(0, SB)[:, None]
+    c = tl.arange(0, WB)
     highest = tl.full([WB], NOTHING, tl.float32)
     total, a = tl.zeros([WB], tl.float32), tl.zeros([WB], tl.float32)
     for s0 in range(0, parts, SB):
-        mask = (s0 + s < parts) & (c < W)
-        e = tl.load(lse + (s0 + s) * H + c // K, mask=mask, other=NOTHING)
-        u = tl.load(partial + (s0 + s) * (H * K) + c, mask=mask, other=0.0, cache_modifier=".cg")
-        top = tl.maximum(highest, tl.max(e, 0))
-        p = tl.where(mask, tl.exp2(e - top[None, :]), 0.0)
+        top = highest
+        for i in tl.static_range(SB):
+            there = (c < W) & (s0 + i < parts)
+            top = tl.maximum(top, tl.load(lse + (s0 + i) * H + c // K, mask=there, other=NOTHING))
         change = tl.exp2(highest - top)
-        total = total * change + tl.sum(p, 0)
-        a = a * change + tl.sum(p * u, 0)
-        highest = top
+        total, a, highest = total * change, a * change, top
+        for i in tl.static_range(SB):  # nothing between the loads makes one wait for another
+            there = (c < W) & (s0 + i < parts)
+            e = tl.load(lse + (s0 + i) * H + c // K, mask=there, other=NOTHING)
+            u = tl.load(partial + (s0 + i) * (H * K) + c, mask=there, other=0.0, cache_modifier=".cg")
+            p = tl.where(there, tl.exp2(e - top), 0.0)
+            total += p
+            a += p * u
     return a / tl.where(total > 0.0, total, 1.0)
 
 
