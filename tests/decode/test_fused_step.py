@@ -294,19 +294,17 @@ GPU_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3, 33])
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (1, True), (33, True)], ids=["1", "1, pads", "33, pads"])
 @pytest.mark.parametrize("options", GPU_OPTIONS.values(), ids=GPU_OPTIONS.keys())
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 class TestOnAGPU:
     pytestmark = on_gpu
 
-    def test_a_recorded_step(self, dtype: torch.dtype, limit: float, options: dict[str, Any], batch: int) -> None:
+    def test_a_recorded_step(
+        self, dtype: torch.dtype, limit: float, options: dict[str, Any], batch: int, padded: bool
+    ) -> None:
         model = self.model(**options)
-        compare(model, limit, batch=batch, context=64, dtype=dtype, tuning=None, graph=True)
-
-    def test_pads(self, dtype: torch.dtype, limit: float, options: dict[str, Any], batch: int) -> None:
-        model = self.model(**options)
-        compare(model, limit, batch=batch, context=200, padded=True, dtype=dtype, tuning=None)
+        compare(model, limit, batch=batch, context=200, padded=padded, dtype=dtype, tuning=None, graph=True)
 
     @staticmethod
     def model(**options: Any) -> LanguageModel:
