@@ -269,7 +269,7 @@ def show_decode(results: dict[str, Any], console: Console) -> None:
             f"{row['tokens_per_s']:,.0f}" if "step_s" in row else "-",
             short_ms(row["limit_s"]),
             f"{row['of_limit']:.2f}" if "step_s" in row else "-",
-            f"{row['kv_bytes_per_token']:,}",
+            bytes_text(row["kv_bytes_per_token"]),
             bytes_text(row["kv_bytes"]),
         ]
         for row in results["rows"]
@@ -282,7 +282,7 @@ def show_decode(results: dict[str, Any], console: Console) -> None:
         *(f"{note[0].upper()}{note[1:]}." for note in results["notes"]),
         in_words(results["machine"]),
     ]
-    headings = ["model", "step", "B", "context", "ms", "tokens/s", "limit", "x limit", "KV B/token", "KV"]
+    headings = ["model", "step", "B", "context", "ms", "tokens/s", "limit", "x limit", "KV/token", "KV"]
     show_table(console, "Decoding", headings, cells, notes, left=2)
 
 

@@ -231,11 +231,13 @@ class DecodeEngine:
         if tokens is not None:
             state.tokens.copy_(tokens)
         self._see()
-        if self.on_gpu:
-            self._graph(logits).replay()
-        else:
-            self._step(logits)
-            state.advance()
+        with torch.autocast(self.device.type, enabled=False):  # dtypes are settled, whoever calls
+            if self.on_gpu:
+                with torch.cuda.device(self.device):
+                    self._graph(logits).replay()
+            else:
+                self._step(logits)
+                state.advance()
         self.length += 1
         return state.logits
 
@@ -254,15 +256,15 @@ class DecodeEngine:
         if key not in self.graphs:
             graph, side = torch.cuda.CUDAGraph(), self.side
             assert side is not None
-            with torch.cuda.device(self.device):
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    self._step(logits)  # the same step as the first replay: compiles kernels, wakes libraries
-                torch.cuda.current_stream().wait_stream(side)
-                torch.cuda.synchronize(self.device)
-                with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
-                    self._step(logits)
-                    self.state.advance()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(logits)  # the same step as the first replay: compiles kernels, wakes libraries
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize(self.device)
+            # A stream of its own: the shared one belongs to one device, and its workspaces to all graphs.
+            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+                self._step(logits)
+                self.state.advance()
             self.pool = graph.pool()
             self.graphs[key] = graph
         return self.graphs[key]
