@@ -488,8 +488,8 @@ def bench_prefill(device: str, out: str | None, **options: Any) -> None:
 
 
 @bench.command("decode")
-@click.option("--models", default="300m-6:recurrent,300m-6:standard,300m-24:standard", callback=_names,
-              metavar="PRESET:KIND,...", help="Shapes and the kinds of their layers.")  # fmt: skip
+@click.option("--models", default="300m-6,300m-24:standard", callback=_names, metavar="PRESET:KIND,...",
+              help="Shapes; recurrent without a kind.")  # fmt: skip
 @click.option("--batch-sizes", default="1,64", callback=_sizes, metavar="B,...", help="Rows that continue at once, "
               "each tried.")  # fmt: skip
 @click.option("--contexts", default="1024", callback=_sizes, metavar="N,...", help="Slots that the last timed token "

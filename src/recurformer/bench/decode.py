@@ -28,7 +28,7 @@ class DecodeSettings:
     """One measurement.
 
     Args:
-        models: shapes and the kinds of their layers, as "300m-6:recurrent".
+        models: shapes and the kinds of their layers, as "300m-6:standard"; recurrent without a kind.
         batch_sizes: B, rows that continue at once, each tried.
         contexts: slots that the last of the timed tokens sees, itself included, each tried.
         steps: "plain", "fused" or "auto", each a row.
@@ -40,7 +40,7 @@ class DecodeSettings:
         device, seed: where, and of weights and cache.
     """
 
-    models: tuple[str, ...] = ("300m-6:recurrent", "300m-6:standard", "300m-24:standard")
+    models: tuple[str, ...] = ("300m-6", "300m-24:standard")
     batch_sizes: tuple[int, ...] = (1, 64)
     contexts: tuple[int, ...] = (1024,)
     steps: tuple[str, ...] = ("auto",)
