@@ -266,11 +266,14 @@ def make_decoder(
 
 def keep(model: LanguageModel, decoder: Decoder) -> None:
     """Let a model keep a small engine, for its graphs take longer to record than many steps. Copies don't have it."""
-    if not isinstance(decoder, DecodeEngine) or not decoder.on_gpu or decoder.nbytes > KEPT_BYTES:
+    if not isinstance(decoder, DecodeEngine) or not decoder.on_gpu:
         return
     own = all(type(m) in (nn.Linear, Norm) for layer in model.layers for m in layer.children())  # not: adapters
-    if own and decoder.dtype == model.embedding.weight.dtype:  # the engine has no copy of the weights
+    uncast = decoder.dtype == model.embedding.weight.dtype  # the engine holds no second copy of the weights
+    if own and uncast and decoder.nbytes <= KEPT_BYTES:
         vars(model)[KEPT] = decoder
+    else:
+        decoder.settle()
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:

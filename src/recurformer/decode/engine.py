@@ -125,6 +125,7 @@ class DecodeEngine:
         self.length = 0
         self._requested, self._weights = step, fingerprint(model)
         self._plain: PlainStep | None = None
+        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
         self._use(State.empty(model.config, batch_size, capacity, dtype, weight.device, padded))
 
     def __repr__(self) -> str:
@@ -289,8 +290,9 @@ class DecodeEngine:
 
     def _use(self, state: State) -> None:
         """Let the step work on these buffers."""
+        self.settle()
         self.state = state
-        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
+        self.graphs = {}
         self.pool: Any = None
         self._step: Any = None  # the old one goes before there is a new one
         if self.step_name == "fused":
@@ -300,6 +302,11 @@ class DecodeEngine:
                 self._plain = PlainStep(self.model, state)
             self._plain.state = state
             self._step = self._plain
+
+    def settle(self) -> None:
+        """Wait for recorded steps that still run: their graphs must not go before."""
+        if self.on_gpu and self.graphs:
+            torch.cuda.synchronize(self.device)
 
     def flush(self) -> None:
         """Make the pairs of the last token where the step has put them off to the next one."""
