@@ -487,6 +487,31 @@ def bench_prefill(device: str, out: str | None, **options: Any) -> None:
     _bench("prefill", prefill.bench_prefill, prefill.show_prefill, prefill.draw_prefill, settings, out)
 
 
+@bench.command("decode")
+@click.option("--models", default="300m-6,300m-24:standard", callback=_names, metavar="PRESET:KIND,...",
+              help="Shapes; recurrent without a kind.")  # fmt: skip
+@click.option("--batch-sizes", default="1,64", callback=_sizes, metavar="B,...", help="Rows that continue at once, "
+              "each tried.")  # fmt: skip
+@click.option("--contexts", default="1024", callback=_sizes, metavar="N,...", help="Slots that the last timed token "
+              "sees, each tried.")  # fmt: skip
+@click.option("--step", "steps", default="auto", callback=_names, metavar="NAME,...", help="auto, plain (PyTorch "
+              "operations) or fused (kernels), a row each.")  # fmt: skip
+@click.option("--tokens", default=16, type=int, help="Of one timed run.")
+@click.option("--huggingface/--no-huggingface", default=False, help="Also time generate, of Hugging Face and ours, on "
+              "the same weights, one row.")  # fmt: skip
+@timing_options
+def bench_decode(device: str, out: str | None, **options: Any) -> None:
+    """Decoding: milliseconds a token over batch and context, against what reading weights and cache once allows.
+
+    Recurrent and standard models run in the same engine. The cache holds random pairs; no prompt is read.
+    """
+    from recurformer.bench import decode
+    from recurformer.text import pick_device
+
+    settings = decode.DecodeSettings(device=str(pick_device(device)), **options)
+    _bench("decode", decode.bench_decode, decode.show_decode, decode.draw_decode, settings, out)
+
+
 @bench.command("traffic")
 @click.option("--measure", is_flag=True, help="Read what a GPU's memory really moves, with NVIDIA's profiler ncu.")
 @click.option("--length", "lengths", multiple=True, type=int, metavar="N", help="Positions; may be repeated.  "

@@ -22,7 +22,7 @@ from recurformer.model import LanguageModel, Norm, accumulation_dtype, check_inp
 from recurformer.stopping import StopFinder, stop_texts
 
 GREEDY_BELOW = 1e-5  # a lower temperature would magnify the rounding errors of float32 logits: it means greedy
-LOOK_EVERY = 16  # steps on a GPU between two looks at which rows have ended: each waits for the GPU
+LOOK_EVERY = {"cuda": 16}  # steps between two looks at which rows have ended, where a look waits for the device
 ROOM = 1024  # new tokens that an engine has room for before it grows
 ROOM_MULTIPLE = 256  # of its slots: calls of about one length use one engine
 KEPT_BYTES = 2**28  # keys and values up to which a model keeps the engine of its last call on a GPU
@@ -124,7 +124,7 @@ def generate_rows(
     generator = torch.Generator(device)
     generator.manual_seed(int(torch.randint(2**63 - 1, ())) if seed is None else seed)
     rows = Rows(B * S, ends, stops, tokenizer)
-    look_every = LOOK_EVERY if device.type == "cuda" and stream is None else 1
+    look_every = LOOK_EVERY.get(device.type, 1) if stream is None else 1
 
     with torch.no_grad(), evaluating(model):
         seen = None
@@ -266,11 +266,14 @@ def make_decoder(
 
 def keep(model: LanguageModel, decoder: Decoder) -> None:
     """Let a model keep a small engine, for its graphs take longer to record than many steps. Copies don't have it."""
-    if not isinstance(decoder, DecodeEngine) or not decoder.on_gpu or decoder.nbytes > KEPT_BYTES:
+    if not isinstance(decoder, DecodeEngine) or not decoder.on_gpu:
         return
     own = all(type(m) in (nn.Linear, Norm) for layer in model.layers for m in layer.children())  # not: adapters
-    if own and decoder.dtype == model.embedding.weight.dtype:  # the engine has no copy of the weights
+    uncast = decoder.dtype == model.embedding.weight.dtype  # the engine holds no second copy of the weights
+    if own and uncast and decoder.nbytes <= KEPT_BYTES:
         vars(model)[KEPT] = decoder
+    else:
+        decoder.settle()
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,7 @@ class DecodeEngine:
         self.length = 0
         self._requested, self._weights = step, fingerprint(model)
         self._plain: PlainStep | None = None
+        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
         self._use(State.empty(model.config, batch_size, capacity, dtype, weight.device, padded))
 
     def __repr__(self) -> str:
@@ -231,11 +232,13 @@ class DecodeEngine:
         if tokens is not None:
             state.tokens.copy_(tokens)
         self._see()
-        if self.on_gpu:
-            self._graph(logits).replay()
-        else:
-            self._step(logits)
-            state.advance()
+        with torch.autocast(self.device.type, enabled=False):  # dtypes are settled, whoever calls
+            if self.on_gpu:
+                with torch.cuda.device(self.device):
+                    self._graph(logits).replay()
+            else:
+                self._step(logits)
+                state.advance()
         self.length += 1
         return state.logits
 
@@ -254,15 +257,15 @@ class DecodeEngine:
         if key not in self.graphs:
             graph, side = torch.cuda.CUDAGraph(), self.side
             assert side is not None
-            with torch.cuda.device(self.device):
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    self._step(logits)  # the same step as the first replay: compiles kernels, wakes libraries
-                torch.cuda.current_stream().wait_stream(side)
-                torch.cuda.synchronize(self.device)
-                with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
-                    self._step(logits)
-                    self.state.advance()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(logits)  # the same step as the first replay: compiles kernels, wakes libraries
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize(self.device)
+            # A stream of its own: the shared one belongs to one device, and its workspaces to all graphs.
+            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+                self._step(logits)
+                self.state.advance()
             self.pool = graph.pool()
             self.graphs[key] = graph
         return self.graphs[key]
@@ -287,8 +290,9 @@ class DecodeEngine:
 
     def _use(self, state: State) -> None:
         """Let the step work on these buffers."""
+        self.settle()
         self.state = state
-        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
+        self.graphs = {}
         self.pool: Any = None
         self._step: Any = None  # the old one goes before there is a new one
         if self.step_name == "fused":
@@ -298,6 +302,11 @@ class DecodeEngine:
                 self._plain = PlainStep(self.model, state)
             self._plain.state = state
             self._step = self._plain
+
+    def settle(self) -> None:
+        """Wait for recorded steps that still run: their graphs must not go before."""
+        if self.on_gpu and self.graphs:
+            torch.cuda.synchronize(self.device)
 
     def flush(self) -> None:
         """Make the pairs of the last token where the step has put them off to the next one."""

@@ -96,9 +96,9 @@ class State:
     # --- the public cache ------------------------------------------------------------------------------------------
 
     def as_cache(self, config: ModelConfig, length: int) -> KVCache:
-        """The first `length` slots as a `KVCache` over this very memory, which it can't outgrow."""
+        """The first `length` slots as a `KVCache` over this very memory, until it grows into one of its own."""
         cache = object.__new__(KVCache)
-        cache.config, cache.batch_size, cache.max_length = config, self.batch_size, self.capacity
+        cache.config, cache.batch_size, cache.max_length = config, self.batch_size, None
         cache.length = length
         cache.keys, cache.values = list(self.keys), list(self.values)
         if self.valid is None:
