@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The numbers of docs/benchmarks.md, on one GPU. Tables to stdout, numbers (JSON) and pictures (PNG) into a folder.
 #
-#   benchmarks/gpu.sh OUT [SECTION...]      sections: layer wide stack long model prefill traffic; all when none is named
+#   benchmarks/gpu.sh OUT [SECTION...]      sections: layer wide stack long model prefill decode traffic; all when none is named
 #
 # OFFICIAL=DIR   a checkout of github.com/geniucos/recurrent-transformer: its blocks are measured in the same runs
 # SCANS=a,b      scans of one layer (default: fused);  STACK_SCANS=a,b  of several (default: fused,wavefront)
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT [SECTION...]}
 shift
-sections=${*:-layer wide stack long model prefill traffic}
+sections=${*:-layer wide stack long model prefill decode traffic}
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
@@ -47,6 +47,10 @@ for section in $sections; do
         bench model model --micro-batch-sizes 128,512 --repeats 3 --warmup 2 ;;
     prefill)
         bench prefill prefill --scans "$stack_scans" --repeats 3 --warmup 2 ;;
+    decode) # batch 1 and 64 are in the table; then whole generations beside Hugging Face's
+        models=300m-6:recurrent,300m-6:standard,300m-24:recurrent,300m-24:standard
+        bench decode decode --models $models --batch-sizes 1,16,64,256 --contexts 128,1024,2048,8192,32768
+        bench decode-huggingface decode --models $models --batch-sizes 1 --contexts 1024 --tokens 64 --huggingface ;;
     traffic)
         bench traffic traffic --measure --scan "${scans%%,*}"
         bench traffic-backward traffic --measure --scan "${scans%%,*}" --backward ;;

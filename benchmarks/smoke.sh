@@ -28,6 +28,8 @@ commands = [
     ["bench", "layer", *small, "--scans", stacks, "--stack", "3"],
     ["bench", "model", "--presets", "nano", "--kinds", "standard,first:1", "--tokens", str(8 * N), "--length", str(N),
      "--micro-batch-sizes", "4", "--recompute", "both", "--repeats", "1", "--warmup", "2"],
+    ["bench", "decode", "--models", "nano:recurrent,nano:first:1,nano:standard", "--batch-sizes", "1,2", "--contexts", "64",
+     "--step", "auto,plain", "--tokens", "4", "--repeats", "1", "--warmup", "1"],
     ["bench", "prefill", "--presets", "nano", "--scans", stacks, "--length", str(N), "--repeats", "1", "--warmup", "1"],
 ]
 if gpu and shutil.which("ncu"):

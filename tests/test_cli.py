@@ -180,6 +180,9 @@ def test_generate_shows_whole_characters_and_stops(call, tmp_path: Path, monkeyp
     assert call(*run, 3).out == "\na\ufffd\n"  # the limit cuts the character, and that is shown
     assert call(*run, 20, "--stop", "\\n").out == "\na€b\n"
     assert call(*run, 20, "--stop", "b").out == "\na€\n"
+    assert call(*run, 20, "--stop", "€b").out == "\na\n"  # four bytes, each a token
+    assert call(*run, 20, "--stop", "b\\na", "--stop", "nowhere").out == "\na€\n"
+    assert call(*run, 5, "--stop", "b\\na").out == "\na€b\n"  # its beginning alone is text like any other
     assert call(*run, 0).out == "\n\n"
     ended = call(*run, 20, "--stop", "\\n", "--json").json
     assert ended == {"prompt": "\n", "text": "a€b", "tokens": 6, "ended": True}
@@ -250,7 +253,7 @@ def broken(place: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...], s
         "foreign tokenizer": (("generate", tmp_path / "other"), "256"),
         "temperature": (("generate", R, "--temperature", -1), "temperature is -1"),
         "top-p": (("generate", R, "--top-p", 1.5), "top_p is 1.5"),
-        "stop of two tokens": (("generate", R, "--stop", "ab"), "2 tokens"),
+        "empty stop": (("generate", R, "--stop", ""), "stop holds ''"),
         "no number": (("generate", R, "--seed", "x"), "--seed"),
         "no run": (("compare", tmp_path / "mute"), "mute is no training run"),
         "twice": (("compare", R, R), "twice"),

@@ -252,8 +252,8 @@ def evaluate(
 @click.option("--top-p", default=1.0, type=float, help="Sample among the fewest tokens of at least this probability.")
 @click.option("--min-p", default=0.0, type=float, help="Leave out tokens below this part of the top probability.")
 @click.option("--repetition-penalty", default=1.0, type=float, help="Above 1: tokens seen before become less probable.")
-@click.option("--stop", "stops", multiple=True, metavar="TEXT", help=r"End at this token, besides the end of text; "
-              r"\n may be spelled out. May be repeated.")  # fmt: skip
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help=r"End before this text, besides the end of "
+              r"text; \n and \t may be spelled out. May be repeated.")  # fmt: skip
 @click.option("--samples", default=1, type=click.IntRange(min=1), help="Continuations of each prompt.")
 @click.option("--seed", type=int, help="Of the sampling.  [default: another one each time]")
 @click.option("--scan", default="auto", help="How recurrent layers read the prompt.")
@@ -275,15 +275,15 @@ def generate(
     import json
     from dataclasses import asdict
 
-    from recurformer.text import complete, open_model, stop_ids
+    from recurformer.text import complete, open_model
 
     model, tokenizer, folder = open_model(run, device, scan)
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer beside its model; save one into it (recurformer.save)")
     prompts = prompts or ("",)
     single = len(prompts) == 1 and samples == 1 and not as_json
-    ids = stop_ids(tokenizer, stops)
-    options = {"stops": ids, "samples": samples, **sampling}
+    spelled_out = tuple(stop.replace("\\n", "\n").replace("\\t", "\t") for stop in stops)
+    options = {"stops": spelled_out, "samples": samples, **sampling}
 
     def show(text: str) -> None:
         print(text, end="", flush=True)
@@ -485,6 +485,31 @@ def bench_prefill(device: str, out: str | None, **options: Any) -> None:
 
     settings = prefill.PrefillSettings(device=str(pick_device(device)), **options)
     _bench("prefill", prefill.bench_prefill, prefill.show_prefill, prefill.draw_prefill, settings, out)
+
+
+@bench.command("decode")
+@click.option("--models", default="300m-6,300m-24:standard", callback=_names, metavar="PRESET:KIND,...",
+              help="Shapes; recurrent without a kind.")  # fmt: skip
+@click.option("--batch-sizes", default="1,64", callback=_sizes, metavar="B,...", help="Rows that continue at once, "
+              "each tried.")  # fmt: skip
+@click.option("--contexts", default="1024", callback=_sizes, metavar="N,...", help="Slots that the last timed token "
+              "sees, each tried.")  # fmt: skip
+@click.option("--step", "steps", default="auto", callback=_names, metavar="NAME,...", help="auto, plain (PyTorch "
+              "operations) or fused (kernels), a row each.")  # fmt: skip
+@click.option("--tokens", default=16, type=int, help="Of one timed run.")
+@click.option("--huggingface/--no-huggingface", default=False, help="Also time generate, of Hugging Face and ours, on "
+              "the same weights, one row.")  # fmt: skip
+@timing_options
+def bench_decode(device: str, out: str | None, **options: Any) -> None:
+    """Decoding: milliseconds a token over batch and context, against what reading weights and cache once allows.
+
+    Recurrent and standard models run in the same engine. The cache holds random pairs; no prompt is read.
+    """
+    from recurformer.bench import decode
+    from recurformer.text import pick_device
+
+    settings = decode.DecodeSettings(device=str(pick_device(device)), **options)
+    _bench("decode", decode.bench_decode, decode.show_decode, decode.draw_decode, settings, out)
 
 
 @bench.command("traffic")

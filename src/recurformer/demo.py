@@ -110,15 +110,13 @@ def _shape(config: TrainConfig) -> str:
 
 def sample_all(folders: Sequence[Path], seed: int = 0) -> dict[str, list[str]]:
     """Each model's continuation of the prompts, by the name of its run."""
-    from recurformer.text import complete, open_model, stop_ids
+    from recurformer.text import complete, open_model
 
     texts: dict[str, list[str]] = {}
     for folder in folders:
         model, tokenizer, _ = open_model(folder)
         assert tokenizer is not None  # the bytes of `prepare_text`
-        made = complete(
-            model, tokenizer, PROMPTS, 150, stops=stop_ids(tokenizer, []), temperature=0.7, top_p=0.95, seed=seed
-        )
+        made = complete(model, tokenizer, PROMPTS, 150, temperature=0.7, top_p=0.95, seed=seed)
         texts[folder.name] = [completion.prompt + completion.text for completion in made]
     return texts
 

@@ -1,7 +1,8 @@
 """Sampling from a `LanguageModel`: one pass over the prompts, then one token a step from the cache.
 
-`generate` is the loop. What becomes of a row of logits is in `Sampling`, made of small pure functions, in this order:
-repetition penalty, temperature, top-k, top-p, min-p. Shapes: B prompts, S samples of each, N prompt slots, V ids.
+`generate_rows` is the loop, a `Decoder` makes the logits. What becomes of a row of logits is in `Sampling`, made of
+small pure functions, in this order: repetition penalty, temperature, top-k, top-p, min-p. Shapes: B prompts, S samples
+of each, N prompt slots, V ids.
 """
 
 from __future__ import annotations
@@ -10,18 +11,38 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from recurformer.cache import KVCache
-from recurformer.model import LanguageModel, accumulation_dtype, check_inputs, compute_dtype
+from recurformer.decode import STEP_CHOICES, DecodeEngine, obstacle, read_prompt
+from recurformer.model import LanguageModel, Norm, accumulation_dtype, check_inputs, compute_dtype
+from recurformer.stopping import StopFinder, stop_texts
 
 GREEDY_BELOW = 1e-5  # a lower temperature would magnify the rounding errors of float32 logits: it means greedy
+LOOK_EVERY = {"cuda": 16}  # steps between two looks at which rows have ended, where a look waits for the device
+ROOM = 1024  # new tokens that an engine has room for before it grows
+ROOM_MULTIPLE = 256  # of its slots: calls of about one length use one engine
+KEPT_BYTES = 2**28  # keys and values up to which a model keeps the engine of its last call on a GPU
 
 
-def generate(
+@dataclass(frozen=True)
+class Generated:
+    """What generation made, and where each row ended."""
+
+    tokens: Tensor  # (B * S, N + new) int64
+    lengths: list[int]  # new tokens of each row, the one that ended it included, pads not
+    ended: list[bool]  # by an end id or a stop text, not by the limit
+
+
+def generate(model: LanguageModel, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+    """Continue prompts: the tokens of `generate_rows`, which has the options. (B * num_samples, N + new) int64."""
+    return generate_rows(model, tokens, max_new_tokens, **options).tokens
+
+
+def generate_rows(
     model: LanguageModel,
     tokens: Tensor,
     max_new_tokens: int,
@@ -33,11 +54,15 @@ def generate(
     repetition_penalty: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
     attention_mask: Tensor | None = None,
     num_samples: int = 1,
     seed: int | None = None,
     stream: Callable[[Tensor], Any] | None = None,
-) -> Tensor:
+    prefill_chunk: int | None = None,
+    step: str = "auto",
+) -> Generated:
     """Continue prompts.
 
     Args:
@@ -53,14 +78,20 @@ def generate(
             multiplied when negative; 1 changes nothing.
         eos_token_id: the id or ids that end a row. The id itself is kept, `pad_token_id` follows; those of the prompt
             don't count. Generation stops when every row has ended. None: rows never end.
-        pad_token_id: None: the (first) eos id.
+        pad_token_id: None: the (first) eos id; without one the tokenizer's, else 0.
+        stop: a text or texts that end a row, wherever in its new text, across borders of tokens too. The token that
+            completes one is kept, as an eos id is. The prompt's text doesn't count. Needs `tokenizer`.
+        tokenizer: whose `decode(ids)` makes text, ours or any other.
         attention_mask: (B, N) bool or 0/1, 0 = padding.
         num_samples: S, independent continuations of each prompt, neighbours in the result.
         seed: of this call's own generator. Equal seeds and batches give equal results; None draws one from torch's.
         stream: called with the ids (B * S,) of each step.
+        prefill_chunk: positions of the prompts that go through the layers at once, to bound memory; None: many.
+        step: how a token is made: by a `DecodeEngine` ("plain", "fused", or "auto", which picks), or by calls of the
+            model itself ("model"; "auto" where the model is more than a plain one).
 
     Returns:
-        (B * S, N + new) int64: prompts and new tokens, new <= max_new_tokens.
+        Generated: prompts and new tokens, new <= max_new_tokens.
 
     Raises:
         ValueError: for an option outside its limits, an empty prompt, or input that the model refuses.
@@ -68,55 +99,181 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     check_whole("max_new_tokens", max_new_tokens, 0)
     check_whole("num_samples", num_samples, 1)
+    if prefill_chunk is not None:
+        check_whole("prefill_chunk", prefill_chunk, 1)
+    if step not in ("model", *STEP_CHOICES):
+        raise ValueError(f"step is {step!r}; choose one of 'model', {', '.join(map(repr, STEP_CHOICES))}")
     if seed is not None:
         check_whole("seed", seed, -(2**63), 2**64 - 1)
     ends = end_ids(eos_token_id, model.config.vocab_size)
+    stops = stop_texts(stop)
+    if stops and not hasattr(tokenizer, "decode"):
+        raise ValueError(f"stop is {stop!r}, but the tokenizer is {tokenizer!r}; give one whose decode makes text")
     if pad_token_id is not None:
         check_whole("pad_token_id", pad_token_id, -(2**63), 2**63 - 1)
-    elif ends:
-        pad_token_id = ends[0]
+    pad = pad_id(pad_token_id, ends, tokenizer)
     valid = check_inputs(model, tokens, None, attention_mask, None, None, False, True, None)
     if valid is not None and not (real := valid.any(1)).all():
         raise ValueError(f"prompt {int(real.int().argmin())} is all padding; a prompt needs at least one token")
 
-    B, N = tokens.shape
+    (B, N), S = tokens.shape, num_samples
     device, tokens = tokens.device, tokens.long()
-    prompts = tokens.repeat_interleave(num_samples, dim=0)
+    prompts = tokens.repeat_interleave(S, dim=0)
     if max_new_tokens == 0:
-        return prompts
+        return Generated(prompts, [0] * (B * S), [False] * (B * S))
     generator = torch.Generator(device)
     generator.manual_seed(int(torch.randint(2**63 - 1, ())) if seed is None else seed)
+    rows = Rows(B * S, ends, stops, tokenizer)
+    look_every = LOOK_EVERY.get(device.type, 1) if stream is None else 1
 
     with torch.no_grad(), evaluating(model):
-        cache = KVCache(model.config, B, dtype=compute_dtype(model.embedding.weight), device=device)
-        x = model.hidden(tokens, valid, cache=cache)
-        slots = torch.arange(N, device=device)
-        last = slots[-1:] if valid is None else (slots * valid).argmax(1)  # each prompt's last real token
-        logits = model.logits(x[torch.arange(B, device=device), last]).repeat_interleave(num_samples, dim=0)
-        if num_samples > 1:
-            cache = cache.select(torch.arange(B, device=device).repeat_interleave(num_samples))
-
         seen = None
         if repetition_penalty != 1:
-            seen = tokens_seen(tokens, valid, model.config.vocab_size).repeat_interleave(num_samples, dim=0)
-        stops = torch.tensor(ends, device=device) if ends else None
-        finished = torch.zeros(B * num_samples, dtype=torch.bool, device=device)
+            seen = tokens_seen(tokens, valid, model.config.vocab_size).repeat_interleave(S, dim=0)
+        decoder = make_decoder(model, step, B * S, N, max_new_tokens, padded=valid is not None)
+        logits = decoder.prefill(tokens, valid, samples=S, chunk=prefill_chunk)
         new: list[Tensor] = []
         while True:
-            token = fed = sampling.draw(logits, seen, generator)
-            if stops is not None:
-                assert pad_token_id is not None
-                token = token.masked_fill(finished, pad_token_id)
-                finished = finished | torch.isin(fed, stops)
+            token = sampling.draw(logits, seen, generator)
             new.append(token)
+            n = len(new)
+            if rows.may_end and (n % look_every == 0 or n == max_new_tokens):
+                rows.look(torch.stack(new[rows.looked :], dim=1))
             if stream is not None:
-                stream(token)
-            if len(new) == max_new_tokens or (stops is not None and bool(finished.all())):
+                stream(rows.padded(token, n, pad))
+            if n == max_new_tokens or rows.all_ended:
                 break
             if seen is not None:
-                seen.scatter_(1, fed[:, None], True)
-            logits = model.logits(model.hidden(fed[:, None], None, cache=cache)[:, 0])
-    return torch.cat([prompts, torch.stack(new, dim=1)], dim=1)
+                seen.scatter_(1, token[:, None], True)
+            logits = decoder.step(token)
+    keep(model, decoder)
+    lengths = [length or len(new) for length in rows.lengths]
+    made = torch.stack(new[: max(lengths)], dim=1)
+    if rows.may_end:
+        slots = torch.arange(made.shape[1], device=device)
+        made = made.masked_fill(slots >= torch.tensor(lengths, device=device)[:, None], pad)
+    return Generated(torch.cat([prompts, made], dim=1), lengths, [length is not None for length in rows.lengths])
+
+
+class Rows:
+    """Which rows have ended, and where. On the host: the loop may run ahead of it, for a row's end changes no other.
+
+    Args:
+        count: of rows.
+        ends: ids that end one.
+        stops: texts that end one.
+        tokenizer: makes text of ids.
+
+    Attributes:
+        lengths: new tokens of each row up to its end, that included; None while there is none.
+        looked: new tokens that have been looked at.
+    """
+
+    def __init__(self, count: int, ends: Sequence[int], stops: Sequence[str], tokenizer: Any) -> None:
+        self.lengths: list[int | None] = [None] * count
+        self.looked = 0
+        self._ends = frozenset(ends)
+        self._finders = [StopFinder(stops, tokenizer) for _ in range(count)] if stops else None
+        self.may_end = bool(ends or stops)
+
+    @property
+    def all_ended(self) -> bool:
+        return self.may_end and None not in self.lengths
+
+    def look(self, block: Tensor) -> None:
+        """Look at the next tokens (rows, n); waits for their device."""
+        for row, ids in enumerate(block.tolist()):
+            for place, token in enumerate(ids, self.looked + 1):
+                if self.lengths[row] is None and self._ended(row, token):
+                    self.lengths[row] = place
+        self.looked += block.shape[1]
+
+    def _ended(self, row: int, token: int) -> bool:
+        if token in self._ends:
+            return True
+        if self._finders is None:
+            return False
+        self._finders[row].feed(token)
+        return self._finders[row].found
+
+    def padded(self, token: Tensor, n: int, pad: int) -> Tensor:
+        """The n-th new tokens (rows,), with pads in the rows that ended before."""
+        over = [length is not None and length < n for length in self.lengths]
+        return token.masked_fill(torch.tensor(over, device=token.device), pad) if any(over) else token
+
+
+# --- where logits come from ------------------------------------------------------------------------------------------
+
+
+class Decoder(Protocol):
+    """Reads prompts, then one token of every row at a time. `DecodeEngine` is one."""
+
+    def prefill(self, tokens: Tensor, valid: Tensor | None, *, samples: int, chunk: int | None) -> Tensor: ...
+
+    def step(self, tokens: Tensor) -> Tensor: ...
+
+
+class ModelDecoder:
+    """Calls of the model itself, whatever it is wrapped in."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def prefill(self, tokens: Tensor, valid: Tensor | None, *, samples: int, chunk: int | None) -> Tensor:
+        """Logits (B * samples, V) after each prompt."""
+        model, (B, _), device = self.model, tokens.shape, tokens.device
+        self.cache = KVCache(model.config, B, dtype=compute_dtype(model.embedding.weight), device=device)
+        logits = model.logits(read_prompt(model, self.cache, tokens, valid, chunk))
+        if samples > 1:
+            self.cache = self.cache.select(torch.arange(B, device=device).repeat_interleave(samples))
+        return logits.repeat_interleave(samples, dim=0)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (B * samples, V) after one more token of every row."""
+        return self.model.logits(self.model.hidden(tokens[:, None], None, cache=self.cache)[:, 0])
+
+
+KEPT = "_decode_engine"  # where a model keeps its engine
+
+
+def make_decoder(
+    model: LanguageModel, step: str, rows: int, prompt: int, max_new_tokens: int, *, padded: bool
+) -> Decoder:
+    """The decoder of one call: the engine that the model kept if it serves, else a new one, else the model itself.
+
+    Args:
+        step: as `generate_rows` takes it.
+        rows: B * S.
+        prompt: N, slots of the prompts.
+        padded: some of them are pads.
+    """
+    if step == "model" or (step == "auto" and obstacle(model) is not None):
+        return ModelDecoder(model)
+    kept: DecodeEngine | None = vars(model).pop(KEPT, None)  # taken out: a call inside this one makes its own
+    slots = -(-(prompt + min(max_new_tokens, ROOM)) // ROOM_MULTIPLE) * ROOM_MULTIPLE
+    if (
+        kept is not None
+        and obstacle(model) is None
+        and kept.serves(model, rows, step)
+        and slots <= kept.capacity
+        and padded == (kept.state.valid is not None)
+    ):
+        kept.reset()
+        kept.refresh()
+        return kept
+    return DecodeEngine(model, rows, slots, step=step, padded=padded)
+
+
+def keep(model: LanguageModel, decoder: Decoder) -> None:
+    """Let a model keep a small engine, for its graphs take longer to record than many steps. Copies don't have it."""
+    if not isinstance(decoder, DecodeEngine) or not decoder.on_gpu:
+        return
+    own = all(type(m) in (nn.Linear, Norm) for layer in model.layers for m in layer.children())  # not: adapters
+    uncast = decoder.dtype == model.embedding.weight.dtype  # the engine holds no second copy of the weights
+    if own and uncast and decoder.nbytes <= KEPT_BYTES:
+        vars(model)[KEPT] = decoder
+    else:
+        decoder.settle()
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -236,6 +393,12 @@ def end_ids(eos_token_id: int | Sequence[int] | None, vocabulary: int) -> list[i
     for token in ids:
         check_whole("eos_token_id", token, 0, vocabulary - 1)
     return ids
+
+
+def pad_id(given: int | None, ends: Sequence[int], tokenizer: Any) -> int:
+    """What follows the end of a row: what was given, else the first end id, else the tokenizer's end, else 0."""
+    candidates = [given, *ends[:1], getattr(tokenizer, "eos_id", None), getattr(tokenizer, "eos_token_id", None), 0]
+    return next(candidate for candidate in candidates if candidate is not None)
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:

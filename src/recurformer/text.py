@@ -19,9 +19,9 @@ class Completion:
     """One continuation of one prompt."""
 
     prompt: str
-    text: str  # without the prompt and without the token that ended it
+    text: str  # without the prompt, and without the stop that ended it
     tokens: int  # generated, the one that ended it included
-    ended: bool  # by a stop token, not by the limit
+    ended: bool  # by the end-of-text token or a stop, not by the limit
 
 
 def open_model(
@@ -59,42 +59,29 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def stop_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> list[int]:
-    r"""The ids that end a text: the tokenizer's end of text, and each of `stops` ("\n" and "\t" may be spelled out).
-
-    Raises:
-        ValueError: for a stop that is not exactly one token.
-    """
-    ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for stop in stops:
-        found = tokenizer.encode(stop.replace("\\n", "\n").replace("\\t", "\t"))
-        if len(found) != 1:
-            raise ValueError(f"the stop {stop!r} is {len(found)} tokens here; a stop must be exactly one")
-        ids += found
-    return ids
-
-
 def complete(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
-    stops: Sequence[int] = (),
+    stops: Sequence[str] = (),
     samples: int = 1,
     show: Callable[[str], Any] | None = None,
     **sampling: Any,
 ) -> list[Completion]:
-    """Continue prompts of any lengths at once.
+    """Continue prompts of any lengths at once. The tokenizer's end of text ends a continuation, if it has one.
 
     Args:
         prompts: texts; an empty one begins at the end-of-text token.
-        stops: ids that end a continuation.
+        stops: texts that end a continuation, wherever the borders between its tokens are.
         samples: continuations of each prompt; those of one prompt are neighbours in the result.
-        show: called with each piece of text as it comes, never half a character; needs a single continuation.
+        show: called with each piece of text as it comes, never half a character, nor what may turn out to begin a stop;
+            needs a single continuation.
         sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed as in `generate`.
     """
-    from recurformer.generation import generate, pad_prompts
+    from recurformer.generation import generate_rows, pad_prompts
+    from recurformer.stopping import StopFinder
 
     if not prompts:
         raise ValueError("no prompt; give at least one, which may be empty")
@@ -111,30 +98,34 @@ def complete(
             ids.append(tokenizer.eos_id or 0)
     tokens, mask = pad_prompts(encoded)
     device = model.embedding.weight.device
-    text_stream = tokenizer.stream()
+    shown = StopFinder(stops, tokenizer)
 
     def stream(ids: torch.Tensor) -> None:
         token = int(ids[0])
-        if show is not None and token not in stops and (text := text_stream.feed(token)):
+        if show is not None and token != tokenizer.eos_id and (text := shown.feed(token)):
             show(text)
 
-    out = generate(
+    made = generate_rows(
         model,
         tokens.to(device),
         max_new_tokens,
         attention_mask=mask.to(device),
         num_samples=samples,
-        eos_token_id=list(stops) or None,
+        eos_token_id=tokenizer.eos_id,
+        stop=stops,
+        tokenizer=tokenizer,
         stream=None if show is None else stream,
         **sampling,
     )
-    if show is not None and (text := text_stream.finish()):
+    if show is not None and (text := shown.finish()):
         show(text)
     completions = []
-    for row, ids in enumerate(out[:, tokens.shape[1] :].tolist()):
-        end = next((n for n, token in enumerate(ids) if token in stops), None)
-        text = tokenizer.decode(ids[:end])
-        completions.append(
-            Completion(prompts[row // samples], text, len(ids) if end is None else end + 1, end is not None)
-        )
+    for row, (ids, length) in enumerate(zip(made.tokens[:, tokens.shape[1] :].tolist(), made.lengths, strict=True)):
+        finder = StopFinder(stops, tokenizer)
+        for token in ids[:length]:
+            if token == tokenizer.eos_id:
+                break
+            finder.feed(token)
+        finder.finish()
+        completions.append(Completion(prompts[row // samples], finder.text, length, made.ended[row] or finder.found))
     return completions

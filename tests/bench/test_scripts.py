@@ -14,7 +14,7 @@ import pytest
 from recurformer import cli
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SECTIONS = ("layer", "wide", "stack", "long", "model", "prefill", "traffic")
+SECTIONS = ("layer", "wide", "stack", "long", "model", "prefill", "decode", "traffic")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -42,7 +42,7 @@ def run(tmp_path: Path, *arguments: str, **variables: str) -> tuple[int, list[li
 
 def test_every_command_of_the_gpu_script_is_one(tmp_path: Path) -> None:
     code, commands, stderr = run(tmp_path, OFFICIAL="/checkout")
-    assert len(commands) == len(SECTIONS) + 1  # traffic is two
+    assert len(commands) == len(SECTIONS) + 2  # decode and traffic are two each
     for command in commands:
         assert command[:3] == ["-m", "recurformer", "bench"]
         name, *options = command[3:]

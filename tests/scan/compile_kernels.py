@@ -20,12 +20,14 @@ from triton.runtime.jit import JITFunction
 from recurformer import ModelConfig
 from recurformer.scan.fused.engine import Engine, Shape
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
 narrow: dict[str, int] = {}
 
 
-def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> None:
-    """What a launch with these arguments would compile, compiled."""
+def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> Any:
+    """What a launch with these arguments would compile, compiled; also counts its narrow loads."""
     bound = dict(zip([p.name for p in kernel.params], args, strict=False))
     bound |= {name: options.pop(name) for name in list(options) if name in {p.name for p in kernel.params}}
     signature, constants, attributes = {}, {}, {}
@@ -47,6 +49,7 @@ def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> None:
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     name = kernel.fn.__name__ + ("_pull" if constants.get("PULL") else "")
     narrow[name] = len(re.findall(r"ld\.global(?:\.\w+)*\.b16\b", made.asm["ptx"]))
+    return made
 
 
 def main(wanted: list[str]) -> None:

@@ -4,6 +4,7 @@ Each benchmark returns its rows and what they were made under as one dictionary 
 print tables, `draw` functions make pictures.
 """
 
+from recurformer.bench.decode import DecodeSettings, bench_decode
 from recurformer.bench.layer import LayerSettings, bench_layer
 from recurformer.bench.memory import peak_memory
 from recurformer.bench.model import ModelSettings, bench_model
@@ -12,12 +13,14 @@ from recurformer.bench.scan import ScanSettings, bench_scan
 from recurformer.bench.traffic import MeasureSettings, TrafficSettings, bench_traffic, measure_traffic
 
 __all__ = [
+    "DecodeSettings",
     "LayerSettings",
     "MeasureSettings",
     "ModelSettings",
     "PrefillSettings",
     "ScanSettings",
     "TrafficSettings",
+    "bench_decode",
     "bench_layer",
     "bench_model",
     "bench_prefill",
