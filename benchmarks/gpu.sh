@@ -46,7 +46,7 @@ for section in $sections; do
     model)
         bench model model --micro-batch-sizes 128,512 --repeats 3 --warmup 2 ;;
     prefill)
-        bench prefill prefill --scans "$stack_scans" --repeats 3 --warmup 2 ;;
+        bench prefill prefill --scans "$stack_scans,engine" --repeats 3 --warmup 2 ;;
     decode) # batch 1 and 64 are in the table; then whole generations beside Hugging Face's
         models=300m-6:recurrent,300m-6:standard,300m-24:recurrent,300m-24:standard
         bench decode decode --models $models --batch-sizes 1,16,64,256 --contexts 128,1024,2048,8192,32768

@@ -472,7 +472,7 @@ def bench_model(recompute: str, device: str, out: str | None, **options: Any) ->
 @bench.command("prefill")
 @click.option("--presets", default="300m-6,300m-24", callback=_names, metavar="NAME,...", help="Shapes.")
 @click.option("--scans", default="auto", callback=_names, metavar="NAME,...", help="How recurrent layers read, a row "
-              "each.")  # fmt: skip
+              "each; engine: as generation does.")  # fmt: skip
 @click.option("--standard/--no-standard", default=True, help="Measure standard layers beside them.")
 @click.option("--length", default=2048, type=int, metavar="N", help="Positions of the prompt.")
 @click.option("--batch-size", default=1, type=int, help="Prompts.")

@@ -37,10 +37,10 @@ def test_weights_that_every_position_meets():
 
 def test_rows(monkeypatch: pytest.MonkeyPatch, text_of: Callable[..., str]):
     monkeypatch.setattr(prefill, "copy_bandwidth", lambda device: 1e9)
-    results = bench_prefill(PrefillSettings(**{**SMALL, "scans": ("tiled", "auto")}, batch_size=2))
-    tiled, auto, standard = results["rows"]
-    assert [row["path"] for row in results["rows"]] == ["tiled", "auto", "standard"]
-    for row in (tiled, auto):
+    results = bench_prefill(PrefillSettings(**{**SMALL, "scans": ("tiled", "auto", "engine")}, batch_size=2))
+    tiled, auto, engine, standard = results["rows"]
+    assert [row["path"] for row in results["rows"]] == ["tiled", "auto", "engine", "standard"]
+    for row in (tiled, auto, engine):
         assert row["limit_tokens_per_s"] == 2 * 1e9 / (4 * 11 * 128 * 128 * 4)
         assert row["of_limit"] == pytest.approx(row["tokens_per_s"] / row["limit_tokens_per_s"])
         assert row["tokens_per_s"] == pytest.approx(12 / row["prefill_s"])
@@ -49,6 +49,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, text_of: Callable[..., str]):
     shown = text_of(prefill.show_prefill, results)
     assert "0.001 TB/s" in shown
     assert "Auto for nano is tiled: " in shown
+    assert "Engine for nano: its step is plain: " in shown
     assert prefill.draw_prefill(results).startswith(b"\x89PNG")
 
 

@@ -21,6 +21,7 @@ from recurformer.bench.timing import (
 )
 from recurformer.cache import KVCache
 from recurformer.config import ModelConfig
+from recurformer.decode.engine import DecodeEngine, choose_step
 from recurformer.scan import SCAN_CHOICES, choose_scan
 
 if TYPE_CHECKING:
@@ -29,13 +30,17 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+ENGINE = "engine"  # stands where the name of a scan does
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrefillSettings:
     """One measurement.
 
     Args:
         presets: names of shapes, in recurrent layers.
-        scans: how they are evaluated, each a row.
+        scans: how they are evaluated, each a row; "engine" is what generation does: its decode engine reads the prompt,
+            token by token where its rule says so.
         standard: also measure the same shape in standard layers.
         length, batch_size: N, positions of a prompt, and B, prompts at once.
         dtype: of weights and products, "bf16" or "fp32".
@@ -61,8 +66,9 @@ class PrefillSettings:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}")
         for scan in self.scans:
-            if scan not in SCAN_CHOICES:
-                raise ValueError(f"there is no scan {scan!r}; choose among {', '.join(map(repr, SCAN_CHOICES))}")
+            if scan not in (*SCAN_CHOICES, ENGINE):
+                names = ", ".join(map(repr, (*SCAN_CHOICES, ENGINE)))
+                raise ValueError(f"there is no scan {scan!r}; choose among {names}")
         if not self.presets or not (self.scans or self.standard):
             raise ValueError("there is nothing to measure; give a preset, and a scan or the standard layers")
         for preset in self.presets:
@@ -117,6 +123,9 @@ def bench_prefill(settings: PrefillSettings, progress: Callable[[str, int, int],
                 choice = choose_scan("auto", config, device, batch_size=s.batch_size, length=s.length)
                 notes.append(f"auto for {preset} is {': '.join(choice)}")
         try:
+            if path == ENGINE:
+                choice = choose_step("auto", config, device, DTYPES[s.dtype], s.batch_size)
+                notes.append(f"engine for {preset}: its step is {': '.join(choice)}")
             row |= _measure(s, config, scan, device)
             if kind == "recurrent":
                 row["of_limit"] = row["tokens_per_s"] / row["limit_tokens_per_s"]
@@ -135,13 +144,18 @@ def _measure(s: PrefillSettings, config: ModelConfig, scan: str, device: torch.d
     torch.manual_seed(s.seed)
     dtype = DTYPES[s.dtype]
     with peak_memory_of(device) as peak:
-        model = build_model(config, device, scan or "auto").to(dtype).eval()
+        model = build_model(config, device, scan if scan in SCAN_CHOICES else "auto").to(dtype).eval()
+        engine = DecodeEngine(model, s.batch_size, s.length) if scan == ENGINE else None
         pool = torch.randint(0, config.vocab_size, (s.batch_size + s.inputs - 1, s.length), device=device)
 
         def prepare(number: int) -> Work:
             tokens = pool[number % s.inputs :][: s.batch_size]
 
             def read() -> None:
+                if engine is not None:
+                    engine.reset()
+                    engine.prefill(tokens)
+                    return
                 cache = KVCache(config, s.batch_size, max_length=s.length, dtype=dtype, device=device)
                 model.logits(model.hidden(tokens, None, cache=cache)[:, -1])
 

@@ -49,14 +49,14 @@ class Tuning:
         multiprocessors: to reckon with; None: those of the device.
     """
 
-    thread_bytes: int = 128
+    thread_bytes: int = 256
     wide: int = 4096
-    warps_per_multiprocessor: int = 16
+    warps_per_multiprocessor: int = 12
     block: int = 512
     attention_warps: tuple[int, int] = (16, 4)
-    parts: int = 2
+    parts: int = 1
     spread: int = 1024
-    gathered: int = 2**13
+    gathered: int = 2**12
     pdl: bool = True
     multiprocessors: int | None = None
 
