@@ -42,6 +42,7 @@ endif
 	$(BIN)/python docs/figures/algorithm.py
 	$(BIN)/python docs/figures/emulation.py
 	$(BIN)/python docs/figures/recurrence.py
+	$(BIN)/python docs/figures/decode.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache

@@ -32,6 +32,18 @@ def test_the_measurements_are_those_of_the_script(script: ModuleType):
         assert stored["machine"]["cpu"]
 
 
+def test_the_picture_of_a_gpu_measurement_is_drawn_and_shown(tmp_path: Path):
+    spec = importlib.util.spec_from_file_location("decode", FIGURES / "decode.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(tmp_path)
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert (FIGURES / "decode.png").is_file()
+    assert "figures/decode.png" in (FIGURES.parent / "decoding.md").read_text()
+
+
 def test_every_picture_is_drawn_and_shown(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(script, "HERE", tmp_path)
     script.main([])

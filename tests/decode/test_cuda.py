@@ -182,14 +182,14 @@ def test_generation_waits_for_the_gpu_only_to_look_at_ends() -> None:
 
     def waits(count: int, **options: Any) -> int:
         model.generate(prompt, count, seed=0, **options)  # kernels, graphs
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as seen:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
+            try:
                 model.generate(prompt, count, seed=0, **options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in seen)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing" in str(warning.message) for warning in seen)
 
     free = waits(64)
     assert waits(128) == free  # none of them is a token's

@@ -258,14 +258,15 @@ def test_chunks_of_a_prompt_bound_memory():
 
 def test_the_rule_for_reading_by_steps():
     model = tiny(scan="auto")
-    assert reads_by_steps(model, "fused", 4)[0]
-    for step, rows, other in (
-        ("plain", 1, model),
-        ("fused", 5, model),
-        ("fused", 1, tiny(scan="auto", layers="first:1")),
-        ("fused", 1, tiny(scan="tiled")),
+    assert reads_by_steps(model, "fused", 4, 256)[0]
+    for step, rows, length, other in (
+        ("plain", 1, 9, model),
+        ("fused", 5, 9, model),
+        ("fused", 1, 257, model),
+        ("fused", 1, 9, tiny(scan="auto", layers="first:1")),
+        ("fused", 1, 9, tiny(scan="tiled")),
     ):
-        verdict, why = reads_by_steps(other, step, rows)
+        verdict, why = reads_by_steps(other, step, rows, length)
         assert not verdict
         assert why
 

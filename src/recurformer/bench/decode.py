@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -316,13 +317,18 @@ def draw_decode(results: dict[str, Any]) -> bytes:
             axes.plot(contexts, [1e3 * r["limit_s"] for r in mine], "--", color=style["color"], linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        contexts = sorted({row["context"] for row in rows if row["batch_size"] == B})
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts], fontsize=8)
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:g}")
         axes.set(title=f"batch {B}", xlabel="context", ylabel="ms a token of every row")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     if rows:
         panels[0, 0].legend(fontsize=8)
     title = f"decoding: {s['dtype']}, {s['device']}; dashed: weights and cache read once"
-    figure.suptitle(f"{title}\n{in_words(results['machine'])}", fontsize=9)
+    machine = "\n".join(textwrap.wrap(in_words(results["machine"]), 75 * columns))  # of one panel's width
+    figure.suptitle(f"{title}\n{machine}", fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
     plt.close(figure)

@@ -186,7 +186,7 @@ class DecodeEngine:
         if valid is not None and bool(valid.all()):
             valid = None
         self.reserve(N, padded=valid is not None)
-        by_steps = reads_by_steps(self.model, self.step_name, self.batch_size)[0]
+        by_steps = reads_by_steps(self.model, self.step_name, self.batch_size, N)[0]
         left = valid is None or bool((valid[:, 1:] >= valid[:, :-1]).all() and valid[:, -1].all())
         if by_steps and left:
             return self._read_by_steps(tokens, valid, samples)

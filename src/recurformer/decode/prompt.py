@@ -12,18 +12,20 @@ from recurformer.model import LanguageModel
 CHUNK_TOKENS = 2**16  # of all rows together, that go through the layers at once
 BIAS_ELEMENTS = 2**27  # of the bias that a standard layer adds to the scores of a chunk and what was before it
 SHORTEST = 64  # positions of a chunk
-STEP_ROWS = 4  # up to which recurrent layers read a prompt fastest token by token
+STEP_ROWS = 4  # up to which recurrent layers read a short prompt fastest token by token
+STEP_LENGTH = 256  # tokens of a short prompt: a scan of layers side by side takes a while to get going
 
 
-def reads_by_steps(model: LanguageModel, step: str, rows: int) -> tuple[bool, str]:
+def reads_by_steps(model: LanguageModel, step: str, rows: int, length: int) -> tuple[bool, str]:
     """Whether a prompt goes through the decode step token by token, and why, in words.
 
     A token of a recurrent layer needs a pass over most of the layer's weights wherever it is made. The step's passes
-    are at the memory's bandwidth; those of the scan are shared by the rows of a batch.
+    are at the memory's bandwidth from the first on; those of the scan are shared by the rows of a batch and, layers
+    being side by side, soon somewhat faster.
 
     Args:
         step: "plain" or "fused".
-        rows: of the batch.
+        rows, length: of the batch of prompts.
     """
     if step != "fused":
         return False, "the scan reads prompts; steps are as fast only where they are fused"
@@ -33,6 +35,8 @@ def reads_by_steps(model: LanguageModel, step: str, rows: int) -> tuple[bool, st
         return False, "standard layers take all tokens of a prompt at once"
     if rows > STEP_ROWS:
         return False, f"{rows} rows share a scan's passes over the weights; steps pay up to {STEP_ROWS}"
+    if length > STEP_LENGTH:
+        return False, f"a scan overtakes the steps within {STEP_LENGTH} of {length} tokens"
     return True, f"every token needs a pass over the weights, and {rows} rows share little of a scan's"
 
 
