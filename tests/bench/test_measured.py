@@ -14,6 +14,7 @@ import torch
 
 from recurformer.bench import profiled, traffic
 from recurformer.bench.traffic import GROWTHS, MeasureSettings, counted, fit, measure_traffic
+from recurformer.scan.reference import reference_scan
 from recurformer.scan.schedule import Schedule, attention_traffic
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -147,22 +148,23 @@ def test_no_profiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bench: Cal
 @pytest.mark.parametrize("scan", ["tiled", "reference"])
 def test_the_profiled_process_runs_pure_tiling(scan: str, backward: bool, monkeypatch: pytest.MonkeyPatch):
     seen: list[dict[str, Any]] = []
-    real = profiled.pure_tiling(scan)
+    real = profiled.pure_tiling(scan, 5)
 
     def watched(*arguments: Any, **options: Any) -> Any:
         z, *pairs = real(*arguments, **options)
         seen.append({"shape": tuple(z.shape), "dtype": arguments[1].compute_dtype, "gradients": z.requires_grad})
         return z, *pairs
 
-    monkeypatch.setattr(profiled, "pure_tiling", lambda name: watched)
+    monkeypatch.setattr(profiled, "pure_tiling", lambda name, length: watched)
     settings = {"length": 5, "batch_size": 2, "n_heads": 2, "head_dim": 8, "scan": scan, "backward": backward}
     profiled.main(settings, torch.device("cpu"))
     assert seen == [{"shape": (2, 5, 16), "dtype": torch.bfloat16, "gradients": backward}] * 3
 
 
 def test_pure_tiling_asks_for_it():
-    assert profiled.pure_tiling("tiled").keywords == {"chunk": None, "leaf": 1}  # pyright: ignore[reportFunctionMemberAccess]
-    assert profiled.pure_tiling("reference").keywords == {}  # pyright: ignore[reportFunctionMemberAccess]
+    assert profiled.pure_tiling("tiled", 100).keywords == {"chunk": None, "leaf": 1}  # pyright: ignore[reportFunctionMemberAccess]
+    assert profiled.pure_tiling("fused", 100).keywords == {"chunk": 128, "leaf": 1}  # pyright: ignore[reportFunctionMemberAccess]
+    assert profiled.pure_tiling("reference", 100) is reference_scan
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,6 @@ def test_kernels_stream_their_weights() -> None:
     }  # fmt: skip
     for title, found in made.items():
         assert found["spills"] == 0, title
-        assert found["registers"] <= 224, title  # two programs of 4 warps fit a multiprocessor
         if "product" in title:
             assert found["before"] >= 4, title
             assert found["narrow"] == 0, title

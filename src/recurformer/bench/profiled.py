@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -19,14 +18,19 @@ from recurformer.config import OFFICIAL_OPTIONS, ModelConfig
 from recurformer.model import compute_dtype
 from recurformer.scan import SCANS, scan_by_name
 
-PURE_TILING = {"chunk": None, "leaf": 1}  # the paper's schedule, of scans that have others
 
+def pure_tiling(name: str, length: int) -> Callable[..., Any]:
+    """A scan with the options that make its schedule the paper's, where it has others.
 
-def pure_tiling(name: str) -> Callable[..., Any]:
-    """A scan with the options of `PURE_TILING` that it knows."""
+    Args:
+        length: N. The fused scan works chunk by chunk: one chunk that holds all positions has nothing to pull.
+    """
     scan = scan_by_name(name)
-    known = inspect.signature(scan).parameters
-    return partial(scan, **{option: value for option, value in PURE_TILING.items() if option in known})
+    if name == "tiled":
+        return partial(scan, chunk=None, leaf=1)
+    if name in ("fused", "wavefront"):
+        return partial(scan, chunk=1 << (length - 1).bit_length(), leaf=1)
+    return scan
 
 
 def main(settings: dict[str, Any], device: torch.device | None = None) -> None:
@@ -37,7 +41,7 @@ def main(settings: dict[str, Any], device: torch.device | None = None) -> None:
     torch.manual_seed(0)
     options = {**OFFICIAL_OPTIONS, "vocab_size": 256, "vocab_multiple": 1}
     model = build_model(ModelConfig(**options, d_model=H * K, n_heads=H, n_layers=1), device)
-    layer, layout, scan = model.layers[0], model._layout(B, N, None, None, None), pure_tiling(settings["scan"])
+    layer, layout, scan = model.layers[0], model._layout(B, N, None, None, None), pure_tiling(settings["scan"], N)
     x = torch.randn(B, N, H * K, device=device, requires_grad=settings["backward"])
     gradient = torch.randn_like(x) if settings["backward"] else None
 
