@@ -59,6 +59,13 @@ def alibi_slopes(n_heads: int, scheme: str = "geometric", *, device: Any = None)
     return torch.cat([geometric(power), geometric(2 * power)[0::2][: n_heads - power]])
 
 
+def rotary_frequencies(config: ModelConfig, device: Any = None) -> Tensor:
+    """Angle a position (K / 2,) by which RoPE turns each pair of coordinates: theta^(-2c/K); float64 (MPS: float32)."""
+    K = config.head_width
+    exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # MPS has no float64
+    return config.rope_theta ** (-torch.arange(0, K, 2, dtype=exact, device=device) / K)
+
+
 @dataclass(frozen=True)
 class Rotation:
     """Cosines and sines of the rotary angles, each (B or 1, 1, N, K/2)."""
@@ -219,7 +226,7 @@ class LayerMaths:
     up_bias: Tensor | None = None
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    kv: Tensor | None = None  # (2 G K, D), k above v, where `packed` has made one product of two
+    kv: Tensor | None = None  # (2 G K, D), k above v, where `stack` has made one product of two
     kv_bias: Tensor | None = None
 
     @classmethod
@@ -669,10 +676,8 @@ class LanguageModel(nn.Module):
         if config.position == "alibi":
             slopes = alibi_slopes(config.n_heads, config.alibi_slopes, device=device).to(acc)
         elif config.position == "rope":
-            K = config.head_width
-            exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=exact, device=device) / K)
-            angles = positions[:, None, P:, None].to(exact) * frequencies
+            frequencies = rotary_frequencies(config, device)
+            angles = positions[:, None, P:, None].to(frequencies.dtype) * frequencies
             rotation = Rotation(angles.cos().to(acc), angles.sin().to(acc))
         return Layout(P, N, positions, valid, documents, slopes, rotation)
 

@@ -7,10 +7,8 @@ the same key and value weights makes it beside that step's temporary pair.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import util
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +16,12 @@ import torch
 from torch import Tensor
 
 from recurformer.decode.state import State
+from recurformer.scan.fused import ACTIVATIONS, EARLY_CAPABILITY, MAX_HEAD_WIDTH, QK_NORMS, interpreted, kernel_obstacle
 
 if TYPE_CHECKING:
     from recurformer.config import ModelConfig
     from recurformer.model import LanguageModel, LayerMaths
 
-MAX_HEAD_WIDTH = 256
-CAPABILITY = (8, 0)  # of the GPU, from Ampere on
-PDL_CAPABILITY = (9, 0)  # from which a kernel can start while the one before still runs
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 2**16  # of what one program holds a row of
 MAX_ROW_WIDTH = 2**15  # IN of the products of a single row, which hold whole rows of the weights
 THIN = 16  # rows up to which a product is bound by reading its weights
@@ -61,22 +56,12 @@ class Tuning:
     multiprocessors: int | None = None
 
 
-def interpreted() -> bool:
-    """True when Triton's interpreter runs the kernels, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype, batch_size: int) -> str | None:
     """Why the kernels can't make the steps of a decode engine, in words with a remedy, or None."""
     plain = "the plain step runs anywhere"
-    if util.find_spec("triton") is None:
-        return f"triton is not installed; install it, or {plain}"
-    if device.type not in ("cuda", "meta") and not interpreted():
-        return f"the device is {device.type}; it needs an NVIDIA GPU, {plain}"
-    if torch.version.hip:
-        return f"the GPU is not NVIDIA's; {plain}"
-    if dtype not in DTYPES:
-        return f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, {plain}"
+    reason = kernel_obstacle(device, dtype, plain)
+    if reason is not None:
+        return reason
     if config.head_width > MAX_HEAD_WIDTH:
         return f"the head width is {config.head_width}; it must be 1 to {MAX_HEAD_WIDTH}, {plain}"
     for name, width in (("d_model", config.d_model), ("head_dim * n_heads", config.head_width * config.n_heads)):
@@ -84,10 +69,6 @@ def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype, batc
             return f"{name} is {width}; it must be at most {MAX_WIDTH}, {plain}"
     if batch_size * config.kv_heads >= 2**31:
         return f"the batch is {batch_size} rows; at most {2**31 // config.kv_heads} are possible, {plain}"
-    if device.type == "cuda":
-        found = torch.cuda.get_device_capability(device)
-        if found < CAPABILITY:
-            return f"the GPU has compute capability {found}; it must be at least {CAPABILITY}, {plain}"
     return None
 
 
@@ -144,7 +125,7 @@ class FusedStep:
         present = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 132
         self.multiprocessors = self.tuning.multiprocessors or present
         self.pdl = self.tuning.pdl and self.single and not interpreted()
-        if on_gpu and torch.cuda.get_device_capability(self.device) < PDL_CAPABILITY:
+        if on_gpu and torch.cuda.get_device_capability(self.device) < EARLY_CAPABILITY:
             self.pdl = False
         self._choose_blocks()
         self._make_buffers()
@@ -154,21 +135,18 @@ class FusedStep:
     # --- set-up ------------------------------------------------------------------------------------------------------
 
     def _choose_blocks(self) -> None:
-        import triton
-
-        power, tuning, K = triton.next_power_of_2, self.tuning, self.K
+        tuning, K = self.tuning, self.K
         self.R = self.H // self.G
-        self.KB = max(16, power(K))
+        self.KB = max(16, _power(K))
         self.attention_warps = tuning.attention_warps[0 if self.single else 1]
         self.BN = max(16, min(256, tuning.block * self.attention_warps // self.KB))
         self.least = max(1, -(-tuning.spread * self.B * self.G // (self.multiprocessors * self.BN))) * self.BN
         wanted = -(-self.multiprocessors * tuning.parts // (self.B * self.G))
         self.S = max(1, min(wanted if self.single else wanted // 2, -(-self.capacity // self.least), 64))
         self.parts = self.S > 1 or self.single  # a single row's product puts them together anyway
-        self.norm = {"none": 0, "head": 1, "full": 2}[self.config.qk_norm]
-        self.kind = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}[self.config.activation]
+        self.norm, self.kind = QK_NORMS[self.config.qk_norm], ACTIVATIONS[self.config.activation]
         self.centred = self.config.norm == "layer"
-        self.DB = power(self.D)
+        self.DB = _power(self.D)
         self.row_warps = 4 if self.D <= 2048 else 8
         self.heads = {
             "K": K, "KB": self.KB, "NORM": self.norm, "CENTRED": self.centred,
@@ -206,10 +184,10 @@ class FusedStep:
 
                 self.slopes = alibi_slopes(self.H, config.alibi_slopes, device=self.device).float()
             elif config.position == "rope":
-                frequencies = config.rope_theta ** (
-                    -torch.arange(0, self.K, 2, dtype=torch.float64, device=self.device) / self.K
-                )
-                angles = torch.arange(self.capacity, dtype=torch.float64, device=self.device)[:, None] * frequencies
+                from recurformer.model import rotary_frequencies
+
+                frequencies = rotary_frequencies(config, self.device)
+                angles = torch.arange(self.capacity, dtype=frequencies.dtype, device=self.device)[:, None] * frequencies
                 self.cos, self.sin = angles.cos().float(), angles.sin().float()
         self.pads = state.valid is not None
         self.nothing = self.x  # stands where a kernel is given no such tensor

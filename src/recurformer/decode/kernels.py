@@ -8,7 +8,7 @@ For a single row (B = 1) a layer is five kernels: `normed_product` (queries, key
 `residual_product` (attention outputs), `normed_product` (up), `residual_product` (down), each bound by reading its
 weights or pairs once. Under PDL (programmatic dependent launch) a kernel starts while those before it still run: it
 fetches weights and old pairs, which no kernel of the step writes, into registers, and only then waits for its inputs.
-*Nothing that a kernel of the same step writes may be read, and nothing at all written, before `wait`.*
+*Nothing that a kernel of the same step writes may be read, and nothing at all written, before `await_kernel`.*
 For more rows the products are the library's, or the fused scan's thin ones, with row-wise kernels between them.
 
 Buffers: x, y, z (B, D) float32; raw (B, (H + 2 G) K), queries, keys and values as the product leaves them, followed by
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recurformer.scan.fused.kernels import NOTHING, activated, normalised
+from recurformer.scan.fused.kernels import NOTHING, activated, await_kernel, normalised
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -34,13 +34,6 @@ def begin(PDL: tl.constexpr):
     """Let the next kernel start."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def wait(PDL: tl.constexpr):
-    """Until the kernels before have finished and what they wrote can be read."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -90,7 +83,7 @@ def embed(tokens, slot, valid, table, x, capacity, D: tl.constexpr, DB: tl.const
         real = tl.load(valid + b * capacity + tl.load(slot)) != 0
     row = tl.load(tokens + b)
     value = tl.load(table + row * D + c, mask=(c < D) & real, other=0.0).to(tl.float32)
-    wait(PDL)
+    await_kernel(PDL)
     tl.store(x + b * D + c, value, mask=c < D)
 
 
@@ -118,7 +111,7 @@ def normed_product(
     if DEFER:
         old, _ = normalised(tl.load(pending + c, mask=c < IN, other=0.0), c < IN, IN, eps, CENTRED)
         old = (old * scale).to(dtype).to(tl.float32)
-    wait(PDL)
+    await_kernel(PDL)
     h, _ = normalised(tl.load(x + c, mask=c < IN, other=0.0, cache_modifier=".cg"), c < IN, IN, eps, CENTRED)
     h = (h * scale).to(dtype).to(tl.float32)
     n = tl.arange(0, BN)
@@ -199,10 +192,10 @@ def residual_product(
     w = load_rows(weight, weight, weight, first * BN, N, N, N, IN, WB, BN, ALIGN, CHECKED)
     if COMBINE:
         keys = tl.load(slot)
-        wait(PDL)
+        await_kernel(PDL)
         h = combined(a, lse, keys, H, K, H * K, WB, S, SB, LEAST, BLOCK).to(dtype).to(tl.float32)
     else:
-        wait(PDL)
+        await_kernel(PDL)
         h = tl.load(a + c, mask=c < IN, other=0.0, cache_modifier=".cg").to(tl.float32)
     n = tl.arange(0, BN)
     row = first * BN
@@ -358,7 +351,7 @@ def attend(
     if ALIBI:
         slope = tl.load(slopes + g * R + r, mask=r < R, other=0.0) * LOG2E
 
-    wait(PDL)
+    await_kernel(PDL)
     W: tl.constexpr = (H + 2 * G) * K
     row = raw + b * W
     old_row = row + B * W + H * K
@@ -534,7 +527,7 @@ def remember(slot, positions, pending_slot, pending_positions, B, BB: tl.constex
     begin(PDL)
     b = tl.arange(0, BB)
     n, position = tl.load(slot), tl.load(positions + b, mask=b < B, other=0)
-    wait(PDL)
+    await_kernel(PDL)
     tl.store(pending_slot, n)
     tl.store(pending_positions + b, position, mask=b < B)
 

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurformer.decode.state import State
-from recurformer.model import LanguageModel, Layer, Rotation, accumulation_dtype, alibi_slopes, normalise
+from recurformer.model import (
+    LanguageModel,
+    Layer,
+    Rotation,
+    accumulation_dtype,
+    alibi_slopes,
+    normalise,
+    rotary_frequencies,
+)
 
 
 class PlainStep:
@@ -39,9 +47,7 @@ class PlainStep:
             if config.position == "alibi":
                 self.slopes = alibi_slopes(config.n_heads, config.alibi_slopes, device=device).to(acc)
             elif config.position == "rope":
-                K = config.head_width
-                exact = torch.float32 if device.type == "mps" else torch.float64
-                self.frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=exact, device=device) / K)
+                self.frequencies = rotary_frequencies(config, device)
 
     @torch.no_grad()
     def __call__(self, logits: bool = True) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurformer.config import Activation, ModelConfig
-from recurformer.model import LanguageModel, Layer
+from recurformer.model import LanguageModel, Layer, rotary_frequencies
 from recurformer.theory.transformer import linear_units
 
 
@@ -186,7 +186,7 @@ def emulate_rnn(
     layer = model.layers[0]
     assert isinstance(layer, Layer)
     half = head_dim // 2
-    frequencies = config.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies = rotary_frequencies(config)
     layer.k_proj.bias[:half] = 1.0
     turned = torch.cat([frequencies.cos(), -frequencies.sin()])
     layer.q_proj.bias.copy_(_amplitude(frequencies, sharpness, length) * turned)

@@ -26,8 +26,11 @@ LEAF, LEAF_BACKWARD = 8, 16  # positions of a leaf
 KEEP_PART = 4  # save="auto" keeps queries and pairs if those of a whole model take at most this part of the memory
 MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
 CAPABILITY = (8, 0)  # of the GPU, from Ampere on
+EARLY_CAPABILITY = (9, 0)  # from which a kernel can be started before the one ahead of it has ended
 HAS_TRITON = util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}  # what kernels call KIND
+QK_NORMS = {"none": 0, "head": 1, "full": 2}  # what kernels call NORM
 
 Past = tuple[Tensor, Tensor] | None
 LOCK = threading.RLock()  # an engine serves one call at a time
@@ -40,12 +43,9 @@ def interpreted() -> bool:
 
 def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why the fused scan can't run here, in words with a remedy, or None."""
-    if not HAS_TRITON:
-        return "triton is not installed; install it, or set model.scan = 'tiled'"
-    if device.type != "cuda" and not interpreted():
-        return f"the device is {device.type}; it needs an NVIDIA GPU, model.scan = 'tiled' runs anywhere"
-    if torch.version.hip:
-        return "the GPU is not NVIDIA's; model.scan = 'tiled' runs anywhere"
+    reason = kernel_obstacle(device, dtype, "model.scan = 'tiled' runs anywhere")
+    if reason is not None:
+        return reason
     if config.head_width > MAX_HEAD_WIDTH:
         return (
             f"the head width is {config.head_width}; it must be 1 to {MAX_HEAD_WIDTH}, model.scan = 'tiled' takes any"
@@ -55,15 +55,27 @@ def obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype | Non
         return (
             f"the head width is {config.head_width}; in float32 it must be 1 to {limit}, model.scan = 'tiled' takes any"
         )
+    return None
+
+
+def kernel_obstacle(device: torch.device, dtype: torch.dtype | None, instead: str) -> str | None:
+    """Why no Triton kernel of ours can run on a device in a dtype (None: in any), in words with a remedy, or None.
+
+    Args:
+        instead: what can, as half a sentence.
+    """
+    if not HAS_TRITON:
+        return f"triton is not installed; install it, or {instead}"
+    if device.type not in ("cuda", "meta") and not interpreted():
+        return f"the device is {device.type}; it needs an NVIDIA GPU, {instead}"
+    if torch.version.hip:
+        return f"the GPU is not NVIDIA's; {instead}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, {instead}"
     if device.type == "cuda" and torch.cuda.is_available():
         found = torch.cuda.get_device_capability(device)
         if found < CAPABILITY:
-            limit = f"it must be at least {CAPABILITY}"
-            return f"the GPU has compute capability {found}; {limit}, model.scan = 'tiled' runs anywhere"
-    if dtype is not None and dtype not in DTYPES:
-        return (
-            f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, model.scan = 'tiled' takes any"
-        )
+            return f"the GPU has compute capability {found}; it must be at least {CAPABILITY}, {instead}"
     return None
 
 
@@ -158,6 +170,8 @@ def release() -> None:
     from recurformer.scan.fused import engine
 
     with LOCK:
+        for one in engine._engines.values():
+            one.settle()
         engine._engines.clear()
 
 

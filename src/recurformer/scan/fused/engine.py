@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from recurformer.config import ModelConfig
+from recurformer.scan.fused import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS
 from recurformer.scan.fused import kernels as triton_kernels
 from recurformer.scan.schedule import Schedule
 
@@ -30,9 +31,8 @@ LEAF_WARPS = 512  # elements of half a row of heads for each 4 warps of the forw
 ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
 ROOMY = 140 * 1024  # bytes of shared memory a block from which ACTIVATED fits as it is
-FULL = 0.75  # of the GPU's processors at work, on average, from which a kernel of one wave pays
+FULL = 0.75  # of the GPU's processors at work, on average over a few waves of blocks, from which ACTIVATED pays
 THIN = 16  # rows up to which a product is bound by reading its weights
-EARLY_CAPABILITY = (9, 0)  # of GPUs on which a kernel can be started before the one ahead of it has ended
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
 
@@ -85,9 +85,9 @@ class Engine:
             config.d_model, config.mlp_width, config.n_heads, config.kv_heads, config.head_width,
         )  # fmt: skip
         D, F, H, G, K = self.D, self.F, self.H, self.G, self.K
-        self.kind = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}[config.activation]
+        self.kind = ACTIVATIONS[config.activation]
         self.U = F if self.kind < 2 else 2 * F  # inner values before activation
-        self.norm = {"none": 0, "head": 1, "full": 2}[config.qk_norm]
+        self.norm = QK_NORMS[config.qk_norm]
         self.centred, self.rope = config.norm == "layer", config.position == "rope"
         self.alibi = config.position == "alibi"
         self.on_gpu = shape.device.type == "cuda"
@@ -185,6 +185,11 @@ class Engine:
         self.enter(values)
         for _ in range(steps):
             self.graphs[name].replay()
+
+    def settle(self) -> None:
+        """Wait for recorded steps that still run: their graphs must not go before."""
+        if self.graphs:
+            torch.cuda.synchronize(self.shape.device)
 
     def enter(self, values: list[int]) -> None:
         """Fill the table. From pinned memory, which PyTorch keeps until it has been read, nothing waits for the GPU."""
@@ -366,7 +371,7 @@ class Engine:
     def fused_activation(self) -> bool:
         """Whether the products around the activation end with it.
 
-        Library products are better in float32, and where blocks of one size would leave a third of the GPU idle.
+        Library products are better in float32, and where blocks of one size would leave a quarter of the GPU idle.
         """
         if self.kind == 2 or self.shape.dtype.itemsize == 4:
             return False
@@ -563,7 +568,7 @@ class Engine:
             tile = max(1, 4096 // WB)
             kernels.norm_weight_gradient[(self.parts, L)](
                 self.table, x, grad, w.qkv_bias if bias is None else bias, g[name], C * B, per_row, x.stride(2),
-                grad.stride(2), B, self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=self.parts,
+                grad.stride(2), self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=self.parts,
                 CENTRED=self.centred, BIAS=bias is not None, bias_stride=0 if bias is None else bias.stride(0),
                 num_warps=4,
             )  # fmt: skip
@@ -611,6 +616,6 @@ def engine_of(shape: Shape) -> Engine:
         _engines.move_to_end(key)
         return _engines[key]
     while len(_engines) >= ENGINES:
-        _engines.popitem(last=False)
+        _engines.popitem(last=False)[1].settle()
     engine = _engines[key] = Engine(shape)
     return engine

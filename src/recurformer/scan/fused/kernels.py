@@ -95,6 +95,20 @@ def norm_gradient(g, xhat, rstd, mask, width: tl.constexpr, CENTRED: tl.constexp
 
 
 @triton.jit
+def norm_row_gradient(g_at, total_at, xhat, rstd, weight, mask, width: tl.constexpr, CENTRED: tl.constexpr,
+                      EARLY: tl.constexpr):  # fmt: skip
+    """Gradient of a norm's input from that of its output at g_at, which the kernel ahead writes.
+
+    That of its weight is added to the sums at total_at, which no kernel near writes.
+    """
+    total = tl.load(total_at, mask=mask, other=0.0)
+    await_kernel(EARLY)
+    g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(total_at, total + g * xhat, mask=mask)
+    return norm_gradient(g * weight, xhat, rstd, mask, width, CENTRED)
+
+
+@triton.jit
 def normal(u):
     """Distribution and exp(-u^2 / 2) of the standard normal: one exponential, error below 1e-7.
 
@@ -478,7 +492,7 @@ def attend(
         q1 = tl.load(q_at + at1, mask=m1, other=0.0).to(tl.float32) * scale
         q2 = tl.load(q_at + at2, mask=m2, other=0.0).to(tl.float32) * scale
         slope = tl.load(slopes + h, mask=g < G, other=0.0) if ALIBI else 0.0
-        # One tile of the leaf: all of its loads are on their way before the first is used.
+        # The leaf is one tile, so that its loads need not wait for each other.
         p1, p2 = halves_at(kv + (rows * B)[:, None, None] * (2 * G * K), g, K, KB)
         k1, k2 = tl.load(p1, mask=s1, other=0.0), tl.load(p2, mask=s2, other=0.0)
         v1, v2 = tl.load(p1 + G * K, mask=s1, other=0.0), tl.load(p2 + G * K, mask=s2, other=0.0)
@@ -880,11 +894,7 @@ def output_gradient(
         from_above += tl.load(above, mask=inside & (l < L - 1), other=0.0)
     xhat, rstd = normalised(z, inside, D, eps, CENTRED)
     total_at = partial + (l * B + b) * D + c
-    total = tl.load(total_at, mask=inside, other=0.0)
-    await_kernel(EARLY)
-    g = tl.load(g_h + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total_at, total + g * xhat, mask=inside)
-    out = norm_gradient(g * w, xhat, rstd, inside, D, CENTRED) + from_above
+    out = norm_row_gradient(g_h + at, total_at, xhat, rstd, w, inside, D, CENTRED, EARLY) + from_above
     tl.store(gz + (l * B + b) * D + c, out, mask=mask)
     tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=mask)
 
@@ -909,11 +919,7 @@ def attended_gradient(
     )
     xhat, rstd = normalised(tl.load(y + at, mask=mask, other=0.0), mask, D, eps, CENTRED)
     total_at = partial + (l * B + b) * D + c
-    total = tl.load(total_at, mask=mask, other=0.0)
-    await_kernel(EARLY)
-    g = tl.load(g_h + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(total_at, total + g * xhat, mask=mask)
-    out = norm_gradient(g * w, xhat, rstd, mask, D, CENTRED) + from_z
+    out = norm_row_gradient(g_h + at, total_at, xhat, rstd, w, mask, D, CENTRED, EARLY) + from_z
     tl.store(gy + at, out, mask=c < D)
     tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=c < D)
 
@@ -1109,7 +1115,7 @@ def input_gradient(
 
 @triton.jit
 def norm_weight_gradient(
-    table, x, g, bias, partial, rows, per_row, x_stride, g_stride, B, eps, L: tl.constexpr, C: tl.constexpr,
+    table, x, g, bias, partial, rows, per_row, x_stride, g_stride, eps, L: tl.constexpr, C: tl.constexpr,
     W: tl.constexpr, WB: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
     CENTRED: tl.constexpr, BIAS: tl.constexpr, bias_stride,
 ):  # fmt: skip
