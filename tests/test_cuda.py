@@ -235,7 +235,8 @@ def test_the_fused_loss_is_the_plain_one(options: dict, bf16: bool) -> None:
         assert relative_rms(value, exact[name]) <= limit, name
 
 
-def test_a_step_of_micro_batches_waits_for_the_gpu_once() -> None:
+@pytest.mark.parametrize("wide", [None, 4])
+def test_a_step_of_micro_batches_waits_for_the_gpu_once(wide: int | None) -> None:
     """Besides liger-kernel, which reads some numbers in each micro-batch."""
     from recurformer.data.windows import Batch
     from recurformer.training.config import TrainConfig
@@ -245,7 +246,7 @@ def test_a_step_of_micro_batches_waits_for_the_gpu_once() -> None:
     torch.manual_seed(0)
     config = TrainConfig(
         model=ModelConfig(vocab_size=97, d_model=64, n_layers=2, n_heads=4, layers="first:1"),
-        batch_size=8, micro_batch_size=2, precision="bf16",
+        batch_size=8, micro_batch_size=2, recurrent_micro_batch_size=wide, precision="bf16",
     )  # fmt: skip
     model = LanguageModel(config.model).cuda()
     optimizer = make_optimizer(model, config.optimizer)

@@ -465,3 +465,35 @@ def test_recomputing_layers_changes_no_gradient(scan: str, masked: bool):
         model(tokens)
     model(tokens, use_cache=True)
     assert calls == [0, 1, 1, 0, 0, 1, 0, 1]
+
+
+# --- in two parts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_a_forward_pass_continues_after_any_layer(depth: int, masked: bool):
+    model = tiny(n_layers=3, layers="first:2", dtype=torch.float64)
+    tokens = random_tokens(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = not masked
+    documents = torch.arange(9).div(4, rounding_mode="floor").expand(2, 9)
+    options = {"attention_mask": mask, "document_ids": documents}
+    whole = model(tokens, targets=tokens, **options)
+    x = model.residual_stream(tokens, **options, depth=depth)
+    parted = model(tokens, targets=tokens, after=(depth, x), **options)
+    assert torch.equal(parted.logits, whole.logits)
+    assert torch.equal(parted.loss, whole.loss)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    model, tokens = tiny(n_layers=2), random_tokens(2, 9)
+    with pytest.raises(ValueError, match="depth is 3; the model has 2 layers"):
+        model.residual_stream(tokens, depth=3)
+    x = model.residual_stream(tokens, depth=1)
+    with pytest.raises(ValueError, match="depth is -1"):
+        model(tokens, after=(-1, x))
+    with pytest.raises(ValueError, match=r"after has x of shape \(1, 9"):
+        model(tokens, after=(1, x[:1]))
+    with pytest.raises(ValueError, match="after and a cache do not go together"):
+        model(tokens, after=(1, x), use_cache=True)

@@ -453,6 +453,8 @@ def bench_layer(scans: tuple[str, ...], device: str, out: str | None, **shape: A
 @click.option("--length", default=512, type=int, metavar="N", help="Positions of a sequence.")
 @click.option("--micro-batch-sizes", default="64,128", callback=_sizes, metavar="B,...", help="Sequences at once, each "
               "tried.")  # fmt: skip
+@click.option("--recurrent-micro-batch-sizes", default="", callback=_sizes, metavar="B,...", help="Sequences at once "
+              "in the recurrent layers of a hybrid, each tried beside the same number in all layers.")  # fmt: skip
 @click.option("--recompute", default="off", type=click.Choice(["off", "on", "both"]), help="Evaluate standard layers "
               "again in the backward.")  # fmt: skip
 @click.option("--scan", default="auto", help="How recurrent layers are evaluated.")

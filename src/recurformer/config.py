@@ -148,6 +148,12 @@ class ModelConfig:
         )
 
     @property
+    def recurrent_depth(self) -> int:
+        """Number of recurrent layers at the bottom, below the first standard one."""
+        kinds = self.layer_kinds
+        return kinds.index("standard") if "standard" in kinds else len(kinds)
+
+    @property
     def kv_heads(self) -> int:
         """G, with its default filled in."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads

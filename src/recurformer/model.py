@@ -552,6 +552,7 @@ class LanguageModel(nn.Module):
         use_cache: bool = False,
         return_logits: bool = True,
         validate: bool | None = None,
+        after: tuple[int, Tensor] | None = None,
     ) -> Output:
         """Logits, and the loss when there are targets.
 
@@ -566,6 +567,8 @@ class LanguageModel(nn.Module):
             return_logits: False saves their memory (needs targets) and leaves `logits` None.
             validate: check token range, targets, mask values and document order. None: on the CPU only, for on other
                 devices the check forces a synchronisation.
+            after: (depth, x): enter above the first `depth` layers, with their outputs x as `residual_stream` gives
+                them, not with a cache.
 
         Returns:
             Output: logits (B, N, V); loss = sum of token losses / number of real targets (0 without any); cache.
@@ -579,9 +582,49 @@ class LanguageModel(nn.Module):
         if cache is None and use_cache:
             weight = self.embedding.weight
             cache = KVCache(self.config, tokens.shape[0], dtype=compute_dtype(weight), device=weight.device)
-        x = self.hidden(tokens.long(), valid, document_ids, cache)
+        if after is None:
+            x = self.hidden(tokens.long(), valid, document_ids, cache)
+        else:
+            depth, x = after
+            self._check_depth(depth)
+            if x.shape != (*tokens.shape, self.config.d_model):
+                raise ValueError(
+                    f"after has x of shape {tuple(x.shape)}; it must be {(*tokens.shape, self.config.d_model)}"
+                )
+            if cache is not None:
+                raise ValueError("after and a cache do not go together: the layers below would have no pairs in it")
+            x = self._upwards(x, depth, self.config.n_layers, valid, document_ids)
+            x = normalise(x, self.norm.weight, self.config)
         logits = self.logits(x) if return_logits else None
         return Output(logits, None if targets is None else self._loss(x, logits, targets), cache)
+
+    def residual_stream(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        depth: int,
+        validate: bool | None = None,
+    ) -> Tensor:
+        """What leaves the first `depth` layers, (B, N, D) in the accumulation dtype; `forward` continues `after` it.
+
+        So the layers of a model may take different numbers of sequences at a time in training.
+
+        Args:
+            depth: 0 to L; 0 is the embedding.
+            tokens, attention_mask, document_ids, validate: as `forward`.
+
+        Raises:
+            ValueError: as `forward`, and for a depth that the model does not have.
+        """
+        self._check_depth(depth)
+        valid = check_inputs(self, tokens, None, attention_mask, document_ids, None, False, True, validate)
+        return self._upwards(self._embedded(tokens.long(), valid), 0, depth, valid, document_ids)
+
+    def _check_depth(self, depth: int) -> None:
+        if not 0 <= depth <= self.config.n_layers:
+            raise ValueError(f"depth is {depth}; the model has {self.config.n_layers} layers, so it must be 0 to that")
 
     def hidden(
         self, tokens: Tensor, valid: Tensor | None, documents: Tensor | None = None, cache: KVCache | None = None
@@ -594,32 +637,46 @@ class LanguageModel(nn.Module):
             documents: (B, N) int64, as `document_ids`.
             cache: continued in place.
         """
-        B, N = tokens.shape
-        scan, _ = choose_scan(
-            self.scan, self.config, tokens.device, batch_size=B, length=N, dtype=compute_dtype(self.embedding.weight)
-        )
-        layout = self._layout(B, N, valid, documents, cache)
+        x = self._upwards(self._embedded(tokens, valid), 0, self.config.n_layers, valid, documents, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1], valid)
+        return normalise(x, self.norm.weight, self.config)
+
+    def _embedded(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         # Pads enter as zeros: nothing of their contents, be it NaN, reaches a real position or a gradient.
         x = F.embedding(tokens if valid is None else tokens.masked_fill(~valid, 0), self.embedding.weight)
         x = x.to(accumulation_dtype(x.dtype))
-        if valid is not None:
-            x = torch.where(valid[:, :, None], x, 0.0)
+        return x if valid is None else torch.where(valid[:, :, None], x, 0.0)
+
+    def _upwards(
+        self,
+        x: Tensor,
+        first: int,
+        stop: int,
+        valid: Tensor | None,
+        documents: Tensor | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x (B, N, D) through the layers first..stop - 1."""
+        B, N, _ = x.shape
+        scan, _ = choose_scan(
+            self.scan, self.config, x.device, batch_size=B, length=N, dtype=compute_dtype(self.embedding.weight)
+        )
+        layout = self._layout(B, N, valid, documents, cache)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
-        for stack in self._stacks(together=scan == "wavefront" and not recompute):
+        for stack in self._stacks(range(first, stop), together=scan == "wavefront" and not recompute):
             if len(stack) > 1:
                 x = self._wavefront(x, stack, layout, cache)
             elif recompute:
-                x = checkpoint(self.layers[stack[0]], x, layout, scan, use_reentrant=False)
+                x = checkpoint(self.layers[stack[0]], x, layout, scan, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
             else:
                 x = self.layers[stack[0]](x, layout, scan, cache, stack[0])
-        if cache is not None:
-            cache.advance(N, valid)
-        return normalise(x, self.norm.weight, self.config)
+        return x
 
-    def _stacks(self, together: bool) -> list[list[int]]:
-        """Layers that are evaluated together: consecutive recurrent ones, or, without `together`, each by itself.
+    def _stacks(self, indices: range, together: bool) -> list[list[int]]:
+        """Of these layers, those that are evaluated together: consecutive recurrent ones, or, without `together`, none.
 
-        So is each that is more than a layer: wrapped, or with hooks.
+        One that is more than a layer, wrapped or with hooks, is evaluated by itself.
         """
 
         def joins(index: int) -> bool:
@@ -628,7 +685,7 @@ class LanguageModel(nn.Module):
             return self.config.layer_kinds[index] == "recurrent" and type(layer) is Layer and not any(hooks)
 
         stacks: list[list[int]] = []
-        for index in range(len(self.layers)):
+        for index in indices:
             if together and stacks and joins(index) and joins(index - 1):
                 stacks[-1].append(index)
             else:

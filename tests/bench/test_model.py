@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recurformer.bench import model
-from recurformer.bench.model import ModelSettings, bench_model, random_batches
+from recurformer.bench.model import Candidate, ModelSettings, bench_model, random_batches
 from recurformer.bench.timing import Times
 
 SMALL: dict[str, Any] = {
@@ -23,16 +23,20 @@ SMALL: dict[str, Any] = {
 def test_the_plan():
     settings = ModelSettings(**{**SMALL, "micro_batch_sizes": (2, 64, 128)}, recompute=(False, True))
     assert settings.models() == [("nano", "standard"), ("nano", "recurrent"), ("nano", "first:1")]
-    assert settings.candidates("recurrent") == [(2, False), (4, False)]  # 4 sequences are all there are
-    assert settings.candidates("first:1") == [(2, False), (4, False), (2, True), (4, True)]
-    config = settings.training("nano", "first:1", 2, True)
+    assert settings.candidates("recurrent") == [(2, None, False), (4, None, False)]  # 4 sequences are all there are
+    assert settings.candidates("first:1") == [(size, None, again) for again in (False, True) for size in (2, 4)]
+    wide = ModelSettings(**SMALL, recurrent_micro_batch_sizes=(2, 64))
+    assert wide.candidates("first:1") == [(1, None, False), (1, 2, False), (1, 4, False), (4, None, False)]
+    assert wide.candidates("standard") == wide.candidates("recurrent") == [(1, None, False), (4, None, False)]
+    assert wide.training("nano", "first:1", Candidate(1, 2, False)).recurrent_micro_batch_size == 2
+    config = settings.training("nano", "first:1", Candidate(2, None, True))
     assert (config.batch_size, config.micro_batch_size, config.recompute) == (4, 2, True)
     assert config.model.layers == "first:1"
 
 
 def test_tokens_are_new_in_every_step_and_targets_follow_them():
     settings = ModelSettings(**SMALL)
-    batches = random_batches(settings.training("nano", "standard", 1, False), settings)
+    batches = random_batches(settings.training("nano", "standard", Candidate(1, None, False)), settings)
     first, second = next(batches), next(batches)
     assert first.tokens.shape == first.targets.shape == (4, 8)
     assert torch.equal(first.tokens[:, 1:], first.targets[:, :-1])

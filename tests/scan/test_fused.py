@@ -220,15 +220,17 @@ def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) 
 
 def test_layers_that_are_more_than_layers_stay_by_themselves() -> None:
     model = tiny(n_layers=4)
-    assert model._stacks(together=True) == [[0, 1, 2, 3]]
-    assert model._stacks(together=False) == [[0], [1], [2], [3]]
-    assert tiny(n_layers=4, layers=("recurrent", "standard", "recurrent", "recurrent"))._stacks(together=True) == [
+    assert model._stacks(range(4), together=True) == [[0, 1, 2, 3]]
+    assert model._stacks(range(4), together=False) == [[0], [1], [2], [3]]
+    assert tiny(n_layers=4, layers=("recurrent", "standard", "recurrent", "recurrent"))._stacks(
+        range(4), together=True
+    ) == [
         [0],
         [1],
         [2, 3],
     ]
     layer_of(model, 1).register_forward_hook(lambda *_: None)
-    assert model._stacks(together=True) == [[0], [1], [2, 3]]
+    assert model._stacks(range(4), together=True) == [[0], [1], [2, 3]]
 
 
 def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:

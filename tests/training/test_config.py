@@ -92,6 +92,7 @@ def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
         ("precision=fp8", "precision is 'fp8'; it must be 'fp32', 'bf16' or 'fp64'"),
         ("log.loggers=[\"wand\"]", "log.loggers is ('wand',); it must be 'tensorboard' or 'wandb'"),
         ("micro_batch_size=64", "micro_batch_size is 64; it must not exceed batch_size 32"),
+        ("recurrent_micro_batch_size=64", "recurrent_micro_batch_size is 64; it must be from micro_batch_size 32 to"),
         ("model.d_model=130", "model.d_model 130 is not divisible by n_heads 4"),
         ("model.preset=nanoo", "model.preset is 'nanoo'; choose one of nano"),
         ("batch_size", "--set 'batch_size' has no '='"),

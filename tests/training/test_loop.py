@@ -56,8 +56,8 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch, seen: Callable[..., None]) -> N
 # --- the gradient of one step ---------------------------------------------------------------------------------------
 
 
-def gradients(tiny, batch: Sequences, size: int) -> tuple[float, float, int, dict[str, Tensor]]:
-    config = tiny(micro_batch_size=size, precision="fp64", optimizer__grad_clip=None)
+def gradients(tiny, batch: Sequences, size: int, **changes) -> tuple[float, float, int, dict[str, Tensor]]:
+    config = tiny(micro_batch_size=size, precision="fp64", optimizer__grad_clip=None, **changes)
     torch.manual_seed(0)
     model = LanguageModel(config.model).double()
     optimizer = make_optimizer(model, config.optimizer)
@@ -65,9 +65,9 @@ def gradients(tiny, batch: Sequences, size: int) -> tuple[float, float, int, dic
     return loss, norm, targets, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("size", "wide"), [(1, None), (2, None), (3, None), (4, None), (1, 3), (2, 4), (2, 2), (4, 4)])
 @pytest.mark.parametrize("documents", [False, True])
-def test_micro_batches_of_unequal_target_counts_add_up_exactly(tiny, size, documents):
+def test_micro_batches_of_unequal_target_counts_add_up_exactly(tiny, size, wide, documents):
     torch.manual_seed(1)
     tokens = torch.randint(0, 256, (4, 21))
     targets = tokens.roll(-1, 1)
@@ -75,7 +75,7 @@ def test_micro_batches_of_unequal_target_counts_add_up_exactly(tiny, size, docum
         targets[row, real:] = -100
     ids = torch.arange(21).div(6, rounding_mode="floor").expand(4, 21) if documents else None
     batch = Sequences(tokens, targets, document_ids=ids)
-    loss, norm, count, grads = gradients(tiny, batch, size)
+    loss, norm, count, grads = gradients(tiny, batch, size, recurrent_micro_batch_size=wide)
 
     torch.manual_seed(0)
     model = LanguageModel(tiny().model).double()
@@ -114,12 +114,19 @@ def test_training_goes_on_after_a_batch_without_targets(tiny, tmp_path, monkeypa
     assert all(0 < loss < 7 for loss in losses[:3] + losses[4:])
 
 
-def test_micro_batches_train_alike(tiny, tmp_path, weights):
-    for size in (4, 3, 1):
-        train(tiny(micro_batch_size=size, precision="fp64", schedule__steps=5), tmp_path / str(size), quiet=True)
-    whole = weights(tmp_path / "4")
-    for size in (3, 1):
-        other = weights(tmp_path / str(size))
+@pytest.mark.parametrize("trained", ["all", "recurrent"])
+@pytest.mark.parametrize("layers", ["first:1", "recurrent"])
+def test_micro_batches_train_alike(tiny, tmp_path, weights, layers, trained):
+    sizes = ((4, None), (3, None), (1, None), (2, 4), (1, 3))
+    for size, wide in sizes:
+        config = tiny(
+            micro_batch_size=size, recurrent_micro_batch_size=wide, precision="fp64", schedule__steps=5,
+            model__layers=layers, trained=trained,
+        )  # fmt: skip
+        train(config, tmp_path / f"{size}-{wide}", quiet=True)
+    whole = weights(tmp_path / "4-None")
+    for size, wide in sizes[1:]:
+        other = weights(tmp_path / f"{size}-{wide}")
         assert max((whole[name] - other[name]).abs().max().item() for name in whole) < 1e-9
 
 

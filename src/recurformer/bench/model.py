@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 KINDS = ("standard", "recurrent", "first:1", "first:3")
 
 
+class Candidate(NamedTuple):
+    """Settings of a training run that decide its speed and memory."""
+
+    micro_batch_size: int
+    recurrent_micro_batch_size: int | None
+    recompute: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """One measurement.
@@ -43,6 +51,8 @@ class ModelSettings:
         tokens: of one optimizer step; a multiple of `length`.
         length: N, positions of a sequence.
         micro_batch_sizes: sequences in memory at once, each a candidate; those larger than the step are its size.
+        recurrent_micro_batch_sizes: of the recurrent layers at the bottom of a hybrid, each a candidate beside one
+            size for all layers; only with smaller micro-batches.
         recompute: whether standard layers are evaluated again in the backward, each a candidate.
         scan: how recurrent layers are evaluated.
         dtype: "bf16" (autocast: weights stay float32) or "fp32".
@@ -56,6 +66,7 @@ class ModelSettings:
     tokens: int = 262_144
     length: int = 512
     micro_batch_sizes: tuple[int, ...] = (64, 128)
+    recurrent_micro_batch_sizes: tuple[int, ...] = ()
     recompute: tuple[bool, ...] = (False,)
     scan: str = "auto"
     dtype: str = "bf16"
@@ -67,6 +78,9 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "tokens", "length", "micro_batch_sizes", "repeats", "warmup")
+        for size in self.recurrent_micro_batch_sizes:
+            if size < 1:
+                raise ValueError(f"recurrent_micro_batch_sizes is {size}; it must be at least 1")
         if self.tokens % self.length:
             raise ValueError(f"tokens {self.tokens} is no multiple of length {self.length}; a step has whole sequences")
         if self.scan not in SCAN_CHOICES:
@@ -75,24 +89,34 @@ class ModelSettings:
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one")
         for preset, kind in self.models():
-            _ = self.training(preset, kind, 1, False)
+            _ = self.training(preset, kind, Candidate(1, None, False))
 
     def models(self) -> list[tuple[str, str]]:
         """Every preset in every kind, the Transformer first: the others are held against it."""
         kinds = sorted(dict.fromkeys(self.kinds), key=lambda kind: kind != "standard")
         return [(preset, kind) for preset in dict.fromkeys(self.presets) for kind in kinds]
 
-    def candidates(self, kind: str) -> list[tuple[int, bool]]:
-        """Micro-batch sizes and recomputation to try for one kind of layers."""
-        sizes = dict.fromkeys(min(size, self.tokens // self.length) for size in self.micro_batch_sizes)
+    def candidates(self, kind: str) -> list[Candidate]:
+        """What to try for one kind of layers."""
+        whole = self.tokens // self.length
+        sizes = dict.fromkeys(min(size, whole) for size in self.micro_batch_sizes)
         again = (False,) if kind == "recurrent" else tuple(dict.fromkeys(self.recompute))
-        return [(size, recompute) for recompute in again for size in sizes]
+        wide = dict.fromkeys(min(size, whole) for size in self.recurrent_micro_batch_sizes)
+        if kind in ("recurrent", "standard"):
+            wide = {}
+        return [
+            Candidate(size, recurrent, recompute)
+            for recompute in again
+            for size in sizes
+            for recurrent in (None, *wide)
+            if recurrent is None or recurrent > size
+        ]
 
-    def training(self, preset: str, kind: str, micro_batch_size: int, recompute: bool) -> TrainConfig:
+    def training(self, preset: str, kind: str, candidate: Candidate) -> TrainConfig:
         """The training run of which one step is taken."""
         return TrainConfig(
-            model=ModelConfig.preset(preset, layers=kind), batch_size=self.tokens // self.length,
-            micro_batch_size=micro_batch_size, recompute=recompute, scan=self.scan, compile=self.compile,
+            model=ModelConfig.preset(preset, layers=kind), batch_size=self.tokens // self.length, scan=self.scan,
+            compile=self.compile, **candidate._asdict(),
             precision=self.dtype,  # pyright: ignore[reportArgumentType]
             device=self.device, seed=self.seed,
         )  # fmt: skip
@@ -108,14 +132,14 @@ def bench_model(settings: ModelSettings, progress: Callable[[str, int, int], Non
         progress: called with what is being done, candidates done and candidates in all.
     """
     s, device = settings, torch.device(settings.device)
-    plan = [(preset, kind, *one) for preset, kind in s.models() for one in s.candidates(kind)]
+    plan = [(preset, kind, one) for preset, kind in s.models() for one in s.candidates(kind)]
     rows: list[dict[str, Any]] = []
-    for done, (preset, kind, size, recompute) in enumerate(plan):
+    for done, (preset, kind, candidate) in enumerate(plan):
         if progress is not None:
-            progress(f"{preset} {kind}, micro-batches of {size}", done, len(plan))
-        row: dict[str, Any] = {"preset": preset, "layers": kind, "micro_batch_size": size, "recompute": recompute}
+            progress(f"{preset} {kind}, micro-batches of {candidate.micro_batch_size}", done, len(plan))
+        row: dict[str, Any] = {"preset": preset, "layers": kind, **candidate._asdict()}
         try:
-            row |= _measure(s, s.training(preset, kind, size, recompute), device)
+            row |= _measure(s, s.training(preset, kind, candidate), device)
         except torch.OutOfMemoryError:
             row["failed"] = "no memory"
         release(device)
@@ -187,7 +211,8 @@ def show_model(results: dict[str, Any], console: Console) -> None:
         [
             row["preset"],
             row["layers"] + (" *" if row.get("fastest") else ""),
-            str(row["micro_batch_size"]),
+            str(row["micro_batch_size"])
+            + (f"/{row['recurrent_micro_batch_size']}" if row["recurrent_micro_batch_size"] else ""),
             "yes" if row["recompute"] else "no",
             milliseconds(row.get("step_s")),
             spread(row, "step"),
@@ -200,7 +225,7 @@ def show_model(results: dict[str, Any], console: Console) -> None:
     notes = [
         f"One optimizer step of {s['tokens']:,} tokens in sequences of {s['length']}, {s['dtype']}, {s['device']}.",
         f"Milliseconds: medians of {s['repeats']} after {s['warmup']} to warm up, fastest..slowest. *: fastest row.",
-        "Ratio: tokens/s against the Transformer's fastest row. Micro: sequences at once.",
+        "Ratio: tokens/s against the Transformer's fastest row. Micro: sequences at once / in its recurrent layers.",
         "Again: standard layers are evaluated again in the backward. Peak: with weights and optimizer state.",
         *(f"{note[0].upper()}{note[1:]}." for note in results["notes"]),
         in_words(results["machine"]),

@@ -177,6 +177,11 @@ class TrainConfig(_Section):
     micro_batch_size: Count | None = setting(
         None, "Sequences in memory at once, in each process; none: all of its share of the batch."
     )
+    recurrent_micro_batch_size: Count | None = setting(
+        None,
+        "Sequences at once in the recurrent layers at the bottom of a hybrid, which need many and keep little; none: "
+        "micro_batch_size.",
+    )
     precision: Precision = setting(
         "fp32", '"fp32", "bf16" (autocast: weights stay float32) or "fp64" (for checking; CPU).'
     )
@@ -205,6 +210,18 @@ class TrainConfig(_Section):
             raise ValueError(
                 f"micro_batch_size is {self.micro_batch_size}; it must not exceed batch_size {self.batch_size}"
             )
+        wide = self.recurrent_micro_batch_size
+        if wide is not None:
+            narrow = self.micro_batch_size or self.batch_size
+            if not narrow <= wide <= self.batch_size:
+                raise ValueError(
+                    f"recurrent_micro_batch_size is {wide}; it must be from micro_batch_size {narrow} to batch_size "
+                    f"{self.batch_size}"
+                )
+            if self.model.recurrent_depth == 0:
+                raise ValueError(
+                    "recurrent_micro_batch_size is for models with a recurrent first layer; drop it or set model.layers"
+                )
         if self.trained == "recurrent" and "recurrent" not in self.model.layer_kinds:
             raise ValueError(
                 "trained is 'recurrent', but the model has no recurrent layer; set model.layers or drop it"

@@ -271,29 +271,52 @@ def gradient_step(
     """
     targets = world.sum(int((batch.targets != IGNORE).sum()))
     optimizer.zero_grad(set_to_none=True)
-    total: Tensor | None = None
-    for part in micro_batches(batch, config.micro_batch_size or len(batch.tokens)):
+    losses: list[Tensor] = []
+
+    def there(part: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: to_device(tensor, device) for name, tensor in part.items()}
+
+    def backward(part: dict[str, Tensor], after: tuple[int, Tensor] | None = None) -> None:
         # The model's loss is a mean over the part's own targets; the step's loss weighs the parts by their targets.
         share = int((part["targets"] != IGNORE).sum()) / max(1, targets)
-        inputs = {name: to_device(tensor, device) for name, tensor in part.items()}
         with autocast(config, device):
-            loss = model(**inputs, return_logits=False).loss
+            loss = model(**there(part), return_logits=False, after=after).loss
         assert loss is not None
         loss = loss * share
         loss.backward()
-        total = loss.detach() if total is None else total + loss.detach()
+        losses.append(loss.detach())
+
+    size = config.micro_batch_size or len(batch.tokens)
+    for part in micro_batches(batch, config.recurrent_micro_batch_size or size):
+        parts = micro_batches(part, size)
+        if config.recurrent_micro_batch_size is None:
+            for few in parts:
+                backward(few)
+            continue
+        # The recurrent layers at the bottom take the whole part at once, the layers above them `size` sequences.
+        depth = config.model.recurrent_depth
+        inputs: dict[str, Any] = {name: tensor for name, tensor in there(part).items() if name != "targets"}
+        with autocast(config, device):
+            x = model.residual_stream(**inputs, depth=depth)
+        entries = [entry.requires_grad_(x.requires_grad) for entry in x.detach().split(size)]
+        for few, entry in zip(parts, entries, strict=True):
+            backward(few, (depth, entry))
+        if x.requires_grad:
+            x.backward(torch.cat([entry.grad for entry in entries if entry.grad is not None]))
     world.sum_gradients(model)
     norm = clip_gradients(model.parameters(), config.optimizer.grad_clip)
-    assert total is not None
-    loss, norm = torch.stack([total.double(), norm.double()]).tolist()  # the step's one synchronisation
+    loss, norm = torch.stack(
+        [torch.stack(losses).sum().double(), norm.double()]
+    ).tolist()  # the step's one synchronisation
     return loss, norm, targets
 
 
-def micro_batches(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
+def micro_batches(batch: Batch | dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
     """The model's inputs, at most `size` sequences at a time."""
-    for start in range(0, len(batch.tokens), size):
-        inputs = {name: getattr(batch, name) for name in ("tokens", "targets", "attention_mask", "document_ids")}
-        yield {name: tensor[start : start + size] for name, tensor in inputs.items() if tensor is not None}
+    if not isinstance(batch, dict):
+        batch = {name: getattr(batch, name) for name in ("tokens", "targets", "attention_mask", "document_ids")}
+    for start in range(0, len(batch["tokens"]), size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items() if tensor is not None}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
