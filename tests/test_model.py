@@ -478,7 +478,7 @@ def test_a_forward_pass_continues_after_any_layer(depth: int, masked: bool):
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, :3] = not masked
     documents = torch.arange(9).div(4, rounding_mode="floor").expand(2, 9)
-    options = {"attention_mask": mask, "document_ids": documents}
+    options: dict[str, Any] = {"attention_mask": mask, "document_ids": documents}
     whole = model(tokens, targets=tokens, **options)
     x = model.residual_stream(tokens, **options, depth=depth)
     parted = model(tokens, targets=tokens, after=(depth, x), **options)
