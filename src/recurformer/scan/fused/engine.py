@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from recurformer.config import ModelConfig
 from recurformer.scan.fused import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS
@@ -27,11 +28,13 @@ kernels: Any = triton_kernels  # the types of a launch are Triton's to check, wh
 
 ENGINES = 4  # kept with their buffers and graphs; the least recently used one goes
 RECEIVE = (2, 1, 2)  # heads, warps and rows at a time of the backward's kernel that reads a leaf
-LEAF_WARPS = 512  # elements of half a row of heads for each 4 warps of the forward's
-ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
+ATTEND = (4, 1)  # key-value heads and warps of the forward's
+TILE_ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with the activation
+TILE = {"BM": 128, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 5}  # other products of one position
+OWN_DEPTH = 1024  # inner dimension up to which our kernel, which starts early, is faster than the library's
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
-ROOMY = 140 * 1024  # bytes of shared memory a block from which ACTIVATED fits as it is
-FULL = 0.75  # of the GPU's processors at work, on average over a few waves of blocks, from which ACTIVATED pays
+ROOMY = 140 * 1024  # bytes of shared memory a block from which tiles fit as they are
+FULL = 0.75  # of the GPU's processors at work, on average over a few waves of blocks, from which ours pay
 THIN = 16  # rows up to which a product is bound by reading its weights
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
@@ -91,14 +94,13 @@ class Engine:
         self.centred, self.rope = config.norm == "layer", config.position == "rope"
         self.alibi = config.position == "alibi"
         self.on_gpu = shape.device.type == "cuda"
-        self.activated = dict(ACTIVATED)
+        self.roomy = True
         self.early, self.multiprocessors = False, 1
         if self.on_gpu:
             self.side = torch.cuda.Stream(shape.device)
             self.multiprocessors = torch.cuda.get_device_properties(shape.device).multi_processor_count
             self.early = torch.cuda.get_device_capability(shape.device) >= EARLY_CAPABILITY
-            if torch.cuda.get_device_properties(shape.device).shared_memory_per_block_optin < ROOMY:
-                self.activated["num_stages"] = 2
+            self.roomy = torch.cuda.get_device_properties(shape.device).shared_memory_per_block_optin >= ROOMY
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
 
         self.table = self.fresh(kernels.SLOTS, dtype=torch.int64).zero_()
@@ -118,7 +120,6 @@ class Engine:
             "KB": triton.next_power_of_2((K + 1) // 2),
         }  # fmt: skip
         self.warps = 4 if D <= 1024 else 8
-        self.leaf_warps = 4 * max(1, min(4, self.blocks["GB"] * self.blocks["KB"] // LEAF_WARPS))
         self.parts = min(PARTS, shape.C * shape.B)
         self.schedule = Schedule(shape.C, 0, None, shape.S)
         self.mirror = Schedule(shape.C, 0, None, shape.R)
@@ -211,11 +212,51 @@ class Engine:
                 BN=bn, BK=128, num_warps=4, num_stages=4,
             )  # fmt: skip
             return
+        if rows == self.shape.B and self.own_products and a.shape[2] <= OWN_DEPTH:
+            self.product_tiled(a, weight, out, transposed)
+            return
         weight = weight.transpose(1, 2) if transposed else weight
         if L == 1:
             torch.mm(a[0], weight[0], out=out[0])
         else:
             torch.bmm(a, weight, out=out)
+
+    @property
+    def own_products(self) -> bool:
+        """Whether kernels of ours may be worth it for a position's products: from Hopper on, and where one sees them."""
+        return self.describable and (self.early or not self.on_gpu)
+
+    @property
+    def describable(self) -> bool:
+        """Whether the products' rows begin at multiples of 16 bytes, as descriptors of tensors ask for."""
+        widths = (self.D, self.F, self.H * self.K, self.G * self.K)
+        return self.shape.dtype.itemsize == 2 and all(width % 8 == 0 for width in widths)
+
+    def product_tiled(
+        self, a: Tensor, weight: Tensor, out: Tensor, transposed: bool, kind: int = -1, up: Tensor | None = None
+    ) -> None:
+        """`product` by a kernel of ours; with an activation `kind`, GELU after it, or its slope at up (L, n, out)."""
+        width = out.shape[2]
+        tile = self.tile(width, kind >= 0)
+        bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
+        up = out if up is None else up
+        kernels.product_tiled[(triton.cdiv(width, bn), triton.cdiv(a.shape[1], bm), self.shape.L)](
+            TensorDescriptor.from_tensor(a, [1, bm, bk]),
+            TensorDescriptor.from_tensor(weight, [1, bn, bk] if transposed else [1, bk, bn]),
+            out, self.w.up_bias, up, a.shape[1], out.stride(0), up.stride(0), IN=a.shape[2], OUT=width, KIND=kind,
+            BIAS=self.shape.config.mlp_bias and kind >= 0, BACKWARD=not transposed, **tile, **self.soon,
+        )  # fmt: skip
+
+    def tile(self, width: int, activated: bool) -> dict[str, int]:
+        """Block sizes and the like of a product with so many columns."""
+        found = dict(TILE_ACTIVATED if activated else TILE)
+        found["BM"] = min(found["BM"], max(16, triton.next_power_of_2(self.shape.B)))
+        if not self.roomy:
+            found["num_stages"] = 2
+        return found
+
+    def blocks_of(self, width: int, tile: dict[str, int]) -> int:
+        return self.shape.L * triton.cdiv(width, tile["BN"]) * triton.cdiv(self.shape.B, tile["BM"])
 
     def accumulate(self, total: Tensor, g: Tensor, h: Tensor) -> None:
         """total += g^T h in float32: g (L, n, out), h (L, n, in)."""
@@ -336,11 +377,13 @@ class Engine:
         s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
         new = r % shape.S > 0  # position r - 1 belongs to the same leaf
-        kernels.attend[(B, L)](
+        heads, warps = min(ATTEND[0], k["GB"]), ATTEND[1]
+        kernels.attend[(B * triton.cdiv(self.G, heads), L)](
             self.table, b["kv"], w.k_norm, w.kv_bias, b["m"], b["l"], b["acc"], w.slopes, b["a"], b["lse"], r, B,
-            self.K**-0.5, self.eps, **self.size, S=shape.S, H=self.H, **self.heads, NORM=self.norm, NEW=new,
-            KEEP=shape.keep, ALIBI=self.alibi, SEGMENTS=shape.segments, num_warps=self.leaf_warps,
-            **(self.soon if new else {"EARLY": False}),
+            self.K**-0.5, self.eps, **self.size, S=shape.S, H=self.H, G=self.G, K=self.K, KB=k["KB"], HP=heads,
+            WB=triton.next_power_of_2(self.G * self.K), NORM=self.norm, CENTRED=self.centred, ROPE=self.rope,
+            BIAS=config.attention_bias, NEW=new, KEEP=shape.keep, ALIBI=self.alibi, SEGMENTS=shape.segments,
+            num_warps=warps, **(self.soon if new else {"EARLY": False}),
         )  # fmt: skip
         self.product(b["a"][:, r], w.o, b["branch"])
         kernels.attended_rows[(B, 1, L)](
@@ -348,7 +391,7 @@ class Engine:
             **row, BIAS=config.attention_bias, REVERSE=False, **self.soon,
         )  # fmt: skip
         if self.fused_activation:
-            self.product_activated(b["h"], w.up, b["up"], b["inner"], False)
+            self.product_tiled(b["h"], w.up, b["inner"], True, self.kind)
         else:
             self.product(b["h"], w.up, b["up"])
             self.activate(b["up"], b["inner"], B)
@@ -373,26 +416,11 @@ class Engine:
 
         Library products are better in float32, and where blocks of one size would leave a quarter of the GPU idle.
         """
-        if self.kind == 2 or self.shape.dtype.itemsize == 4:
+        if self.kind == 2 or not self.describable:
             return False
-        options = self.activation_blocks
-        blocks = self.shape.L * triton.cdiv(self.F, options["BN"]) * triton.cdiv(self.shape.B, options["BM"])
+        blocks = self.blocks_of(self.F, self.tile(self.F, True))
         rounds = triton.cdiv(blocks, self.multiprocessors)
         return rounds > 4 or blocks >= FULL * rounds * self.multiprocessors or self.shape.B <= THIN
-
-    @property
-    def activation_blocks(self) -> dict[str, int]:
-        return {**self.activated, "BM": min(ACTIVATED["BM"], max(16, triton.next_power_of_2(self.shape.B)))}
-
-    def product_activated(self, a: Tensor, weight: Tensor, up: Tensor, out: Tensor, backward: bool) -> None:
-        """GELU after the product with `up`, or its slope after the backward's product with `down`; (L, B, ...)."""
-        L, B = self.shape.L, self.shape.B
-        w_in, w_out = (weight.stride(1), 1) if backward else (1, weight.stride(1))
-        options = self.activation_blocks
-        kernels.product_activated[(triton.cdiv(self.F, options["BN"]), triton.cdiv(B, options["BM"]), L)](
-            a, weight, self.w.up_bias, up, out, B, a.stride(0), up.stride(0), out.stride(0), w_in, w_out, IN=self.D,
-            F=self.F, KIND=self.kind, BIAS=self.shape.config.mlp_bias, BACKWARD=backward, **options, **self.soon,
-        )  # fmt: skip
 
     # --- backward ---
 
@@ -534,7 +562,7 @@ class Engine:
             self.eps, **self.size, **row, **self.soon,
         )  # fmt: skip
         if self.fused_activation:
-            self.product_activated(b["sgz"][:, r], w.down, b["up"][:, r], b["g_up"][:, r], True)
+            self.product_tiled(b["sgz"][:, r], w.down, b["g_up"][:, r], False, self.kind, b["up"][:, r])
         else:
             self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
             FB = min(2048, triton.next_power_of_2(self.F))
