@@ -8,9 +8,9 @@ itself is L = 1. What a call owns, inputs, outputs and N-long tensors, is reache
 in device memory, so that one CUDA graph of a chunk serves every chunk, every call and every N. What lives for a chunk
 lies in fixed buffers, (L, C, B, ...), r naming a position inside the chunk.
 
-Rows of activations are (position, batch): q, a and ga (L, N, B, H K), pairs (L, P + N, B, 2 G K) with keys first, x and
-z (B, N, D) float32. The slot of a pair holds its temporary pair until the position is reached. Norm statistics, softmax
-and sums are float32, offsets 64 bits.
+Rows of activations are (position, batch): q, a and ga (L, N, B, H K), pairs (L, P + N, B, 2 G K) with keys first, the
+MLP's inner values where they are kept (L, N, B, U), x and z (B, N, D) float32. The slot of a pair holds its temporary
+pair until the position is reached. Norm statistics, softmax and sums are float32, offsets 64 bits.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ STEP, LENGTH, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # w, N, 
 X, Z, Q, KV, A, LSE = (tl.constexpr(slot) for slot in range(3, 9))
 POSITIONS, QUERY_SEGMENTS, KEY_SEGMENTS, FIRST, LAST = (tl.constexpr(slot) for slot in range(9, 14))
 COS, SIN, ROTATION_STRIDE = tl.constexpr(14), tl.constexpr(15), tl.constexpr(16)
-GZ, GX, GA, DELTA = (tl.constexpr(slot) for slot in range(17, 21))
-SLOTS = 21
+GZ, GX, GA, DELTA, UP = (tl.constexpr(slot) for slot in range(17, 22))
+SLOTS = 22
 
 NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, so that the state of nothing makes no NaN
 
@@ -95,8 +95,9 @@ def norm_gradient(g, xhat, rstd, mask, width: tl.constexpr, CENTRED: tl.constexp
 
 
 @triton.jit
-def norm_row_gradient(g_at, total_at, xhat, rstd, weight, mask, width: tl.constexpr, CENTRED: tl.constexpr,
-                      EARLY: tl.constexpr):  # fmt: skip
+def norm_row_gradient(
+    g_at, total_at, xhat, rstd, weight, mask, width: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Gradient of a norm's input from that of its output at g_at, which the kernel ahead writes.
 
     That of its weight is added to the sums at total_at, which no kernel near writes.
@@ -417,6 +418,7 @@ def absorb(
     table, m_state, l_state, acc_state, slopes, q0, queries, k0, keys, B, scale, L: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PULL: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge keys into the running softmax of a chunk's queries q0 ...
 
@@ -439,6 +441,7 @@ def absorb(
     state = ((l * C + r) * B + b) * H + h
     acc_at = acc_state + state[:, None] * K + c[None, :]
     acc_mask = in_q[:, None] & (c < K)[None, :]
+    await_kernel(EARLY)
     if PULL:
         first, last = past * 0, past + start
         if SEGMENTS:
@@ -501,6 +504,8 @@ def attend(
     m1, m2 = half_masks(g, G, K, KB)
     seen = ((rows <= r) & (rows != r - 1))[:, None]
     s1, s2 = m1[None] & seen[:, :, None], m2[None] & seen[:, :, None]
+    if not NEW:
+        await_kernel(EARLY)
     for head in range(H // G):
         h = g * (H // G) + head
         at1, at2 = halves_at(0, h, K, KB)
@@ -623,39 +628,63 @@ def finished_rows(
 
 
 @triton.jit
+def kept_inner(table, l, r, B, width, L: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr):
+    """Where the MLP's inner values from position r of the chunk on are kept, and whether the layer works."""
+    start, whole, active = chunk_of(table, l, L, C, REVERSE)
+    return pointer(table, UP, dtype) + (l * whole + start + r) * B * width, active
+
+
+@triton.jit
 def activate_rows(
-    up, bias, inner, rows, up_stride, inner_stride, F: tl.constexpr, FB: tl.constexpr, KIND: tl.constexpr,
-    BIAS: tl.constexpr, EARLY: tl.constexpr,
+    table, up, bias, inner, r, rows, up_stride, inner_stride, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
+    FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers."""
+    """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers.
+
+    KEEP: up is also kept, as that from position r on; KEPT: it has been, and is read there.
+    """
     row, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * FB + tl.arange(0, FB)
     mask = c < F
     width: tl.constexpr = 2 * F if KIND == 2 else F
-    at = up + l * up_stride + row * width + c
+    dtype = inner.dtype.element_ty
+    if KEPT:
+        at, active = kept_inner(table, l, r, B, width, L, C, True, dtype)
+        known = mask & active
+    else:
+        at, known = up + l * up_stride, mask
+    at += row * width + c
     await_kernel(EARLY)
-    u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(at, mask=known, other=0.0)
     gate = u
     if KIND == 2:
-        gate = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(at + F, mask=known, other=0.0)
+    if KEEP:
+        to, active = kept_inner(table, l, r, B, width, L, C, False, dtype)
+        tl.store(to + row * width + c, u, mask=mask & active)
+        if KIND == 2:
+            tl.store(to + row * width + F + c, gate, mask=mask & active)
+    u, gate = u.to(tl.float32), gate.to(tl.float32)
     if BIAS:
         u += tl.load(bias + l * width + c, mask=mask, other=0.0)
         if KIND == 2:
             gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
-    out = activated(u, gate, KIND, inner.dtype.element_ty)
-    tl.store(inner + l * inner_stride + row * F + c, out.to(inner.dtype.element_ty), mask=mask)
+    out = activated(u, gate, KIND, dtype)
+    tl.store(inner + l * inner_stride + row * F + c, out.to(dtype), mask=mask)
 
 
 @triton.jit
 def product_tiled(
-    a, weight, out, bias, up, B, out_stride, up_stride, IN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, BACKWARD: tl.constexpr,
-    EARLY: tl.constexpr,
+    table, a, weight, out, bias, up, r, B, out_stride, up_stride, L: tl.constexpr, C: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A product, and what follows it, in one: out (L, B, OUT) = a W^T, or BACKWARD, a W.
 
     KIND as for `activated`, or -1 for nothing: GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W), up (L, B,
-    OUT). a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are descriptors of tensors with blocks
+    OUT). KEEP: what GELU is taken of is kept, as that of position r, or BACKWARD, has been, and is read there, not from
+    up. a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are descriptors of tensors with blocks
     (1, BM, BK) and (1, BN, BK) or (1, BK, BN): beyond their edges they read zeros. Strides are those between layers.
     """
     row, column, layer = tl.program_id(1) * BM, tl.program_id(0) * BN, tl.program_id(2)
@@ -674,7 +703,13 @@ def product_tiled(
     if KIND >= 0:
         acc = acc.to(dtype).to(tl.float32)
         u = acc
-        if BACKWARD:
+        if KEEP:
+            kept, active = kept_inner(table, l, r, B, OUT, L, C, BACKWARD, dtype)
+            if BACKWARD:
+                u = tl.load(kept + at, mask=mask & active, other=0.0).to(tl.float32)
+            else:
+                tl.store(kept + at, acc.to(dtype), mask=mask & active)
+        elif BACKWARD:
             u = tl.load(up + l * up_stride + at, mask=mask, other=0.0).to(tl.float32)
         if BIAS:
             u += tl.load(bias + l * OUT + f, mask=f < OUT, other=0.0)[None, :]
@@ -921,7 +956,7 @@ def attended_gradient(
     table, y, g_h, weight, gz, gy, scaled, partial, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """gy = gz plus what the MLP sends through the norm of y; gz (L, B, D), others (L, C, B, D).
+    """gy = gz plus what the MLP sends through the norm of y; gz and g_h (L, B, D), others (L, C, B, D).
 
     The norm weight's gradient is added to partial (L, B, D) on the way.
     """
@@ -936,7 +971,8 @@ def attended_gradient(
     )
     xhat, rstd = normalised(tl.load(y + at, mask=mask, other=0.0), mask, D, eps, CENTRED)
     total_at = partial + (l * B + b) * D + c
-    out = norm_row_gradient(g_h + at, total_at, xhat, rstd, w, mask, D, CENTRED, EARLY) + from_z
+    g_at = g_h + (l * B + b) * D + c
+    out = norm_row_gradient(g_at, total_at, xhat, rstd, w, mask, D, CENTRED, EARLY) + from_z
     tl.store(gy + at, out, mask=c < D)
     tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=c < D)
 
@@ -944,22 +980,30 @@ def attended_gradient(
 @triton.jit
 def activation_gradient(
     table, up, bias, g_inner, g_up, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
-    KIND: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F)."""
+    """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F).
+
+    KEPT: the inner values are read where the forward has kept them, not from up.
+    """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
     c = tl.program_id(1) * FB + tl.arange(0, FB)
     mask = c < F
     width: tl.constexpr = 2 * F if KIND == 2 else F
     at = ((l * C + r) * B + b) * width + c
-    u = tl.load(up + at, mask=mask & active, other=0.0).to(tl.float32)
+    if KEPT:
+        kept, _ = kept_inner(table, l, r, B, width, L, C, True, g_up.dtype.element_ty)
+        up_at = kept + b * width + c
+    else:
+        up_at = up + at
+    u = tl.load(up_at, mask=mask & active, other=0.0).to(tl.float32)
     await_kernel(EARLY)
     g = tl.load(g_inner + (l * B + b) * F + c, mask=mask & active, other=0.0).to(tl.float32)
     if BIAS:
         u += tl.load(bias + l * width + c, mask=mask, other=0.0)
     if KIND == 2:
-        gate = tl.load(up + at + F, mask=mask & active, other=0.0).to(tl.float32)
+        gate = tl.load(up_at + F, mask=mask & active, other=0.0).to(tl.float32)
         if BIAS:
             gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
         sigmoid = tl.sigmoid(gate)
