@@ -137,27 +137,39 @@ def bench_layer(settings: LayerSettings, progress: Callable[[str, int, int], Non
     return {"benchmark": "layer", **facts}
 
 
+def layer_passes(s: LayerSettings, name: str, device: torch.device) -> tuple[Subject, Callable[[int], Work]]:
+    """What a row measures, and a function that gives, for the number of a run, what is timed of it.
+
+    That is a forward and, where gradients are on, a backward.
+
+    Args:
+        name: of a scan, "standard" or an official one.
+    """
+    gradients = torch.is_grad_enabled()
+    gradient = torch.randn(s.batch_size, s.length, s.d_model, device=device) if gradients else None
+    subject = _official(s, OFFICIAL[name], device) if name in OFFICIAL else _ours(s, name, device)
+
+    def prepare(number: int) -> Work:
+        subject.clear()
+        x = subject.inputs(number)
+
+        def work() -> None:
+            z = subject.forward(x)
+            if gradients:
+                z.backward(gradient)
+
+        return work
+
+    return subject, prepare
+
+
 def _measure(s: LayerSettings, name: str, which: str, device: torch.device) -> dict[str, Any]:
     """Entries of one row for one pass."""
     forget_compiled()
     torch.manual_seed(s.seed)
-    gradients = which == "both"
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(which == "both"):
         with peak_memory_of(device) as peak:
-            gradient = torch.randn(s.batch_size, s.length, s.d_model, device=device) if gradients else None
-            subject = _official(s, OFFICIAL[name], device) if name in OFFICIAL else _ours(s, name, device)
-
-            def prepare(number: int) -> Work:
-                subject.clear()
-                x = subject.inputs(number)
-
-                def work() -> None:
-                    z = subject.forward(x)
-                    if gradients:
-                        z.backward(gradient)
-
-                return work
-
+            subject, prepare = layer_passes(s, name, device)
             for number in range(s.warmup):
                 prepare(number)()
         times = time_runs(prepare, device, s.repeats, warmup=1)
