@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,6 +13,7 @@ from types import ModuleType
 import click
 import pytest
 import torch
+from helpers import script_of
 
 from recurformer import cli
 
@@ -82,12 +82,7 @@ def test_the_scripts_parse() -> None:
 
 @pytest.fixture(scope="module")
 def profiler() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernels", BENCHMARKS / "kernels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of(BENCHMARKS / "kernels.py")
 
 
 def test_a_table_of_kernels_adds_up(profiler: ModuleType) -> None:
