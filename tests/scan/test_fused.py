@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recurformer import KVCache, LanguageModel, ModelConfig
 from recurformer.model import LayerMaths, Layout
-from recurformer.scan import choose_scan
+from recurformer.scan import choose_scan, fused
 from recurformer.scan.fused import stack_scan
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.wavefront import wavefront_scan
@@ -131,6 +131,36 @@ def test_a_stack_of_layers_equals_one_after_the_other(interpreted: None) -> None
 def test_half_precision_with_the_activation_inside_the_products(interpreted: None) -> None:
     # float16, for the interpreter multiplies bfloat16 matrices wrongly.
     compare(small(activation="gelu_tanh"), 3, 1e-2, dtype=torch.float16, chunk=4, leaf=4)
+    from recurformer.scan.fused import engine
+
+    (made,) = engine._engines.values()
+    assert made.fused_activation
+
+
+@interpreter
+def test_half_precision_with_the_activation_behind_library_products(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where rows are many and blocks of one size would not fill the GPU."""
+    from recurformer.scan.fused import engine
+
+    monkeypatch.setattr(engine, "THIN", 0)
+    monkeypatch.setattr(engine, "FULL", 2.0)
+    compare(small(mlp_bias=True), 5, 1e-2, dtype=torch.float16, chunk=4, leaf=4)
+    (made,) = engine._engines.values()
+    assert not made.fused_activation
+
+
+@interpreter
+def test_the_backward_has_leaves_of_its_own(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as long as the forward's, as by default, in two chunks of two of them."""
+    from recurformer.scan.fused import engine
+
+    monkeypatch.setattr(fused, "LEAF", 2)
+    monkeypatch.setattr(fused, "LEAF_BACKWARD", 4)
+    compare(small(), 11, 1e-5, chunk=8)
+    (made,) = engine._engines.values()
+    assert (made.shape.S, made.shape.R) == (2, 4)
 
 
 @interpreter

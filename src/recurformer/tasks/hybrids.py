@@ -6,12 +6,12 @@ import io
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recurformer.bench.common import machine, show_table
+from recurformer.bench.common import check_counts, record, show_table
 from recurformer.config import LayerKind, ModelConfig, Position
 from recurformer.model import LanguageModel
 from recurformer.tasks.generators import make_task
@@ -70,9 +70,7 @@ class HybridSettings:
     scan: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "length", "batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(self, "n_layers", "length", "batch_size", "steps")
         unknown = set(self.only) - set(placements(self.n_layers))
         if unknown or not self.seeds:
             raise ValueError(
@@ -140,7 +138,7 @@ def run_hybrids(
                 row["accuracy"] = accuracy(model, task, s.length, seed=TEST_SEED)
                 row["accuracy_4x"] = accuracy(model, task, 4 * s.length, seed=TEST_SEED + 1)
             rows.append(row)
-    return {"benchmark": "hybrids", "settings": asdict(s), "machine": machine(), "rows": rows}
+    return record("hybrids", s, rows)
 
 
 def _train(model: LanguageModel, settings: HybridSettings, seed: int, report: Callable[[int, float], None]):

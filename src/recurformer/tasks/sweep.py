@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recurformer.bench.common import machine, show_table
+from recurformer.bench.common import check_counts, record, show_table
 from recurformer.config import ModelConfig, Position
 from recurformer.model import LanguageModel
 from recurformer.tasks.generators import Task, make_task
@@ -58,9 +58,7 @@ class TaskSettings:
     scan: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("length", "steps", "batch_size", "test_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(self, "length", "steps", "batch_size", "test_count")
         for name in ("tasks", "layers", "n_layers", "factors", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one")
@@ -129,7 +127,7 @@ def run_tasks(
                 },
             }
         )  # fmt: skip
-    return {"benchmark": "tasks", "settings": asdict(s), "machine": machine(), "rows": rows}
+    return record("tasks", s, rows)
 
 
 def train_on_task(model: LanguageModel, task: Task, settings: Any, seed: int, report: Callable[[int, float], None]):
