@@ -40,15 +40,12 @@ HYBRIDS = {
     "text-1": HybridSettings(only=SEVERAL, extra_steps=(), **TEXT),
     "text-3": HybridSettings(only=("RRRS", "SRRR", "SRSR"), extra_steps=(), **TEXT),
     "text-2": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
-    "parity-hybrids": HybridSettings(
-        on="parity",
-        only=("SSS", "RSS", "SRS", "SSR", "RRR"),
-        n_layers=3,
-        n_heads=16,
-        length=16,
-        steps=150,
-        extra_steps=(),
-    ),
+    **{
+        f"parity-hybrids-{seed}": HybridSettings(
+            on="parity", n_layers=3, n_heads=16, length=16, steps=150, extra_steps=(), seeds=(seed,)
+        )
+        for seed in range(3)
+    },
 }
 STABILITY = {"stability": StabilitySettings()}
 PICTURES = {
@@ -68,7 +65,7 @@ PICTURES = {
         "recall",
     ),
     "hybrids-text": ("text-0", "text-1", "text-3", "text-2"),
-    "hybrids-parity": ("parity-hybrids",),
+    "hybrids-parity": ("parity-hybrids-0", "parity-hybrids-1", "parity-hybrids-2"),
     "stability": ("stability",),
 }
 
