@@ -137,7 +137,7 @@ def run_tasks(
         last = result.losses[-max(1, len(result.losses) // 10) :]
         rows.append(
             {
-                "task": task.name, "layers": layers, "n_layers": depth, "seed": seed,
+                "task": task.name, "layers": layers, "n_layers": depth, "d_model": s.d_model, "seed": seed,
                 "length": s.length, "steps": len(result.losses) if s.minutes else s.steps,
                 "parameters": model.num_parameters(), "seconds": result.seconds, "diverged_at": result.diverged_at,
                 "loss": statistics.fmean(last) if last else None,
@@ -209,10 +209,13 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry for each task and model: mean, worst and best accuracy over the seeds, by length."""
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
-        grouped.setdefault((row["task"], row["layers"], row["n_layers"]), []).append(row)
+        width = row.get("d_model", results["settings"]["d_model"])  # joined measurements may differ in it
+        grouped.setdefault((row["task"], row["layers"], row["n_layers"], width), []).append(row)
+    several = len({width for *_, width in grouped}) > 1
     return [
         {
-            "task": task, "layers": layers, "n_layers": depth, "parameters": rows[0]["parameters"],
+            "task": task, "model": f"{layers} x{depth}" + (f", width {width}" if several else ""),
+            "parameters": rows[0]["parameters"],
             "length": rows[0]["length"], "steps": rows[0]["steps"], "seeds": len(rows),
             "seconds": statistics.fmean(row["seconds"] for row in rows),
             "accuracy": {
@@ -221,7 +224,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
                 for values in [[row["accuracy"][N] for row in rows]]
             },
         }
-        for (task, layers, depth), rows in grouped.items()
+        for (task, layers, depth, width), rows in grouped.items()
     ]  # fmt: skip
 
 
@@ -231,7 +234,7 @@ def show_tasks(results: dict[str, Any], console: Console) -> None:
     lengths = list(entries[0]["accuracy"])
     cells = [
         [
-            e["task"], f"{e['layers']} x{e['n_layers']}", f"{e['parameters']:,}",
+            e["task"], e["model"], f"{e['parameters']:,}",
             *(f"{100 * e['accuracy'][N][0]:.1f}" for N in lengths), f"{e['seconds']:.0f}",
         ]
         for e in entries
@@ -274,9 +277,11 @@ def draw_tasks(results: dict[str, Any]) -> bytes:
                 text = f"{100 * mean:.0f}" if best - worst < 0.01 else f"{100 * worst:.0f}-{100 * best:.0f}"
                 axes.text(x, y, text, ha="center", va="center", color="white" if mean < 0.55 else "black", fontsize=9)
         axes.set_xticks(range(len(lengths)), lengths)
-        axes.set_yticks(range(len(mine)), [f"{e['layers']} x{e['n_layers']}" for e in mine], fontsize=9)
+        axes.set_yticks(range(len(mine)), [e["model"] for e in mine], fontsize=9)
         seeds = "1 seed" if mine[0]["seeds"] == 1 else f"{mine[0]['seeds']} seeds"
-        axes.set_title(f"{task}: length {mine[0]['length']}, {mine[0]['steps']} steps, {seeds}", fontsize=9)
+        minutes = results["settings"].get("minutes")
+        time = f"{minutes:.2g} minutes" if minutes else f"{mine[0]['steps']} steps"
+        axes.set_title(f"{task}: length {mine[0]['length']}, {time}, {seeds}", fontsize=9)
         axes.tick_params(length=0)
     if image is not None:
         figure.colorbar(image, ax=grid, shrink=0.7)
