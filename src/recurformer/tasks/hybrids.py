@@ -155,7 +155,7 @@ def _train(model: LanguageModel, settings: HybridSettings, seed: int, report: Ca
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each placement, the Transformer first: means over seeds."""
+    """One entry for each placement, the Transformer first: means over seeds, and the least and greatest values."""
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         grouped.setdefault((row["layers"], row["times"]), []).append(row)
@@ -164,7 +164,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "layers": layers, "times": times,
             **{key: statistics.fmean(row[key] for row in rows) for key in numbers},
-            "losses": [row["loss"] for row in rows],
+            **{f"{key}_range": (min(row[key] for row in rows), max(row[key] for row in rows)) for key in numbers},
         }
         for (layers, times), rows in sorted(grouped.items(), key=lambda item: ("R" in item[0][0], item[0][1] > 1))
     ]  # fmt: skip
@@ -197,7 +197,7 @@ def show_hybrids(results: dict[str, Any], console: Console) -> None:
 
 
 def draw_hybrids(results: dict[str, Any]) -> bytes:
-    """Loss against cost, one mark for each placement; a PNG."""
+    """Loss on text, or accuracy beyond the training length, against cost; one mark for each placement; a PNG."""
     import matplotlib
 
     from recurformer.report import COLOURS
@@ -206,23 +206,25 @@ def draw_hybrids(results: dict[str, Any]) -> bytes:
     from matplotlib import pyplot as plt
 
     s, entries = results["settings"], summary(results)
-    base = entries[0]["cost_s"]
+    base, what = entries[0]["cost_s"], "loss" if s["on"] == TEXT else "accuracy_4x"
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for n, (bottom, label, marker) in enumerate(
         (("R", "first layer recurrent", "o"), ("S", "first layer standard", "s"), ("", "Transformer", "^"))
     ):
         chosen = [e for e in entries if (e["layers"][0] if "R" in e["layers"] else "") == bottom]
         x = [e["cost_s"] / base for e in chosen]
-        axes.plot(
-            x, [e["loss"] for e in chosen], marker, color=COLOURS[n], label=label,
-            linestyle=":" if bottom == "" else "none", markersize=7,
+        y = [e[what] for e in chosen]
+        spread = [[abs(e[f"{what}_range"][end] - e[what]) for e in chosen] for end in (0, 1)]
+        axes.errorbar(
+            x, y, spread if len(s["seeds"]) > 1 else None, fmt=marker, color=COLOURS[n], label=label,
+            linestyle=":" if bottom == "" else "none", markersize=7, elinewidth=1, capsize=3,
         )  # fmt: skip
         for e, at in zip(chosen, x, strict=True):
             text = e["layers"] if e["times"] == 1 else f"{e['times']}x steps"
-            axes.annotate(text, (at, e["loss"]), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=60)
+            axes.annotate(text, (at, e[what]), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=60)
     axes.margins(y=0.15)  # room for the names
     axes.set_xlabel("training time / the Transformer's")
-    axes.set_ylabel("held-out loss (nats a byte)" if s["on"] == TEXT else "training loss (nats an answer)")
+    axes.set_ylabel("held-out loss (nats a byte)" if s["on"] == TEXT else f"accuracy at length {4 * s['length']}")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

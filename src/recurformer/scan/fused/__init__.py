@@ -155,7 +155,7 @@ def stack_scan(
 
 
 def affordable(config: ModelConfig, row: int, device: torch.device) -> str:
-    """The most that may be kept: what takes at most a part of the device's memory in all layers of a model.
+    """The most that may be kept: what takes at most a part of the device's memory in all recurrent layers of a model.
 
     Args:
         row: bytes of one value at every position.
@@ -163,8 +163,9 @@ def affordable(config: ModelConfig, row: int, device: torch.device) -> str:
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**36
     pairs = (config.n_heads + 2 * config.kv_heads) * config.head_width
     inner = config.mlp_width * (2 if config.activation == "swiglu" else 1)
+    layers = config.layer_kinds.count("recurrent")
     for save, width in (("all", pairs + inner), ("pairs", pairs)):
-        if config.n_layers * row * width <= total // KEEP_PART:
+        if layers * row * width <= total // KEEP_PART:
             return save
     return "minimal"
 

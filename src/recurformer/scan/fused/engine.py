@@ -575,7 +575,7 @@ class Engine:
         )  # fmt: skip
         if self.fused_activation:
             up = None if shape.inner else b["up"][:, r]
-            self.product_tiled(b["sgz"][:, r], w.down, b["g_up"][:, r], False, self.kind, up, r)
+            self.product_tiled(b["sgz"][:, r], w.down, b["g_up"][:, r], False, self.kind, up=up, r=r)
         else:
             self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
             FB = min(2048, triton.next_power_of_2(self.F))
