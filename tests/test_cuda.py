@@ -143,12 +143,12 @@ def test_products_that_end_with_gelu_of_several_blocks_of_rows_in_bf16(
     full: Callable[[float], None], scan: str, activation: str
 ) -> None:
     """Also more rows of a chunk than parts of a norm weight's gradient."""
-    from recurformer.scan.fused.engine import ACTIVATED, PARTS
+    from recurformer.scan.fused.engine import PARTS, WIDE_TILE
     from recurformer.scan.wavefront import CHUNK
 
     full(0.0)  # it always is
     B, length = 200, 37
-    assert ACTIVATED["BM"] < B
+    assert WIDE_TILE["BM"] < B
     assert B * min(CHUNK, length) > PARTS
     check(scan, {**WIDE, "activation": activation}, B, length, True, False, exact="cuda")
 

@@ -34,7 +34,7 @@ TILE = {"BM": 128, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 5}  # other
 OWN_DEPTH = 1024  # inner dimension up to which our kernel, which starts early, is faster than the library's
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
 ROOMY = 140 * 1024  # bytes of shared memory a block from which tiles fit as they are
-FULL = 0.75  # of the GPU's processors at work, on average over a few waves of blocks, from which ours pay
+FULL = 0.7  # of the GPU's processors at work, on average over a few waves of blocks, from which ours pay
 THIN = 16  # rows up to which a product is bound by reading its weights
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
@@ -213,7 +213,7 @@ class Engine:
                 BN=bn, BK=128, num_warps=4, num_stages=4,
             )  # fmt: skip
             return
-        if rows == self.shape.B and self.own_products and a.shape[2] <= OWN_DEPTH:
+        if rows == self.shape.B and self.own_products and a.shape[2] <= OWN_DEPTH and out.shape[2] <= 2 * a.shape[2]:
             self.product_tiled(a, weight, out, transposed)
             return
         weight = weight.transpose(1, 2) if transposed else weight
@@ -423,7 +423,7 @@ class Engine:
     def fused_activation(self) -> bool:
         """Whether the products around the activation end with it.
 
-        Library products are better in float32, and where blocks of one size would leave a quarter of the GPU idle.
+        Library products are better in float32, and where blocks of one size would leave much of the GPU idle.
         """
         if self.kind == 2 or not self.describable:
             return False
