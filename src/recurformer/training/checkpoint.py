@@ -129,12 +129,17 @@ def write_shared_checkpoint(
     """
     temporary = _temporary(folder, state.step)
 
+    def begin() -> None:
+        begin_checkpoint(folder, state.step)
+        for name in ("model", f"training/{OPTIMIZER}"):
+            (temporary / name).mkdir()
+
     def finish() -> Checkpoint:
         describe_model(temporary / "model")
         return finish_checkpoint(temporary, state, rng)
 
     try:
-        world.together(lambda: begin_checkpoint(folder, state.step), alone=True)
+        world.together(begin, alone=True)
         world.together(lambda: save_parts(weights, temporary / "model"))
         world.together(lambda: save_parts(optimizer, temporary / "training" / OPTIMIZER))
         return world.together(finish, alone=True)
@@ -223,10 +228,12 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def save_parts(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors, each process its own part, into one safetensors file a process, whose header says which part."""
+    """Write tensors, each process its own part, into one safetensors file a process, whose header says which part.
+
+    The folder exists: what fails in one process before they write together would leave the others waiting.
+    """
     from torch.distributed import checkpoint
 
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         checkpoint.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
