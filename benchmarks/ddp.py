@@ -53,13 +53,14 @@ def measure(config: TrainConfig, world: World, device: torch.device, repeats: in
 
     times = time_runs(lambda _: step, device, repeats, warmup)
     sums = time_runs(lambda _: lambda: world.sum_gradients(model), device, repeats, 1)
-    step_s, sum_s = (max(values) for values in zip(*world.gather(times.median, sums.median), strict=True))
+    everyone = world.gather(times.median, sums.median, min(times.runs), max(times.runs))
+    step_s, sum_s, fastest, slowest = (max(values) for values in zip(*everyone, strict=True))
     tokens = config.batch_size * config.data.window
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
     return {
         "processes": world.size, "parallel": config.parallel if world.size > 1 else "-", "tokens": tokens,
         "micro_batch_size": min(config.micro_batch_size or config.batch_size, config.batch_size // world.size),
-        "step_s": step_s, "fastest_s": min(times.runs), "slowest_s": max(times.runs),
+        "step_s": step_s, "fastest_s": fastest, "slowest_s": slowest,
         "sum_of_gradients_s": sum_s, "tokens_per_s": tokens / step_s, "peak_GiB": peak,
     }  # fmt: skip
 
