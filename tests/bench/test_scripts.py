@@ -67,20 +67,8 @@ def test_the_script_for_several_gpus_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In one process; with two, what they tell each other is tested in `tests/training/test_distributed.py`."""
-    shape = [
-        "--preset",
-        "nano",
-        "--layers",
-        "first:1",
-        "--tokens",
-        "32",
-        "--length",
-        "8",
-        "--micro-batch-size",
-        "2",
-        "--precision",
-        "fp32",
-    ]
+    model = ["--preset", "nano", "--layers", "first:1", "--precision", "fp32"]
+    shape = [*model, "--tokens", "32", "--length", "8", "--micro-batch-size", "2"]
     options = [*shape, "--device", "cpu", "--repeats", "1", "--warmup", "0", "--out", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["ddp.py", *options])
     runpy.run_path(str(BENCHMARKS / "ddp.py"), run_name="__main__")

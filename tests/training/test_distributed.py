@@ -71,7 +71,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "recurrent_micro_batch_size": 2,
         "model": {"layers": "first:1", "tie_embeddings": True},
     },
-    "frozen": {"trained": "recurrent", "model": {"layers": "first:1"}, "optimizer": {"grad_clip": 0.1}},
+    "frozen": {
+        "trained": "recurrent",
+        "model": {"layers": "first:1"},
+        "optimizer": {"grad_clip": 0.1},
+        "evaluation": {"batch_size": "none", "batches": 1},
+    },
 }
 
 

@@ -353,14 +353,16 @@ def evaluate_model(
     model: LanguageModel, dataset: TokenDataset, config: TrainConfig, device: torch.device, world: World
 ) -> Any:
     """Loss on held-out data, in the precision of the training."""
-    size = config.evaluation.batch_size or config.micro_batch_size or config.batch_size
+    size, batches = config.evaluation.batch_size or config.micro_batch_size, config.evaluation.batches
+    if size is None:  # of a step's sequences each process has room for its own; together they are as many as ever
+        size, batches = config.batch_size // world.size, batches and batches * world.size
     with autocast(config, device):
         return evaluate(
             model,
             dataset,
             window=config.data.window,
             batch_size=size,
-            max_batches=config.evaluation.batches,
+            max_batches=batches,
             world=world,
         )
 
