@@ -410,3 +410,35 @@ def test_two_gpus_train_as_one(folder, tmp_path, way, layers):
     assert a.keys() == b.keys()
     for name in a:
         assert relative_rms(a[name], b[name]) < 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_a_killed_process_ends_one_that_waits_for_its_gpu(folder, tmp_path):
+    config = settings(folder, precision="fp32", device="cuda", timeout=300.0)
+    job = {"config": config, "out": str(tmp_path / "run"), "fault": "killed"}
+    codes, said = finish(start(2, write_jobs(tmp_path / "job.json", [job])), 250)
+    assert codes == [2, -signal.SIGKILL], said
+    assert re.search(r"process (1 of 2 has gone|0 waited in vain).* whole; continue with --resume", said[0])
+    killed, ended = (float((tmp_path / f"run.time-{rank}").read_text()) for rank in (1, 0))
+    assert 0 < ended - killed < 10
+    assert steps_of(tmp_path / "run") == [5]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_one_gpu_goes_on_where_two_stopped(folder, tmp_path, way):
+    """The same windows in the same order; losses to 1e-3."""
+    model = {"d_model": 64, "n_heads": 4, "n_layers": 2, "layers": "first:1"}
+    config = settings(folder, model=model, precision="fp32", device="cuda", parallel=way, batch_size=8)
+    stopped, whole = tmp_path / "run", tmp_path / "whole"
+    for size, jobs in (
+        (2, [{"config": config, "out": str(stopped), "stop_at": 6}]),
+        (1, [{"config": config, "out": str(stopped), "resume": True}, {"config": config, "out": str(whole)}]),
+    ):
+        codes, said = finish(start(size, write_jobs(tmp_path / "jobs.json", jobs)), 250)
+        assert codes == [0] * size, said
+    assert both(stopped) + windows(stopped, "one") == windows(whole, "one")
+    for ours, theirs in zip(numbers(stopped), numbers(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -298,12 +299,18 @@ class Processes(World):
 
     def abort(self, error: BaseException) -> NoReturn:
         """End this process at once, as soon as a checkpoint that it is writing is on disk."""
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingError):
+            time.sleep(1)  # a connection may have broken inside of PyTorch: then the listener has the better words
         with self._ending:
             if isinstance(error, ValueError | TrainingError):
                 print("recurformer: error: " + " ".join(str(error).split()), file=sys.stderr)
             else:
                 traceback.print_exception(error)
-                print(f"recurformer: error: process {self.rank} of {self.size} failed", file=sys.stderr)
+                print(
+                    f"recurformer: error: process {self.rank} of {self.size} failed. Checkpoints written before are "
+                    "whole; continue with --resume",
+                    file=sys.stderr,
+                )
             sys.stderr.flush()
             os._exit(2)
 
