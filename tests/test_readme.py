@@ -2,6 +2,7 @@
 
 Blocks of one page run in order in one folder that holds a few small texts. Long commands are shortened (`SHORTER`). A
 block after `<!-- test: not run, REASON -->` is left out; `<!-- test: fresh FOLDER -->` deletes a folder before a block.
+What `torchrun` starts is run by one process.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ from recurformer.training import TrainConfig, read_metrics, train
 from recurformer.training import distributed as parallel
 from recurformer.training.checkpoint import list_checkpoints, newest_checkpoint
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker, or the pair would start in each
+
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 WINDOW = 12
 CLOSE = 1e-9  # float64: the order of sums
