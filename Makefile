@@ -26,7 +26,7 @@ lint: env
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 format: env
 	$(BIN)/ruff format .

@@ -2,6 +2,7 @@
 
 Blocks of one page run in order in one folder that holds a few small texts. Long commands are shortened (`SHORTER`). A
 block after `<!-- test: not run, REASON -->` is left out; `<!-- test: fresh FOLDER -->` deletes a folder before a block.
+What `torchrun` starts is run by one process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from recurformer import cli, demo
 
@@ -135,6 +137,10 @@ def run_line(line: str) -> None:
         targets = re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
         return
+    if words[0] == "torchrun":  # its options are checked, its command is run by one process
+        asked = get_args_parser().parse_args(words[1:])
+        assert asked.module, f"{line!r}: torchrun without -m"
+        words = [asked.training_script, *asked.training_script_args]
     assert words[0] == "recurformer", f"{line!r}: neither recurformer nor make, and not marked as not run"
     assert not {"|", ">", "&&", ";"} & set(words), f"{line!r} needs a shell"
     with pytest.raises(SystemExit) as stop:

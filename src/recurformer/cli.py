@@ -133,6 +133,7 @@ def train(
 
     from recurformer import training
     from recurformer.report import load_runs, write_report
+    from recurformer.training.distributed import environment
 
     if init_from is not None:
         settings = (*settings, f"init_from={json.dumps(init_from)}")
@@ -144,11 +145,14 @@ def train(
             training.load_config(file, settings), out,
             resume=resume, allow_change=allow_change, stop_at=stop_at, quiet=quiet,
         )  # fmt: skip
+    except training.EndedElsewhereError:
+        return 2
     except training.TrainingError as error:
         raise click.ClickException(str(error)) from error
     if result.signal is not None:
         return 128 + result.signal
-    write_report(load_runs([out]), Path(out) / "plots", f"Training run {Path(out).name}")
+    if environment()[0] == 0:
+        write_report(load_runs([out]), Path(out) / "plots", f"Training run {Path(out).name}")
     return 0
 
 

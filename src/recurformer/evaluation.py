@@ -19,7 +19,8 @@ from recurformer.generation import evaluating
 from recurformer.model import IGNORE, LanguageModel
 
 if TYPE_CHECKING:
-    from recurformer.data import TokenDataset, Tokenizer
+    from recurformer.data import Batch, TokenDataset, Tokenizer
+    from recurformer.training.distributed import World
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def evaluate(
     batch_size: int,
     max_batches: int | None = None,
     progress: bool = False,
+    world: World | None = None,
 ) -> Evaluation:
     """Mean loss of a model over a dataset, cut into windows of one document each that do not see each other.
 
@@ -66,6 +68,7 @@ def evaluate(
         batch_size: sequences at once; changes speed and memory, not the result.
         max_batches: stop after this many batches; None: read everything.
         progress: show a progress bar on stderr.
+        world: the processes that share the batches; each of them gets the same result.
 
     Raises:
         ValueError: for another vocabulary than the model's, or a size below 1.
@@ -80,10 +83,9 @@ def evaluate(
     nats, tokens, began = 0.0, 0, time.perf_counter()
     predictable = dataset.n_tokens - (dataset.n_documents or 0)  # all but each document's first
     with evaluating(model), torch.no_grad(), counting(predictable, progress) as advance:
-        for batch in islice(evaluation_batches(dataset, window, batch_size), max_batches):
-            count = int((batch.targets != IGNORE).sum())
-            if count == 0:
-                continue
+        batches = islice(evaluation_batches(dataset, window, batch_size), max_batches)
+        for batch, counts in _shares(batches, world):
+            count = int((batch.targets != IGNORE).sum()) if counts else 0
             inputs = {
                 name: None if tensor is None else tensor.to(device)
                 for name in ("tokens", "targets", "attention_mask", "document_ids")
@@ -93,12 +95,22 @@ def evaluate(
             nats += float(loss) * count
             tokens += count
             advance(count)
+    if world is not None:
+        nats, tokens = (sum(parts) for parts in zip(*world.gather(nats, tokens), strict=True))
     return Evaluation(
         loss=nats / tokens,
-        tokens=tokens,
+        tokens=int(tokens),
         bytes=math.nan if dataset.n_bytes is None else dataset.n_bytes * tokens / predictable,
         seconds=time.perf_counter() - began,
     )
+
+
+def _shares(batches: Iterator[Batch], world: World | None) -> Iterator[tuple[Batch, bool]]:
+    """The batches of this process, and whether they count. All have as many: processes that share out the weights must
+    call the model together, so the last round may hold a batch twice."""
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    while group := list(islice(batches, size)):
+        yield group[min(rank, len(group) - 1)], rank < len(group)
 
 
 @contextmanager

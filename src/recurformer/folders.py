@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # of shards, as Hugging Face writes it
+PARTS = "shard-*.safetensors"  # of tensors, one file for each of the processes that have written them
 
 
 def save(model: LanguageModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -30,16 +32,21 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Tokenizer | None =
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().contiguous() for name, tensor in plain_state_dict(model).items()}
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    save_description(model.config, folder, tokenizer)
+
+
+def save_description(config: ModelConfig, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write what belongs to a model's folder beside the weights."""
     header = {
         "model_type": "recurformer",
         "architectures": ["RecurformerForCausalLM"],
         "format_version": FORMAT_VERSION,
     }
-    weights = {name: tensor.detach().contiguous() for name, tensor in plain_state_dict(model).items()}
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
     with replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps({**header, **model.config.to_dict()}, indent=2) + "\n")
+        temporary.write_text(json.dumps({**header, **config.to_dict()}, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -76,10 +83,13 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: Any = Non
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder, on the CPU: of `model.safetensors`, or of the shards in Hugging Face's index."""
+    """Every tensor of a folder, on the CPU: of `model.safetensors`, of the shards in Hugging Face's index, or of the
+    parts that the processes of a run have written."""
     path = folder / WEIGHTS_FILE
     if path.is_file():
         return _read_safetensors(path)
+    if any(folder.glob(PARTS)):
+        return read_parts(folder)
     index = folder / INDEX_FILE
     if not index.is_file():
         raise ValueError(f"{folder} has a {CONFIG_FILE} but no {WEIGHTS_FILE}; the folder is incomplete")
@@ -89,6 +99,22 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged ({error}); copy or save it again") from error
     return {name: tensor for file in files for name, tensor in _read_safetensors(file).items()}
+
+
+def read_parts(folder: Path) -> dict[str, torch.Tensor]:
+    """Whole tensors, on the CPU, of what several processes have written, each its own part."""
+    from torch.distributed import checkpoint
+
+    try:
+        reader = checkpoint.HuggingFaceStorageReader(str(folder))
+        found = reader.read_metadata().state_dict_metadata
+        tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in found.items()}  # pyright: ignore[reportAttributeAccessIssue]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    except (SafetensorError, OSError, checkpoint.CheckpointException) as error:
+        raise ValueError(f"a part in {folder} is truncated or no safetensors file ({error})") from error
+    return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

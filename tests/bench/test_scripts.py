@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,21 @@ def test_sections_are_chosen_by_name(tmp_path: Path) -> None:
     assert [command[3] for command in commands] == ["model", "layer"]
     text = (BENCHMARKS / "gpu.sh").read_text()
     assert f"sections: {' '.join(SECTIONS)};" in text
+
+
+def test_the_script_for_several_gpus_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one process; with two, what they tell each other is tested in `tests/training/test_distributed.py`."""
+    model = ["--preset", "nano", "--layers", "first:1", "--precision", "fp32"]
+    shape = [*model, "--tokens", "32", "--length", "8", "--micro-batch-size", "2"]
+    options = [*shape, "--device", "cpu", "--repeats", "1", "--warmup", "0", "--out", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["ddp.py", *options])
+    runpy.run_path(str(BENCHMARKS / "ddp.py"), run_name="__main__")
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert (row["processes"], row["tokens"], row["micro_batch_size"]) == (1, 32, 2)
+    assert row["tokens_per_s"] == pytest.approx(32 / row["step_s"])
+    assert f"{row['tokens_per_s']:,.0f} tokens/s, 1.00x" in capsys.readouterr().out
 
 
 @needs_bash

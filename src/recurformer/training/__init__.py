@@ -2,11 +2,13 @@
 
 from recurformer.training.checkpoint import resolve_model_folder
 from recurformer.training.config import TrainConfig, load_config
+from recurformer.training.distributed import EndedElsewhereError
 from recurformer.training.logging import read_metrics
-from recurformer.training.loop import NonFiniteError, TrainingError, TrainResult, train
-from recurformer.training.run import read_run_config
+from recurformer.training.loop import NonFiniteError, TrainResult, train
+from recurformer.training.run import TrainingError, read_run_config
 
 __all__ = [
+    "EndedElsewhereError",
     "NonFiniteError",
     "TrainConfig",
     "TrainResult",

@@ -3,6 +3,7 @@
     RUN/checkpoints/step-00001000/
         model/       what `recurformer.save` writes; `recurformer.load` reads it
         training/    optimizer.safetensors, rng.safetensors, state.json: plain tensors and numbers, no pickle
+                     (under FSDP model/ and training/optimizer/ hold a file of each process, with its part)
         manifest.json    step, validation loss, and the size and SHA-256 of every other file
 
 A checkpoint is complete when its folder has its final name and every file the size its manifest says.
@@ -20,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,11 +29,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recurformer.config import ModelConfig
-from recurformer.folders import load_config, sync_folder
+from recurformer.folders import load_config, read_parts, sync_folder
+
+if TYPE_CHECKING:
+    from recurformer.training.distributed import World
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+OPTIMIZER = "optimizer"  # its tensors: a file, or a folder of parts
 
 RngState = dict[str, Tensor]
 
@@ -71,7 +76,9 @@ class Checkpoint:
         folder = self.path / "training"
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         state = TrainingState(**{f.name: values[f.name] for f in dataclasses.fields(TrainingState)})
-        return state, load_file(folder / "optimizer.safetensors"), load_file(folder / "rng.safetensors")
+        parts = folder / OPTIMIZER
+        optimizer = read_parts(parts) if parts.is_dir() else load_file(parts.with_suffix(".safetensors"))
+        return state, optimizer, load_file(folder / "rng.safetensors")
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -92,35 +99,95 @@ def write_checkpoint(
     Raises:
         OSError: when it cannot be written (a full disk); nothing is left behind then.
     """
-    final = folder / f"step-{state.step:08d}"
-    temporary = folder / f"{TEMPORARY}{final.name}"
-    _remove(temporary)
+    temporary = begin_checkpoint(folder, state.step)
     try:
-        training = temporary / "training"
-        training.mkdir(parents=True)
         save_model(temporary / "model")
-        _save_tensors(optimizer, training / "optimizer.safetensors")
-        _save_tensors(rng, training / "rng.safetensors")
-        _write_json(training / "state.json", dataclasses.asdict(state))
-        loss = state.validation_loss if state.evaluated == state.step else None
-        loss = None if loss is None or not math.isfinite(loss) else loss
-        files = {p.relative_to(temporary).as_posix(): p for p in sorted(temporary.rglob("*")) if p.is_file()}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": state.step,
-            "validation_loss": loss,
-            "files": {name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for name, p in files.items()},
-        }
-        _write_json(temporary / MANIFEST, manifest)
-        for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
-        if final.exists():  # a damaged one of the same step
-            _remove(final)
-        os.rename(temporary, final)
+        _save_tensors(optimizer, temporary / "training" / f"{OPTIMIZER}.safetensors")
+        return finish_checkpoint(temporary, state, rng)
     except BaseException:
-        _remove(temporary)
+        drop_checkpoint(folder, state.step)
         raise
+
+
+def write_shared_checkpoint(
+    folder: Path,
+    state: TrainingState,
+    describe_model: Callable[[Path], None],
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    rng: RngState,
+    world: World,
+) -> Checkpoint | None:
+    """The same by several processes, each of which writes its own part of the tensors; None but in the first.
+
+    Args:
+        describe_model: writes everything but the weights into the model's folder that it is given.
+        weights, optimizer: as DTensors, or whole.
+
+    Raises:
+        OSError: in one process, when it cannot be written; the others raise EndedElsewhereError.
+    """
+    temporary = _temporary(folder, state.step)
+
+    def begin() -> None:
+        begin_checkpoint(folder, state.step)
+        for name in ("model", f"training/{OPTIMIZER}"):
+            (temporary / name).mkdir()
+
+    def finish() -> Checkpoint:
+        describe_model(temporary / "model")
+        return finish_checkpoint(temporary, state, rng)
+
+    try:
+        world.together(begin, alone=True)
+        world.together(lambda: save_parts(weights, temporary / "model"))
+        world.together(lambda: save_parts(optimizer, temporary / "training" / OPTIMIZER))
+        return world.together(finish, alone=True)
+    except BaseException:
+        if world.rank == 0:
+            drop_checkpoint(folder, state.step)
+        raise
+
+
+def _temporary(folder: Path, step: int) -> Path:
+    return folder / f"{TEMPORARY}step-{step:08d}"
+
+
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """A folder under a temporary name, for `finish_checkpoint` or `drop_checkpoint`."""
+    temporary = _temporary(folder, step)
+    _remove(temporary)
+    (temporary / "training").mkdir(parents=True)
+    return temporary
+
+
+def drop_checkpoint(folder: Path, step: int) -> None:
+    """Leave nothing of what was begun."""
+    _remove(_temporary(folder, step))
+
+
+def finish_checkpoint(temporary: Path, state: TrainingState, rng: RngState) -> Checkpoint:
+    """Give a folder that holds model and optimizer the rest, and, once all of it is on disk, its name."""
+    folder, final = temporary.parent, temporary.with_name(temporary.name.removeprefix(TEMPORARY))
+    training = temporary / "training"
+    _save_tensors(rng, training / "rng.safetensors")
+    _write_json(training / "state.json", dataclasses.asdict(state))
+    loss = state.validation_loss if state.evaluated == state.step else None
+    loss = None if loss is None or not math.isfinite(loss) else loss
+    files = {p.relative_to(temporary).as_posix(): p for p in sorted(temporary.rglob("*")) if p.is_file()}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "validation_loss": loss,
+        "files": {name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for name, p in files.items()},
+    }
+    _write_json(temporary / MANIFEST, manifest)
+    for path in temporary.rglob("*"):
+        _sync(path)
+    _sync(temporary)
+    if final.exists():  # a damaged one of the same step
+        _remove(final)
+    os.rename(temporary, final)
     sync_folder(folder)
     return Checkpoint(final, state.step, loss)
 
@@ -160,6 +227,21 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
 
 
+def save_parts(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors, each process its own part, into one safetensors file a process, whose header says which part.
+
+    The folder exists: what fails in one process before they write together would leave the others waiting.
+    """
+    from torch.distributed import checkpoint
+
+    try:
+        writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        checkpoint.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+    except checkpoint.CheckpointException as error:  # no subclass of Exception; every process gets it
+        reasons = [f"process {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
+        raise OSError("; ".join(reasons)) from error
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -175,6 +257,12 @@ def _sync(path: Path) -> None:
     else:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
+
+
+def checkpoint_at(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, which another process has written or checked."""
+    path = folder / f"step-{step:08d}"
+    return Checkpoint(path, step, json.loads((path / MANIFEST).read_text(encoding="utf-8"))["validation_loss"])
 
 
 # --- finding --------------------------------------------------------------------------------------------------------

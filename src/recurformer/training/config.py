@@ -34,6 +34,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Precision = Literal["fp32", "bf16", "fp64"]
 Logger = Literal["tensorboard", "wandb"]
 Trained = Literal["all", "recurrent"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 @cache
@@ -193,6 +194,12 @@ class TrainConfig(_Section):
         False, "Standard layers keep only their inputs and are evaluated again in the backward: less memory, slower."
     )
     device: str = setting("auto", '"auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...')
+    parallel: Parallel = setting(
+        "ddp",
+        'How the processes that torchrun starts share a run: "ddp" (each has the whole model) or "fsdp" (weights, '
+        "gradients and optimizer state are split over them).",
+    )
+    timeout: Positive = setting(600.0, "Seconds after which a process gives up waiting for the others.")
     seed: Seed = setting(0, "Seed of the initial weights.")
     init_from: str | None = setting(
         None,

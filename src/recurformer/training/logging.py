@@ -99,6 +99,13 @@ class Metrics:
             self._wandb.finish()
 
 
+class NoMetrics:
+    """What the processes of a run have that do not write its records."""
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Nothing."""
+
+
 def read_metrics(out: str | Path) -> list[dict[str, Any]]:
     """The records of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
     path = Path(out) / METRICS

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +19,23 @@ from torch import Tensor
 
 import recurformer
 from recurformer.evaluation import check_vocabulary, evaluate
+from recurformer.folders import plain_state_dict, save_description
 from recurformer.model import IGNORE, LanguageModel, Layer
 from recurformer.training.checkpoint import (
     Checkpoint,
     TrainingState,
+    checkpoint_at,
     newest_checkpoint,
     read_rng,
     remove_outdated,
     resolve_model_folder,
     restore_rng,
     write_checkpoint,
+    write_shared_checkpoint,
 )
 from recurformer.training.config import TrainConfig, open_tokens
-from recurformer.training.logging import Metrics, Screen, import_logger, machine, say_on_stderr
+from recurformer.training.distributed import EndedElsewhereError, World, pick_device, processes
+from recurformer.training.logging import Metrics, NoMetrics, Screen, import_logger, machine, say_on_stderr
 from recurformer.training.optimizer import (
     clip_gradients,
     load_optimizer_tensors,
@@ -39,15 +43,11 @@ from recurformer.training.optimizer import (
     optimizer_tensors,
     set_rates,
 )
-from recurformer.training.run import check_resumable, lock, write_run_config
+from recurformer.training.run import TrainingError, check_resumable, lock, write_run_config
 
 if TYPE_CHECKING:
-    from recurformer.data import Batch, TokenDataset
+    from recurformer.data import Batch, TokenDataset, TrainingWindows
     from recurformer.data.tokenizer import Tokenizer
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on. What was saved before is whole; the message says how to continue."""
 
 
 class NonFiniteError(TrainingError):
@@ -66,22 +66,6 @@ class TrainResult:
     signal: int | None  # the signal that ended the call early
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes that share one step. Gradients are sums over all of them, divided by the number of targets of the
-    whole step, so the split into processes and micro-batches does not change the update."""
-
-    rank: int = 0
-    size: int = 1
-
-    def sum(self, number: int) -> int:
-        """The sum of a number over the processes."""
-        return number
-
-    def sum_gradients(self, model: LanguageModel) -> None:
-        """Add up the gradients of the processes, in place."""
-
-
 def train(
     config: TrainConfig,
     out: str | Path,
@@ -91,7 +75,7 @@ def train(
     stop_at: int | None = None,
     quiet: bool = False,
 ) -> TrainResult:
-    """Train a model, or continue training it.
+    """Train a model, or continue training it. Under `torchrun` every process calls this alike; they share each step.
 
     Args:
         config: everything that decides the result.
@@ -105,71 +89,84 @@ def train(
 
     Returns:
         TrainResult: SIGINT and SIGTERM end the call early, after the step at hand and a checkpoint; a second one aborts
-        at once.
+        at once. The same in every process.
 
     Raises:
         ValueError: before any work, for a setting, data or a folder that does not fit.
         NonFiniteError: loss or gradient norm is not finite; raised before the optimizer step.
         TrainingError: a checkpoint could not be written.
+        EndedElsewhereError: another process has raised one of these.
     """
     from recurformer.data import TrainingWindows
 
     out = Path(out)
-    say = (lambda message: None) if quiet else say_on_stderr
-
-    # --- what can be refused is refused here, before anything is written ---------------------------------------------
     device = pick_device(config)
-    data = open_tokens(config.data, config.data.train)
-    held_out = None if config.data.validation is None else open_tokens(config.data, config.data.validation)
-    for dataset in filter(None, (data, held_out)):
-        check_vocabulary(config.model.vocab_size, dataset)
-    tokenizer = data.tokenizer()
-    windows = TrainingWindows(data, config.data.window, config.data.seed, config.data.packing)
-    for name in config.log.loggers:
-        import_logger(name)
-    changes = check_resumable(config, out, resume, allow_change)
-    world = World()
 
     with ExitStack() as stack:
-        stack.enter_context(lock(out))
+        world = stack.enter_context(processes(config, device))
+        quiet = quiet or world.rank > 0
+        say = (lambda message: None) if quiet else say_on_stderr
+
+        # --- what can be refused is refused here, before anything is written -----------------------------------------
+        def read_data() -> tuple[TokenDataset, TokenDataset | None, Tokenizer | None, TrainingWindows]:
+            data = open_tokens(config.data, config.data.train)
+            held_out = None if config.data.validation is None else open_tokens(config.data, config.data.validation)
+            for dataset in filter(None, (data, held_out)):
+                check_vocabulary(config.model.vocab_size, dataset)
+            windows = TrainingWindows(data, config.data.window, config.data.seed, config.data.packing)
+            for name in config.log.loggers:
+                import_logger(name)
+            return data, held_out, data.tokenizer(), windows
+
+        data, held_out, tokenizer, windows = world.together(read_data)
+        changes = world.together(lambda: check_resumable(config, out, resume, allow_change), alone=True)
+        world.together(lambda: stack.enter_context(lock(out)), alone=True)
         folder = out / "checkpoints"
-        resumed = checkpoint = newest_checkpoint(folder, say) if resume else None
+        resumed = checkpoint = find_checkpoint(folder, say, world) if resume else None
 
         # --- model, optimizer, and everything a checkpoint brings back -----------------------------------------------
-        torch.manual_seed(config.seed)
-        model = make_model(config, device, checkpoint)
-        optimizer = make_optimizer(model, config.optimizer)
-        state = TrainingState(dataset=data.fingerprint)
-        if checkpoint is not None:
-            state, tensors, rng = checkpoint.read()
-            if state.dataset != data.fingerprint:
-                raise ValueError(
-                    f"data.train {config.data.train!r} holds other tokens than the run was trained on (fingerprint "
-                    f"{data.fingerprint} instead of {state.dataset}); point it to the same data or start a new run"
-                )
-            load_optimizer_tensors(optimizer, model, tensors)
-            del tensors
-            restore_rng(rng)
-        folder.mkdir(exist_ok=True)
-        write_run_config(config, out)
+        def prepare() -> tuple[LanguageModel, torch.optim.AdamW, TrainingState]:
+            torch.manual_seed(config.seed)
+            model = make_model(config, device, checkpoint, world)
+            optimizer = make_optimizer(model, config.optimizer)
+            state = TrainingState(dataset=data.fingerprint)
+            if checkpoint is not None:
+                state, tensors, rng = checkpoint.read()
+                if state.dataset != data.fingerprint:
+                    raise ValueError(
+                        f"data.train {config.data.train!r} holds other tokens than the run was trained on (fingerprint "
+                        f"{data.fingerprint} instead of {state.dataset}); point it to the same data or start a new run"
+                    )
+                load_optimizer_tensors(optimizer, model, tensors)
+                restore_rng(rng)
+            return model, optimizer, state
+
+        model, optimizer, state = world.together(prepare)
+        metrics: Metrics | NoMetrics = NoMetrics()
+        if world.rank == 0:
+            folder.mkdir(exist_ok=True)
+            write_run_config(config, out)
         if resume:
             origin = f"checkpoint {checkpoint.path.name}" if checkpoint else "the start: there is no checkpoint yet"
-            say(f"resuming {out} from {origin}" + "".join(f"\n  {change}" for change in changes))
+            say(f"resuming {out} from {origin}" + "".join(f"\n  {change}" for change in changes or ()))
         steps = config.schedule.steps
         if state.step >= steps:
             say(f"{out} is finished: step {state.step} of {steps}. More steps: --set schedule.steps=N "
                 "--allow-change schedule.steps")  # fmt: skip
             return TrainResult(state.step, True, None, state.validation_loss, checkpoint and checkpoint.path, None)
 
-        metrics = Metrics(out, config, state if checkpoint else None)
-        stack.callback(metrics.close)
-        metrics.write("resume" if checkpoint else "start", state.step, changes=changes, **machine(device))
+        if world.rank == 0:
+            metrics = Metrics(out, config, state if checkpoint else None)
+            stack.callback(metrics.close)
+        about = {**machine(device), "processes": world.size, "parallel": config.parallel if world.size > 1 else None}
+        metrics.write("resume" if checkpoint else "start", state.step, changes=changes, **about)
         parameters = model.num_parameters(embedding=True)
-        say(f"{parameters:,} parameters, {data.n_tokens:,} training tokens, {steps} steps on {device}")
+        where = f"{device}" if world.size == 1 else f"{world.size} processes ({config.parallel}, {device.type})"
+        say(f"{parameters:,} parameters, {data.n_tokens:,} training tokens, {steps} steps on {where}")
         stop = stack.enter_context(stop_signals(quiet))
         screen = stack.enter_context(Screen(steps, state.step, quiet))
         batches = step_batches(windows, config, state.position, world)
-        loss = None
+        loss = asked = None  # asked: the signal that ends the call
         logged_tokens, logged_seconds, logged_step = state.tokens, state.seconds, state.step
 
         def advice() -> str:
@@ -177,14 +174,15 @@ def train(
             return f"{last}; resume with a lower optimizer.lr or optimizer.grad_clip (--allow-change)"
 
         while True:
-            stopping = stop.requested or (stop_at is not None and state.step >= stop_at)
+            stopping = asked is not None or (stop_at is not None and state.step >= stop_at)
 
             # --- evaluate and sample: at the start, every so many steps, at the end; never twice at one step ----------
             due = state.step % config.evaluation.every == 0 or state.step == steps
-            if held_out is not None and due and state.evaluated != state.step and not stop.requested:
-                evaluation = evaluate_model(model, held_out, config, device)
+            if held_out is not None and due and state.evaluated != state.step and asked is None:
+                evaluation = evaluate_model(model, held_out, config, device, world)
                 if not math.isfinite(evaluation.loss):
-                    raise NonFiniteError(f"the validation loss at step {state.step} is {evaluation.loss}; {advice()}")
+                    message = f"the validation loss at step {state.step} is {evaluation.loss}; {advice()}"
+                    world.end(NonFiniteError(message))
                 state.evaluated, state.validation_loss = state.step, evaluation.loss
                 metrics.write(
                     "evaluation",
@@ -197,16 +195,19 @@ def train(
                 bits = evaluation.bits_per_byte  # NaN for raw shards, which do not know their text
                 bits = f", {bits:.3f} bits per byte" if math.isfinite(bits) else ""
                 screen.say(f"step {state.step}: validation loss {evaluation.loss:.4f}{bits}")
-                if config.sample.tokens and (text := sample_text(model, tokenizer, config, device)) is not None:
+                if config.sample.tokens and (text := sample_text(model, tokenizer, config, device, world)) is not None:
                     metrics.write("sample", state.step, prompt=config.sample.prompt, text=text)
                     screen.say(f"  sample: {text!r}")
 
             # --- save ------------------------------------------------------------------------------------------------
             due = (state.step % config.checkpoint_every == 0 and state.step > 0) or state.step == steps or stopping
             if due and (checkpoint is None or checkpoint.step != state.step):
-                checkpoint = save(folder, state, model, optimizer, tokenizer, checkpoint)
-                # What this process wrote or resumed from, it trusts; a newer folder may have been found damaged.
-                remove_outdated(folder, config.checkpoint.keep_last, [c.path for c in (resumed, checkpoint) if c])
+                with world.saving():
+                    checkpoint = save(folder, state, model, optimizer, tokenizer, checkpoint, world)
+                    if world.rank == 0:
+                        # What this run wrote or resumed from, it trusts; a newer folder may have been found damaged.
+                        kept = [c.path for c in (resumed, checkpoint) if c]
+                        remove_outdated(folder, config.checkpoint.keep_last, kept)
             if state.step == steps or stopping:
                 break
 
@@ -214,12 +215,17 @@ def train(
             began = time.perf_counter()
             batch = next(batches)
             rate = set_rates(optimizer, state.step, config.optimizer, config.schedule)
-            loss, norm, targets = gradient_step(model, optimizer, batch, config, device, world)
+            share, norm, targets = gradient_step(model, optimizer, batch, config, device, world)
+            # Losses are exchanged anyway, and with them whether a process was asked to stop: all do after one step.
+            shares, requests = zip(*world.gather(share, stop.requested or 0), strict=True)
+            loss = sum(shares)
+            asked = next((int(number) for number in requests if number), None)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NonFiniteError(
-                    f"step {state.step + 1}: loss {loss}, gradient norm {norm}, from the windows "
-                    f"{batch.window_ids.tolist()}; the weights were not touched. " + advice()
-                )
+                wrong = [rank for rank, part in enumerate(shares) if not math.isfinite(part)]
+                seen = windows_of(windows, config, state.position, world, wrong or range(world.size))
+                whose = f" of process {', '.join(map(str, wrong))}" if wrong and world.size > 1 else ""
+                message = f"step {state.step + 1}: loss {loss}, gradient norm {norm}, from the windows {seen}{whose}"
+                world.end(NonFiniteError(f"{message}; the weights were not touched. {advice()}"))
             optimizer.step()
             state.step += 1
             state.position += config.batch_size
@@ -246,10 +252,10 @@ def train(
                 logged_tokens, logged_seconds, logged_step = state.tokens, state.seconds, state.step
 
         if stopping and state.step < steps:
-            reason = signal.Signals(stop.requested).name if stop.requested else f"step {stop_at} was asked for"
+            reason = signal.Signals(asked).name if asked is not None else f"step {stop_at} was asked for"
             screen.say(f"stopped at step {state.step} ({reason}); continue with --resume")
         path = checkpoint and checkpoint.path
-        return TrainResult(state.step, state.step >= steps, loss, state.validation_loss, path, stop.requested)
+        return TrainResult(state.step, state.step >= steps, loss, state.validation_loss, path, asked)
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------
@@ -267,7 +273,8 @@ def gradient_step(
     micro-batches and processes.
 
     Returns:
-        (loss in nats per target, norm of the gradient before clipping, number of targets), over all processes.
+        (this process's part of the loss in nats per target, norm of the gradient before clipping, number of targets);
+        the latter two, and the sum of the first, are those of the step.
     """
     targets = world.sum(int((batch.targets != IGNORE).sum()))
     optimizer.zero_grad(set_to_none=True)
@@ -329,26 +336,45 @@ def step_batches(windows: Any, config: TrainConfig, position: int, world: World)
     return windows.iterate(position, config.batch_size, world.rank, world.size, config.data.workers)
 
 
+def windows_of(
+    windows: TrainingWindows, config: TrainConfig, position: int, world: World, ranks: Iterable[int]
+) -> list[int]:
+    """The windows that some processes have read for the step at a place in the data."""
+    share = config.batch_size // world.size
+    return [windows.window_id(position + rank * share + number) for rank in ranks for number in range(share)]
+
+
 def autocast(config: TrainConfig, device: torch.device) -> Any:
     """bf16 products where the configuration asks for them."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if config.precision == "bf16" else nullcontext()
 
 
-def evaluate_model(model: LanguageModel, dataset: TokenDataset, config: TrainConfig, device: torch.device) -> Any:
+def evaluate_model(
+    model: LanguageModel, dataset: TokenDataset, config: TrainConfig, device: torch.device, world: World
+) -> Any:
     """Loss on held-out data, in the precision of the training."""
-    size = config.evaluation.batch_size or config.micro_batch_size or config.batch_size
+    size, batches = config.evaluation.batch_size or config.micro_batch_size, config.evaluation.batches
+    if size is None:  # of a step's sequences each process has room for its own; together they are as many as ever
+        size, batches = config.batch_size // world.size, batches and batches * world.size
     with autocast(config, device):
         return evaluate(
-            model, dataset, window=config.data.window, batch_size=size, max_batches=config.evaluation.batches
+            model,
+            dataset,
+            window=config.data.window,
+            batch_size=size,
+            max_batches=batches,
+            world=world,
         )
 
 
 def sample_text(
-    model: LanguageModel, tokenizer: Tokenizer | None, config: TrainConfig, device: torch.device
+    model: LanguageModel, tokenizer: Tokenizer | None, config: TrainConfig, device: torch.device, world: World
 ) -> str | None:
-    """A continuation of the prompt; None for data without a tokenizer. Leaves all random states alone."""
-    if tokenizer is None:
+    """A continuation of the prompt, drawn by the first process; None in the others, and for data without a tokenizer.
+    Leaves all random states alone."""
+    if tokenizer is None or (whole := world.whole(model)) is None:
         return None
+    model = whole
     prompt = tokenizer.encode(config.sample.prompt) or [tokenizer.eos_id or 0]
     was_training = model.training
     model.eval()
@@ -363,7 +389,7 @@ def sample_text(
     return tokenizer.decode(tokens[0, len(prompt) :].tolist())
 
 
-def make_model(config: TrainConfig, device: torch.device, checkpoint: Checkpoint | None) -> LanguageModel:
+def make_model(config: TrainConfig, device: torch.device, checkpoint: Checkpoint | None, world: World) -> LanguageModel:
     """The model in training mode with the weights of the checkpoint, of `init_from` or newly drawn (on the CPU, so that
     they depend on the seed alone)."""
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
@@ -386,27 +412,7 @@ def make_model(config: TrainConfig, device: torch.device, checkpoint: Checkpoint
         model.requires_grad_(False)
         for layer, kind in zip(model.layers, config.model.layer_kinds, strict=True):
             layer.requires_grad_(kind == "recurrent")
-    return model.to(device).train()
-
-
-def pick_device(config: TrainConfig) -> torch.device:
-    """The device of the configuration.
-
-    Raises:
-        ValueError: when it is not here.
-    """
-    if config.device == "auto":
-        name = "cuda" if torch.cuda.is_available() and config.precision != "fp64" else "cpu"
-        return torch.device(name)
-    try:
-        device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device is {config.device!r}, which cannot be used here ({str(error).splitlines()[0]}); "
-            'choose "auto" or "cpu"'
-        ) from None
-    return device
+    return world.place(model, device).train()
 
 
 def save(
@@ -416,22 +422,44 @@ def save(
     optimizer: torch.optim.AdamW,
     tokenizer: Tokenizer | None,
     previous: Checkpoint | None,
+    world: World,
 ) -> Checkpoint:
-    """Write a checkpoint; a full disk ends the run with the one before intact."""
-    try:
+    """Write a checkpoint; a full disk ends the run with the one before intact.
+
+    The random states are the first process's. No step draws from them, so they are not missed in the others.
+    """
+    tensors = optimizer_tensors(optimizer, model)
+
+    def write() -> Checkpoint:
         return write_checkpoint(
-            folder,
-            state,
-            lambda path: recurformer.save(model, path, tokenizer=tokenizer),
-            optimizer_tensors(optimizer, model),
-            read_rng(),
+            folder, state, lambda path: recurformer.save(model, path, tokenizer=tokenizer), tensors, read_rng()
         )
+
+    def describe(path: Path) -> None:
+        save_description(config=model.config, folder=path, tokenizer=tokenizer)
+
+    try:
+        if world.sharded:
+            weights = plain_state_dict(model)
+            made = write_shared_checkpoint(folder, state, describe, weights, tensors, read_rng(), world)
+        else:
+            made = world.together(write, alone=True)
+        return made or checkpoint_at(folder, state.step)
+    except EndedElsewhereError:
+        raise
     except Exception as error:  # safetensors has an error type of its own for a full disk
         free = shutil.disk_usage(folder).free
         raise TrainingError(
             f"the checkpoint of step {state.step} could not be written to {folder} ({error}; {free / 2**20:,.0f} MiB "
             f"free). {f'{previous.path.name} is intact' if previous else 'There is none yet'}; make room and --resume"
         ) from error
+
+
+def find_checkpoint(folder: Path, say: Callable[[str], None], world: World) -> Checkpoint | None:
+    """The newest intact checkpoint, as the first process sees it."""
+    found = world.together(lambda: newest_checkpoint(folder, say), alone=True)
+    step = world.first(found.step if found else -1)
+    return found if found or step < 0 else checkpoint_at(folder, step)
 
 
 class StopRequest:

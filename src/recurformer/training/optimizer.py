@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
+from recurformer.training.distributed import like
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -56,6 +57,8 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tenso
     """Scale the gradients so that their joint norm is at most `largest`; return the norm before (scalar tensor)."""
     learned = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
+    if hasattr(norm, "full_tensor"):  # of gradients that are split over processes
+        norm = norm.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
     if largest is not None:
         nn.utils.clip_grads_with_norm_(learned, largest, norm)
     return norm
@@ -87,7 +90,7 @@ def load_optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module, tenso
             raise ValueError(
                 f"the optimizer state {key!r} of shape {tuple(value.shape)} fits no parameter of the model"
             )
-        states.setdefault(name, {})[kind] = value
+        states.setdefault(name, {})[kind] = like(value, parameters[name])
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     if states and states.keys() != trained:
         raise ValueError(f"the optimizer state lacks {', '.join(sorted(trained ^ states.keys()))}")

@@ -21,7 +21,8 @@ CONFIG, LOCK = "config.json", ".lock"
 # Settings that no step depends on: free to change whenever a run is resumed. The data may have moved: their
 # fingerprint is checked instead of their path.
 FREE = (
-    "data.train", "data.validation", "data.workers", "evaluation.*", "sample.*", "checkpoint.*", "log.*",
+    "data.train", "data.validation", "data.workers", "evaluation.*", "sample.*", "checkpoint.*", "log.*", "parallel",
+    "timeout",
 )  # fmt: skip
 
 # Settings that give the saved weights or the saved place in the data their meaning.
@@ -37,6 +38,10 @@ FIXED = (
     "init_from",
     "trained",
 )
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on. What was saved before is whole; the message says how to continue."""
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

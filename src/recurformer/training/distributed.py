@@ -1,0 +1,395 @@
+"""Several processes that train one model: what they tell each other, and how they end together.
+
+`torchrun` starts the processes and says in the environment which is which. They tell each other two kinds of things:
+
+- *gradients* (DDP) or gradients and weights (FSDP), over NCCL between GPUs and over gloo between CPUs;
+- a few *numbers* a step, always over gloo between CPUs: how many targets the step has, the losses, whether one of them
+  was asked to stop. No GPU is waited for, and a process that has gone away is noticed at once.
+
+An end is either *agreed*: all processes leave after the same step, one of them says why. Or it is not: one process died
+or failed by itself. Then whoever notices stops at once, and never in the middle of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recurformer.model import LanguageModel, Output
+from recurformer.training.run import TrainingError
+
+if TYPE_CHECKING:
+    from recurformer.training.config import TrainConfig
+
+T = TypeVar("T")
+
+BUCKET_BYTES = 2**26  # gradients that are summed by one call: enough to use all of a link, little memory beside a model
+FOREVER = timedelta(days=365)
+
+
+class EndedElsewhereError(TrainingError):
+    """All processes end here, and another one says why."""
+
+
+class World:
+    """The processes that share one step; this one is by itself.
+
+    Gradients are sums over all processes, divided by the number of targets of the whole step, so the split into
+    processes and micro-batches does not change the update.
+
+    Attributes:
+        rank, size: which process this is, of how many.
+        sharded: whether weights, gradients and optimizer state are split over the processes (FSDP).
+    """
+
+    rank, size, sharded = 0, 1, False
+
+    def gather(self, *numbers: float) -> list[tuple[float, ...]]:
+        """The numbers of every process, in the order of ranks."""
+        return [numbers]
+
+    def sum(self, number: int) -> int:
+        """The sum of a number over the processes."""
+        return sum(int(one) for (one,) in self.gather(number))
+
+    def first(self, number: int) -> int:
+        """The number of the first process."""
+        return int(self.gather(number)[0][0])
+
+    def together(self, work: Callable[[], T], *, alone: bool = False) -> T:
+        """Do something in every process, and go on only if it succeeded in all.
+
+        Args:
+            alone: do it in the first process only; the others wait, and get None.
+
+        Raises:
+            EndedElsewhereError: where another process failed, whose own error it raises itself.
+        """
+        return work()
+
+    def end(self, error: Exception, speaker: int = 0) -> NoReturn:
+        """End in all processes, for a reason that all know: `speaker` raises the error, the others
+        EndedElsewhereError."""
+        raise error
+
+    def place(self, model: LanguageModel, device: torch.device) -> LanguageModel:
+        """The model, the same in every process and drawn or read on the CPU, ready to be trained by all of them."""
+        return model.to(device)
+
+    def sum_gradients(self, model: LanguageModel) -> None:
+        """Add up the gradients of the processes, in place."""
+
+    def whole(self, model: LanguageModel) -> LanguageModel | None:
+        """A model that the first process may use by itself; None in the others."""
+        return model
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """What is written inside is finished even when another process is gone."""
+        yield
+
+
+# --- torchrun's environment -----------------------------------------------------------------------------------------
+
+
+def environment() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) as `torchrun` gives them; (0, 1, 0) without it.
+
+    Raises:
+        ValueError: when only some of it is there.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return 0, 1, 0
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start several processes "
+            "with torchrun, or unset WORLD_SIZE"
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """The device of the configuration; of several processes on one machine, each has a GPU of its own.
+
+    Raises:
+        ValueError: when it is not here.
+    """
+    _, size, local = environment()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and config.precision != "fp64" else "cpu"
+    if size > 1 and name.startswith("cuda:"):
+        raise ValueError(
+            f"device is {name!r}, but there are {size} processes, and each takes the GPU of its local rank; "
+            'set device to "cuda" or "auto"'
+        )
+    if size > 1 and name == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are more processes on this machine than its {torch.cuda.device_count()} GPUs; lower "
+                'torchrun\'s --nproc-per-node or set device to "cpu"'
+            )
+        name = f"cuda:{local}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device is {config.device!r}, which cannot be used here ({str(error).splitlines()[0]}); "
+            'choose "auto" or "cpu"'
+        ) from None
+    return device
+
+
+@contextmanager
+def processes(config: TrainConfig, device: torch.device) -> Iterator[World]:
+    """The processes of the environment, joined for as long as the block runs.
+
+    An exception that is not agreed upon ends this process here, with its message on stderr and code 2: the others must
+    not wait for one that unwinds, and neither can be waited for theirs.
+
+    Raises:
+        ValueError: when they cannot share a batch.
+        TrainingError: when they do not find each other.
+    """
+    rank, size, _ = environment()
+    if size == 1:
+        yield World()
+        return
+    if config.batch_size % size:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by {size} processes; it counts the sequences of all"
+        )
+    world = Processes(rank, size, device, config)
+    try:
+        yield world
+    except BaseException as error:
+        if not world.agreed:
+            world.abort(error)
+        world.leave()
+        raise
+    world.leave()
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+class Processes(World):
+    """This process as one of several.
+
+    Each process listens to the next one for as long as the block of `processes` runs, in a thread of its own. A
+    connection that breaks without a farewell means that the next process is gone, and ends this one even if its main
+    thread waits inside a library for numbers that will never come. So all of them end, one after the other.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, config: TrainConfig) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.sharded = config.parallel == "fsdp"
+        self.agreed = False
+        self._ending = threading.RLock()  # held while a checkpoint is written, and by the thread that ends the process
+        backend = "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        self._owner = not dist.is_initialized()
+        try:
+            if self._owner:
+                dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+            self._numbers: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
+            self._watch: Any = dist.new_group(backend="gloo", timeout=FOREVER)
+        except RuntimeError as error:
+            raise TrainingError(f"process {rank} of {size} did not find the others ({_line(error)})") from error
+        self._listener = threading.Thread(target=self._listen, name="other processes", daemon=True)
+        self._listener.start()
+
+    # --- numbers ---
+
+    def gather(self, *numbers: float) -> list[tuple[float, ...]]:
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            dist.all_gather(everyone, mine, group=self._numbers)
+        except RuntimeError as error:  # gloo: a connection was closed, or the timeout has passed
+            raise TrainingError(
+                f"process {self.rank} waited in vain for the others ({_line(error)}). Checkpoints written before are "
+                "whole; continue with --resume"
+            ) from error
+        return [tuple(one.tolist()) for one in everyone]
+
+    def together(self, work: Callable[[], T], *, alone: bool = False) -> T:
+        result: Any = None
+        error: Exception | None = None
+        try:
+            if self.rank == 0 or not alone:
+                result = work()
+        except Exception as raised:
+            error = raised
+        failed = [rank for rank, (wrong,) in enumerate(self.gather(error is not None)) if wrong]
+        if failed:
+            self.end(error or EndedElsewhereError(), failed[0])
+        return result
+
+    def end(self, error: Exception, speaker: int = 0) -> NoReturn:
+        self.agreed = True
+        if self.rank == speaker:
+            raise error
+        raise EndedElsewhereError(f"process {speaker} has ended the run and says why")
+
+    # --- model and gradients ---
+
+    def place(self, model: LanguageModel, device: torch.device) -> LanguageModel:
+        if self.sharded:
+            return shard(model, device)
+        model.to(device)
+        for tensors in buckets([p.detach() for p in model.parameters()]):
+            in_one_piece(tensors, lambda flat: dist.broadcast(flat, 0))
+        return model
+
+    def sum_gradients(self, model: LanguageModel) -> None:
+        if self.sharded:
+            return  # FSDP has summed them as they were made
+        for tensors in buckets([p.grad for p in model.parameters() if p.grad is not None]):
+            in_one_piece(tensors, dist.all_reduce)
+
+    def whole(self, model: LanguageModel) -> LanguageModel | None:
+        if not self.sharded:
+            return model if self.rank == 0 else None
+        weights = {}
+        for name, tensor in model.state_dict().items():
+            full = tensor.full_tensor()
+            if self.rank == 0:
+                weights[name] = full
+        if self.rank > 0:
+            return None
+        with torch.device("meta"):
+            found = LanguageModel(model.config)
+        found.load_state_dict(weights, assign=True)
+        found.scan = model.scan
+        return found.eval()
+
+    # --- the end ---
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        with self._ending:
+            yield
+
+    def _listen(self) -> None:
+        following = (self.rank + 1) % self.size
+        try:
+            dist.recv(torch.empty(1), src=following, group=self._watch)
+        except RuntimeError:
+            self.abort(TrainingError(
+                f"process {following} of {self.size} has gone, so process {self.rank} stops too. Checkpoints written "
+                "before are whole; continue with --resume"
+            ))  # fmt: skip
+
+    def abort(self, error: BaseException) -> NoReturn:
+        """End this process at once, as soon as a checkpoint that it is writing is on disk."""
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingError):
+            time.sleep(1)  # a connection may have broken inside of PyTorch: then the listener has the better words
+        with self._ending:
+            if isinstance(error, ValueError | TrainingError):
+                print("recurformer: error: " + " ".join(str(error).split()), file=sys.stderr)
+            else:
+                traceback.print_exception(error)
+                print(
+                    f"recurformer: error: process {self.rank} of {self.size} failed. Checkpoints written before are "
+                    "whole; continue with --resume",
+                    file=sys.stderr,
+                )
+            sys.stderr.flush()
+            os._exit(2)
+
+    def leave(self) -> None:
+        """Take leave of the others, after an end that all agree upon."""
+        dist.send(torch.zeros(1), dst=(self.rank - 1) % self.size, group=self._watch)
+        self._listener.join()
+        if self._owner:
+            dist.destroy_process_group()
+        else:
+            dist.destroy_process_group(self._numbers)
+            dist.destroy_process_group(self._watch)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in groups of one dtype and about BUCKET_BYTES."""
+    group: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if group and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != group[0].dtype):
+            yield group
+            group, size = [], 0
+        group.append(tensor)
+        size += tensor.nbytes
+    if group:
+        yield group
+
+
+def in_one_piece(tensors: list[Tensor], work: Callable[[Tensor], Any]) -> None:
+    """Do something in place to several tensors as if they were one."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    work(flat)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [piece.view_as(one) for piece, one in zip(pieces, tensors, strict=True)])
+
+
+# --- FSDP -----------------------------------------------------------------------------------------------------------
+
+
+def shard(model: LanguageModel, device: torch.device) -> LanguageModel:
+    """Split every parameter over the processes, layer by layer; a layer is whole while it runs.
+
+    A layer that is wrapped is evaluated by itself (`LanguageModel._stacks`), so no two layers are ever needed at once.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    _show_tensors_in(Output)
+    # A layer's outputs may be a view of what it keeps for the backward. Nothing is ever done to them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sums: losses are divided by the targets of the whole step
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "residual_stream")
+    return model
+
+
+def _show_tensors_in(output: type) -> None:
+    """FSDP looks for tensors in what a model returns, to gather weights again before their gradients come."""
+    from torch.utils import _pytree
+
+    if output not in _pytree.SUPPORTED_NODES:
+        _pytree.register_dataclass(output)
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same in every process, split as a parameter of its shape is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
