@@ -659,11 +659,12 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """x (B, N, D) through the layers first..stop - 1."""
         B, N, _ = x.shape
-        scan, _ = choose_scan(
-            self.scan, self.config, x.device, batch_size=B, length=N, dtype=compute_dtype(self.embedding.weight)
-        )
-        layout = self._layout(B, N, valid, documents, cache)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
+        scan, _ = choose_scan(
+            self.scan, self.config, x.device, batch_size=B, length=N, past=0 if cache is None else cache.length,
+            dtype=compute_dtype(self.embedding.weight), together=not recompute,
+        )  # fmt: skip
+        layout = self._layout(B, N, valid, documents, cache)
         for stack in self._stacks(range(first, stop), together=scan == "wavefront" and not recompute):
             if len(stack) > 1:
                 x = self._wavefront(x, stack, layout, cache)

@@ -240,6 +240,17 @@ def test_what_one_call_leaves_harms_no_other(interpreted: None) -> None:
         assert torch.equal(before, after)
 
 
+@interpreter
+def test_outputs_of_the_last_layer_do_not_keep_those_of_all(interpreted: None) -> None:
+    """Where nothing is needed for a backward; else the backward needs them anyway."""
+    model, x = small(n_layers=2), torch.randn(1, 2, 8)
+    maths, layout = [layer_of(model, l).maths() for l in range(2)], model._layout(1, 2, None, None, None)
+    for differentiable in (False, True):
+        with torch.set_grad_enabled(differentiable):
+            z, _ = stack_scan(x, maths, layout, chunk=2, leaf=2)
+        assert z.untyped_storage().nbytes() == x.nbytes * (2 if differentiable else 1)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_attention_kernels_compile_to_wide_loads() -> None:
     """For an H100, which need not be there: 16-bit loads mean that Triton lost the alignment of an address."""
@@ -318,24 +329,71 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     name, why = choose_scan("auto", config, gpu, dtype=torch.float64)
     assert name == "tiled"
     assert "float64" in why
+    assert "side by side up to a batch of 128" in choose_scan("auto", config, gpu)[1]
+    assert "side by side" not in choose_scan("auto", config, gpu, together=False)[1]
 
 
 @pytest.mark.parametrize(
-    ("options", "B", "N", "expected"),
+    ("options", "call", "expected"),
     [
-        ({}, None, None, "wavefront"),  # as `info` asks
-        ({}, 16, 256, "wavefront"),
-        ({}, 16, 64, "tiled"),
-        ({}, 1, 1, "tiled"),
-        ({}, 512, 256, "tiled"),
-        ({"layers": "first:1"}, 16, 256, "tiled"),
-        ({"d_model": 1024}, 1, 256, "tiled"),
+        ({}, {}, "wavefront"),  # as `info` asks
+        ({}, {"batch_size": 16, "length": 256}, "wavefront"),
+        ({}, {"batch_size": 16, "length": 64}, "tiled"),
+        ({}, {"batch_size": 1, "length": 1}, "tiled"),
+        ({}, {"batch_size": 512, "length": 256}, "tiled"),
+        ({"layers": "first:1"}, {"batch_size": 16, "length": 256}, "tiled"),
+        ({"layers": ("recurrent", "standard") * 2}, {"batch_size": 16, "length": 256}, "tiled"),
+        ({"layers": ("standard", "recurrent", "recurrent", "standard")}, {"length": 256}, "wavefront"),
+        ({"d_model": 1024}, {"batch_size": 1, "length": 256}, "tiled"),
+        ({}, {"batch_size": 2, "length": 256, "past": 256}, "wavefront"),
+        ({}, {"batch_size": 2, "length": 256, "past": 257}, "tiled"),
+        ({}, {"batch_size": 1, "length": 4096}, "wavefront"),
+        ({}, {"batch_size": 1, "length": 4097}, "tiled"),
+        ({}, {"batch_size": 102, "length": 1024}, "wavefront"),  # 4 layers of 640 numbers a position, 4 bytes each
+        ({}, {"batch_size": 103, "length": 1024}, "tiled"),
+        ({}, {"batch_size": 52, "length": 1024, "dtype": torch.float64}, "tiled"),
+        ({}, {"batch_size": 16, "length": 256, "together": False}, "tiled"),
     ],
-    ids=["usual", "small", "short", "decoding", "rows", "alone", "wide"],
+    ids=lambda value: "-".join(str(part) for part in value.values()) if isinstance(value, dict) else value,
 )
 def test_on_a_cpu_layers_stand_side_by_side_where_products_are_small(
-    options: dict[str, Any], B: int | None, N: int | None, expected: str
+    options: dict[str, Any], call: dict[str, Any], expected: str
 ) -> None:
-    name, why = choose_scan("auto", ModelConfig(**options), CPU, batch_size=B, length=N)
+    name, why = choose_scan("auto", ModelConfig(**options), CPU, **call)
     assert name == expected
     assert ("side by side" in why) == (name == "wavefront")
+    assert ("up to a batch of" in why) == (name == "wavefront" and "batch_size" not in call)
+
+
+def test_an_unknown_batch_is_told_the_limit() -> None:
+    _, why = choose_scan("auto", ModelConfig(), CPU)
+    limit = int(why.rsplit(" ", 1)[1])
+    assert choose_scan("auto", ModelConfig(), CPU, batch_size=limit)[0] == "wavefront"
+    assert choose_scan("auto", ModelConfig(), CPU, batch_size=limit + 1)[0] == "tiled"
+
+
+def test_the_interpreter_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the wavefront would be that of the kernels, interpreted: slow, and not in float64."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("recurformer.scan.fused.HAS_TRITON", True)
+    assert choose_scan("auto", ModelConfig(), CPU, batch_size=2, length=256)[0] == "tiled"
+    with pytest.raises(ValueError, match=r"'wavefront', which can't run: the compute dtype is torch\.float64"):
+        choose_scan("wavefront", ModelConfig(), CPU, dtype=torch.float64)
+    model = tiny(n_layers=2, dtype=torch.float64)
+    assert model(random_tokens(1, 130)).logits.dtype == torch.float64
+
+
+def test_a_model_tells_the_choice_its_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def choose(*args: Any, **call: Any) -> tuple[str, str]:
+        asked.append((call["batch_size"], call["length"], call["past"], call["together"]))
+        return choose_scan(*args, **call)
+
+    monkeypatch.setattr("recurformer.model.choose_scan", choose)
+    model = tiny(n_layers=2)
+    cache = model(random_tokens(2, 5), use_cache=True).cache
+    model(random_tokens(2, 3), cache=cache)
+    model.recompute = True
+    model(random_tokens(2, 4))
+    assert asked == [(2, 5, 0, True), (2, 3, 5, True), (2, 4, 0, False)]

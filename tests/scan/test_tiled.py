@@ -33,6 +33,7 @@ from recurformer.model import Layer, LayerMaths, Layout
 from recurformer.scan.blocks import Attention, Leaf, LeafGradients
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.tiled import stack_scan, tiled_scan
+from recurformer.scan.wavefront import wavefront_scan
 
 # --- one layer and one call of it ------------------------------------------------------------------------------------
 
@@ -208,6 +209,14 @@ def test_a_long_past_and_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("recurformer.scan.tiled.POSITION_BLOCK", 8)
     for schedule in ({"chunk": None, "leaf": 1}, {"chunk": 16, "leaf": 4}, {"chunk": None, "leaf": 64}):
         assert_same(tiled(one, save="minimal", **schedule), expected)
+
+
+def test_a_leaf_that_nobody_gave_is_no_longer_than_the_chunk():
+    one, few = case(2, 21), stack(2, 21)
+    assert_same(tiled(one, chunk=8), tiled(one, chunk=8, leaf=8), tolerance=0)
+    found = evaluate_stack(wavefront_scan, few, chunk=8)
+    assert_same(found, evaluate_stack(stack_scan, few, chunk=8, leaf=8), tolerance=0)
+    assert_same(found, evaluate_stack(one_after_the_other, few))
 
 
 @pytest.mark.parametrize(
@@ -771,6 +780,25 @@ def test_keeping_more_takes_more_memory_and_by_size_it_is_kept(monkeypatch: pyte
     assert peak("auto") == least
     with torch.no_grad():
         assert peak("all") == peak("minimal") <= least
+
+
+def test_outputs_of_the_last_layer_do_not_keep_those_of_all():
+    """Where nothing is needed for a backward; else the backward needs them anyway."""
+    one = stack(2, 5, L=3, dtype=torch.float32)
+    maths = [layer.maths() for layer in one.layers]
+
+    def kept() -> int:
+        return stack_scan(one.x, maths, one.layout)[0].untyped_storage().nbytes()
+
+    assert kept() == 3 * one.x.nbytes
+    with torch.no_grad():
+        assert kept() == one.x.nbytes
+    with torch.inference_mode():
+        assert kept() == one.x.nbytes
+    for layer in one.layers:
+        layer.requires_grad_(False)
+    maths = [layer.maths() for layer in one.layers]
+    assert kept() == one.x.nbytes
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

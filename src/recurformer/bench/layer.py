@@ -209,7 +209,8 @@ def _ours(s: LayerSettings, name: str, device: torch.device) -> Subject:
     model = build_model(s.config(kind), device, scan or "auto", s.compile)
     why = ""
     if scan:
-        chosen, reason = choose_scan(scan, model.config, device)
+        dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
+        chosen, reason = choose_scan(scan, model.config, device, batch_size=s.batch_size, length=s.length, dtype=dtype)
         why = f"{chosen}, {reason}" if scan == "auto" else ""
         scan = chosen
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16")

@@ -163,12 +163,33 @@ def bench_model(settings: ModelSettings, progress: Callable[[str, int, int], Non
     dtype = {"bf16": torch.bfloat16}.get(s.dtype, torch.float32)
     notes = [f"loss {': '.join(choose_loss(device, dtype))}"]
     for preset in dict.fromkeys(s.presets):
-        config = ModelConfig.preset(preset)
-        if s.kinds != ("standard",):
-            notes.append(f"recurrent layers of {preset} {': '.join(choose_scan(s.scan, config, device))}")
+        notes += scan_notes(s, preset, device, dtype)
         if s.kinds != ("recurrent",):
+            config = ModelConfig.preset(preset)
             notes.append(f"standard layers of {preset} {': '.join(choose_attention(config, device))}")
     return record("model", s, rows, notes=notes)
+
+
+def scan_notes(s: ModelSettings, preset: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """How recurrent layers are evaluated, and in which of the candidates if not in all alike."""
+    found: dict[str, list[str]] = {}
+    for kind in s.kinds:
+        if kind == "standard":
+            continue
+        config = ModelConfig.preset(preset, layers=kind)
+        for one in s.candidates(kind):
+            rows = one.recurrent_micro_batch_size or one.micro_batch_size
+            choice = choose_scan(
+                s.scan, config, device, batch_size=rows, length=s.length, dtype=dtype, together=not one.recompute
+            )
+            again = ", recomputed" if one.recompute else ""
+            found.setdefault(": ".join(choice), []).append(f"{kind}{again}, {rows} at a time")
+    everywhere = len(found) == 1
+    notes = []
+    for choice, where in found.items():
+        aside = "" if everywhere else f" ({'; '.join(dict.fromkeys(where))})"
+        notes.append(f"recurrent layers of {preset}{aside} {choice}")
+    return notes
 
 
 def _measure(s: ModelSettings, config: TrainConfig, device: torch.device) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
+from itertools import groupby
 
 import torch
 
 from recurformer.config import ModelConfig
-from recurformer.scan.fused import fused_scan
+from recurformer.scan.fused import fused_scan, interpreted
 from recurformer.scan.fused import obstacle as fused_obstacle
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.tiled import tiled_scan
@@ -29,9 +29,12 @@ GPU_SCANS = ("fused",)
 SCAN_CHOICES = ("auto", *SCANS)
 SHORT = 8  # positions up to which a call is made of plain operations: decoding, above all
 WAVEFRONT_ROWS = 128  # batch up to which layers side by side beat one after the other on a GPU
-# On a CPU, where they do: positions at least, multiply-adds of a position's largest product and numbers of a layer's
-# largest matrix at most. Larger products are worth a launch each, and the weights of a whole stack must fit the cache.
-WAVEFRONT_LENGTH, WAVEFRONT_PRODUCT, WAVEFRONT_MATRIX = 128, 2**23, 2**19
+# On a CPU, where they do: multiply-adds of a position's largest product, and numbers of a layer's largest matrix, at
+# most. Larger products are worth a launch each, and the weights of a whole stack must fit the cache.
+WAVEFRONT_PRODUCT, WAVEFRONT_MATRIX = 2**23, 2**19
+# There too: positions at least and at most, and bytes of the pairs, queries, inputs and outputs of all layers at most.
+# Behind a past that is longer than the call there is more to pull than to do side by side.
+WAVEFRONT_LENGTHS, WAVEFRONT_BYTES = (128, 4096), 2**30
 
 
 def scan_by_name(name: str) -> Callable:
@@ -46,45 +49,61 @@ def choose_scan(
     *,
     batch_size: int | None = None,
     length: int | None = None,
+    past: int = 0,
     dtype: torch.dtype | None = None,
+    together: bool = True,
 ) -> tuple[str, str]:
     """The scan that will run and why, in words.
 
     Args:
         requested: the model's setting.
         config, device: of the model.
-        batch_size, length: B and N of the call; None: those of a usual training step.
-        dtype: the compute dtype; None: one that the kernels take.
+        batch_size, length: B and N of the call; None: not known, and taken for those of a usual training step.
+        past: P, positions in the cache.
+        dtype: the compute dtype; None: not known, and taken for one that the kernels take.
+        together: False where layers are evaluated one by one whatever the scan, as when activations are recomputed.
 
     Raises:
         ValueError: if the scan asked for can't run here, naming what can.
     """
     obstacle = fused_obstacle(config, device, dtype)
     if requested != "auto":
-        needs_gpu = requested in GPU_SCANS or (requested == "wavefront" and device.type == "cuda")
-        if needs_gpu and obstacle is not None:
+        kernels = requested in GPU_SCANS or (requested == "wavefront" and (device.type == "cuda" or interpreted()))
+        if kernels and obstacle is not None:
             raise ValueError(f"model.scan is {requested!r}, which can't run: {obstacle}")
         return requested, "as asked"
-    stacked = ("recurrent", "recurrent") in pairwise(config.layer_kinds)
+    runs = [len(list(run)) for kind, run in groupby(config.layer_kinds) if kind == "recurrent"]
+    stack = max(runs, default=0) if together else 1  # recurrent layers that could work side by side
     if device.type == "cuda" and obstacle is None:
         if length is not None and length <= SHORT:
             return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
-        if stacked and batch_size is not None and batch_size <= WAVEFRONT_ROWS:
+        if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS:
             return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
-        return "fused", "Triton kernels and CUDA graphs, one layer after the other"
+        aside = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""
+        return "fused", f"Triton kernels and CUDA graphs, one layer after the other{aside}"
     if device.type not in ("cpu", "cuda", "meta") or torch.version.hip:
         warn_unknown_device("AMD GPU" if torch.version.hip and device.type == "cuda" else device.type)
-    if device.type == "cpu" and stacked and small(config, batch_size, length):
-        return "wavefront", "exact tiling, recurrent layers side by side: small products of several layers as one"
+    if device.type == "cpu" and stack > 1 and not interpreted():  # the interpreter would run the GPU's wavefront
+        limit = wavefront_batch(config, stack, length, past, dtype)
+        if (batch_size or 1) <= limit:
+            why = "exact tiling, recurrent layers side by side: small products of several layers as one"
+            return "wavefront", why if batch_size is not None else f"{why}, up to a batch of {limit}"
     why = "exact tiling with a hand-written backward, in PyTorch operations on any device"
     return "tiled", why if device.type != "cuda" else f"{why}; not fused: {obstacle}"
 
 
-def small(config: ModelConfig, batch_size: int | None, length: int | None) -> bool:
-    """True where launches are what a layer's loop over positions costs on a CPU."""
-    matrix = config.d_model * config.mlp_width
-    long = length is None or length >= WAVEFRONT_LENGTH
-    return long and matrix <= WAVEFRONT_MATRIX and matrix * (batch_size or 1) <= WAVEFRONT_PRODUCT
+def wavefront_batch(config: ModelConfig, stack: int, length: int | None, past: int, dtype: torch.dtype | None) -> int:
+    """The largest batch at which `stack` layers work side by side on a CPU: there launches are what a position costs.
+
+    0 where they never do, for their width or the length of the call.
+    """
+    matrix, (shortest, longest) = config.d_model * config.mlp_width, WAVEFRONT_LENGTHS
+    N = shortest if length is None else length
+    if matrix > WAVEFRONT_MATRIX or not max(shortest, past) <= N <= longest:
+        return 0
+    numbers = 2 * config.d_model + (config.n_heads + 2 * config.kv_heads) * config.head_width  # a position and layer
+    itemsize = torch.promote_types(dtype or torch.float32, torch.float32).itemsize
+    return min(WAVEFRONT_PRODUCT // matrix, WAVEFRONT_BYTES // (N * stack * numbers * itemsize))
 
 
 @cache

@@ -73,7 +73,7 @@ def stack_scan(
         chunk: C of the two-level schedule, a power of two, by which a layer is behind the one below; None: pure tiling,
             one layer after the other; "auto": for one layer, least modelled HBM traffic; for several, one leaf.
         leaf: S, a power of two, positions that read each other directly, with memory for S^2 scores a head; 1 is the
-            paper's algorithm to the letter. None: LEAF for one layer, STACK_LEAF for several.
+            paper's algorithm to the letter. None: LEAF for one layer, STACK_LEAF for several, and no more than a chunk.
         save: what the forward keeps for the backward: "minimal" (inputs and outputs; the rest is recomputed in
             parallel), "all" (queries, pairs, attention outputs and the MLP's inner values), or "auto", by size.
 
@@ -91,6 +91,7 @@ def stack_scan(
         raise ValueError(f"save is {save!r}; choose 'auto', 'minimal' or 'all'")
     if leaf is None:
         leaf = LEAF if len(layers) == 1 else STACK_LEAF
+        leaf = min(leaf, chunk) if isinstance(chunk, int) else leaf
     if isinstance(chunk, str):
         if chunk != "auto":
             raise ValueError(f"chunk is {chunk!r}; give a power of two, None (pure tiling) or 'auto'")
@@ -108,9 +109,9 @@ def stack_scan(
         inner = config.mlp_width * (1 if layers[0].gate is None else 2)
         per_position = 2 * (config.n_heads + config.kv_heads) * config.head_width + inner  # q and a, k and v, MLP
         keep = x.shape[0] * x.shape[1] * per_position * 4 <= KEEP_BYTES
-    keep = keep and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     remembered: list[tuple[Tensor, Tensor] | None] = [None] * len(layers) if past is None else list(past)
-    call = Call(config, layout, remembered, schedule, keep, names)
+    call = Call(config, layout, remembered, schedule, differentiable, keep and differentiable, names)
     z, keys, values = TiledScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
     return z, list(zip(keys, values, strict=True))
 
@@ -123,6 +124,7 @@ class Call:
     layout: Layout
     past: list[tuple[Tensor, Tensor] | None]  # of each layer
     schedule: Schedule
+    differentiable: bool
     keep: bool
     names: list[str]  # of the tensors of LayerMaths
 
@@ -207,11 +209,13 @@ class TiledScan(torch.autograd.Function):
 
         shape = (L, B, config.kv_heads, N, -1)
         keys, values = (t.view(shape).to(layers[0].compute_dtype) for t in (pairs.k, pairs.v))
-        ctx.save_for_backward(x, z, *tensors, *((*pairs, *kept) if kept is not None else ()))
+        if call.differentiable:
+            ctx.save_for_backward(x, z, *tensors, *((*pairs, *kept) if kept is not None else ()))
         ctx.call = call
         ctx.mark_non_differentiable(keys, values)  # the cache holds constants
         ctx.set_materialize_grads(False)
-        return z[-1].transpose(0, 1), keys, values
+        last = z[-1] if call.differentiable or L == 1 else z[-1].clone()  # a view would keep the outputs of all layers
+        return last.transpose(0, 1), keys, values
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:

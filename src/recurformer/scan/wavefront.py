@@ -19,7 +19,7 @@ from recurformer.scan import fused, tiled
 if TYPE_CHECKING:
     from recurformer.model import LayerMaths, Layout
 
-CHUNK = 16  # positions that a layer is behind the one below: fewer fill the stack faster, more save launches
+CHUNK = 16  # on a GPU, positions that a layer is behind the one below, and of a leaf: fewer fill the stack faster
 
 
 def wavefront_scan(
@@ -44,9 +44,9 @@ def wavefront_scan(
         ValueError: as `stack_scan`.
     """
     on_gpu = x.device.type == "cuda" or fused.interpreted()
-    scan = fused.stack_scan if on_gpu else tiled.stack_scan
-    if len(layers) > 1:
+    if on_gpu and len(layers) > 1:
         options = {"chunk": CHUNK, "leaf": CHUNK, **options}
+    scan = fused.stack_scan if on_gpu else tiled.stack_scan
     return scan(x, layers, layout, past, **options)
 
 

@@ -343,7 +343,8 @@ class StackScan(torch.autograd.Function):
         ctx.call = call
         ctx.mark_non_differentiable(keys, values)
         ctx.set_materialize_grads(False)
-        return z[-1], keys, values
+        last = z[-1] if shape.keep or shape.L == 1 else z[-1].clone()  # a view would keep the outputs of all layers
+        return last, keys, values
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
