@@ -8,9 +8,10 @@ persistent pair afterwards, so that one read of the leaf up to slot i meets exac
 Backward. Positions run from last to first, and only data gradients go through the loop: at position i the gradient of
 its persistent pair is complete, for every later query has pushed into it; it goes through the pair into z_i, through
 both branches into a_i, and query i's own gradients are pushed on in the mirrored blocks. What the loop needs of the
-forward is recomputed (or was kept) for a block of positions at a time, in parallel; what it leaves behind, gradients of
-all weights, queries, temporary pairs and inputs, is computed for the block in parallel after it. No (N, N) tensor
-exists; the log-sum-exp of each query is all that is needed to make probabilities again.
+forward is recomputed (or was kept) for a block of positions at a time, in parallel, and gradients of the weights of
+MLP, attention output and persistent pairs are computed for the block in parallel after it. Those of queries, temporary
+pairs and inputs come after the whole wave (of a single layer: all positions), when a query has passed every pair that
+it met. No (N, N) tensor exists; the log-sum-exp of each query is all that is needed to make probabilities again.
 
 Shapes here: E = B G rows of the attention products, R = H / G query heads that share a key-value head.
 """

@@ -2,9 +2,9 @@
 
 One layer leaves a machine idle when the batch is small: its products have few rows, and each waits for the one before.
 A stack of L layers needs L times as many of them, but those of different layers are independent as soon as layer l
-stays a chunk behind layer l - 1. They become one batched product, so that N + (L - 1) C steps take the place of N L,
-forward and backward. The work is that of `recurformer.scan.fused` on a GPU and of `recurformer.scan.tiled` elsewhere,
-both of which take a stack; its order is what is new here.
+stays a chunk behind layer l - 1. They become one batched product, so that for whole chunks N + (L - 1) C steps take the
+place of N L, forward and backward. The work is that of `recurformer.scan.fused` on a GPU and of
+`recurformer.scan.tiled` elsewhere, both of which take a stack; its order is what is new here.
 """
 
 from __future__ import annotations
