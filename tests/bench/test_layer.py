@@ -22,6 +22,12 @@ SMALL: dict[str, Any] = {
 CPU_SCANS = tuple(name for name in SCANS if name not in (*GPU_SCANS, *layer.STACK_SCANS))
 
 
+@pytest.mark.parametrize(("length", "name"), [(128, "wavefront"), (8, "tiled")])
+def test_the_note_names_the_scan_that_runs(length: int, name: str):
+    settings = LayerSettings(**{**SMALL, "length": length}, stack=2, scans=("auto",))
+    assert layer._ours(settings, "auto", torch.device("cpu")).how.startswith(f"{name}, ")
+
+
 def test_every_path_in_both_passes(text_of: Callable[..., str]):
     calls: list[tuple[str, int, int]] = []
     results = bench_layer(LayerSettings(**SMALL, scans=(*CPU_SCANS, "auto")), lambda *call: calls.append(call))

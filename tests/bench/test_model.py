@@ -68,6 +68,29 @@ def test_a_step_trains(monkeypatch: pytest.MonkeyPatch):
     assert all(moved.values())
 
 
+def test_notes_name_the_scan_of_each_candidate():
+    """Which depends on what is evaluated at a time; one note where all are alike."""
+
+    def notes(**options: Any) -> list[str]:
+        settings = ModelSettings(**{**SMALL, "tokens": 2048, "length": 256, **options})
+        return model.scan_notes(settings, "nano", torch.device("cpu"), torch.float32)
+
+    side_by_side = "wavefront: exact tiling, recurrent layers side by side"
+    (only,) = notes(kinds=("recurrent", "standard"))
+    assert only.startswith(f"recurrent layers of nano {side_by_side}")
+    assert notes(kinds=("standard",)) == []
+    again, alone = notes(kinds=("first:2", "first:1"), recurrent_micro_batch_sizes=(8,), recompute=(False, True))
+    assert again.startswith(
+        "recurrent layers of nano (first:2, 1 at a time; first:2, 8 at a time; first:2, 4 at a time) "
+    )
+    assert side_by_side in again
+    assert "(first:2, recomputed, 1 at a time;" in alone
+    assert "first:1, 4 at a time" in alone
+    assert ") tiled: exact tiling" in alone
+    (asked,) = notes(scan="reference")
+    assert asked == "recurrent layers of nano reference: as asked"
+
+
 def test_rows_ratios_and_the_fastest(monkeypatch: pytest.MonkeyPatch, text_of: Callable[..., str]):
     """Scripted times: each model's fastest candidate is marked and held against the Transformer's fastest."""
     seconds = iter([4.0, 2.0, 10.0, 5.0, 3.0])  # of standard 1 and 4, recurrent 1 and 4, first:1 of 1
