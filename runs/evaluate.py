@@ -73,6 +73,7 @@ def evaluate_run(
         with open_data(path, tokenizer, model.config.vocab_size) as dataset:
             result = evaluate(model, dataset, window=window, batch_size=batch_size)
         found[Path(path).name] = result.to_dict()
+        save(file, found)
         print(f"{run.name}: {Path(path).name}: {result.loss:.4f} nats a token ({short_number(result.tokens)} tokens)")
     if tasks is not None and "tasks" not in found:
         if tokenizer is None:
@@ -82,10 +83,15 @@ def evaluate_run(
             for file in zeroshot.find_tasks([tasks]).values()
         ]
         found["tasks"] = [result.to_dict() for result in results]
+        save(file, found)
         print(f"{run.name}: " + ", ".join(f"{r.task} {r.accuracy:.3f}" for r in results), flush=True)
+    return found
+
+
+def save(file: Path, found: dict[str, Any]) -> None:
+    """Write what is known by now."""
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
 
 
 def release() -> None:

@@ -209,8 +209,8 @@ def step_seconds(run: Finished) -> float:
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
-def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> list[Run]:
-    """Train what is not finished, `jobs` at a time; those that have not come to their end by then.
+def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> bool:
+    """Train what is not finished, `jobs` at a time; False when it was told to stop before the end.
 
     After `minutes` no run begins any more, and those under way are asked to save and stop.
     """
@@ -250,7 +250,7 @@ def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> 
             time.sleep(0.2)
     for number, handler in before.items():
         signal.signal(number, handler)
-    return [run for run in runs if run.finished is None]
+    return not stopped
 
 
 def _ending(code: int) -> str:
@@ -284,8 +284,8 @@ ARRAY = """#!/bin/bash
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
 {options}
-# Line n of commands.txt is run n. Two minutes before the time is up SLURM sends SIGTERM: the run saves and ends with 143,
-# and `sbatch` of this same file goes on with what is not finished.
+# Line n of commands.txt is run n. Two minutes before the time is up SLURM sends SIGTERM: the run saves and ends with
+# 143, and `sbatch` of this same file goes on with what is not finished.
 cd {here}
 srun bash -c "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {folder}/commands.txt)"
 """
@@ -349,8 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )  # fmt: skip
             print(f"{script}: {len(runs)} runs")
             return subprocess.run(["sbatch", str(script)], check=False).returncode if given.submit else 0
-        left = launch(runs, given.jobs, given.minutes, given.gpus)
-        code = evaluate(grid, runs)
+        whole = launch(runs, given.jobs, given.minutes, given.gpus)
+        code = evaluate(grid, runs) if whole else 0  # which takes minutes: not when it was told to stop
+        left = [run.name for run in runs if run.finished is None]
         print(f"{len(runs) - len(left)} of {len(runs)} runs are finished")
         return 1 if left or code else 0
     except (ValueError, OSError) as error:
