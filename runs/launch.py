@@ -117,18 +117,18 @@ def expand(file: Path, out: Path, settings: Sequence[str] = (), only: Sequence[s
     grid, runs = read_grid(file), []
     fixed = [_setting(name, value) for name, value in grid.get("set", {}).items()]
     for config in _configs(file, grid):
-        variants = list(_variants(grid.get("axes", {})))
-        if only:  # before anything waits for other runs
-            variants = [v for v in variants if _wanted(config, _name(config, v[0]), only)]
-        for words, changes in variants:
+        for words, changes in _variants(grid.get("axes", {})):
+            name = "-".join([config.stem, *words])
+            if only and not any(fnmatch.fnmatch(n, pattern) for pattern in only for n in (name, config.stem)):
+                continue  # before anything waits for other runs
             best = _best(file.parent / grid["best_of"], config, out) if "best_of" in grid else []
             times = _times(file.parent / grid["as_long_as"], config, out) if "as_long_as" in grid else [([], [])]
             for more, steps in times:
-                name = _name(config, [*words, *more])
+                whole = "-".join([name, *more])
                 every = (*fixed, *best, *changes, *steps, *settings)
-                runs.append(Run(name, config, every, out / file.stem / name))
+                runs.append(Run(whole, config, every, out / file.stem / whole))
     if not runs:
-        raise ValueError(f"no run of {file} is called {' or '.join(only)}; --list names them")
+        raise ValueError(f"no run of {file}{f' is called {chr(32).join(only)}' if only else ''}; --list names them")
     return runs
 
 
@@ -164,14 +164,6 @@ def _short(value: Any) -> str:
     return json.dumps(value)
 
 
-def _name(config: Path, words: Sequence[str]) -> str:
-    return "-".join([config.stem, *words])
-
-
-def _wanted(config: Path, name: str, only: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(n, pattern) for pattern in only for n in (name, config.stem))
-
-
 def _best(file: Path, config: Path, out: Path) -> list[str]:
     """The axes' settings of the best run of a configuration in another grid."""
     names = [name for names in read_grid(file).get("axes", {}) for name in names.split("+")]
@@ -187,7 +179,10 @@ def _best(file: Path, config: Path, out: Path) -> list[str]:
 
 def _times(file: Path, config: Path, out: Path) -> list[tuple[list[str], list[str]]]:
     """For each longer run of another grid: words for the name, and the steps that take a configuration as long."""
-    runs = expand(file, out)
+    grid = read_grid(file)
+    if "axes" in grid:
+        raise ValueError(f"the grid {file} has several runs of a configuration; as_long_as needs one without axes")
+    runs = [Run(c.stem, c, (), out / file.stem / c.stem) for c in _configs(file, grid)]
     finished = {run.config: found for run in runs if (found := run.finished)}
     if config not in finished:
         raise ValueError(f"the grid {file} has no finished run of {config.stem} in {out / file.stem}; launch it first")
