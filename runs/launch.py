@@ -147,7 +147,8 @@ def _variants(axes: dict[str, list[Any]]) -> Iterator[tuple[list[str], list[str]
     for values in itertools.product(*axes.values()):
         words, changes = [], []
         for names, value in zip(axes, values, strict=True):
-            words.append(names.split("+")[0].rpartition(".")[2] + _short(value))
+            word = names.split("+")[0].rpartition(".")[2]
+            words.append(f"{word}{'-' if word[-1].isdigit() else ''}{_short(value)}")
             changes += [_setting(name, value) for name in names.split("+")]
         yield words, changes
 

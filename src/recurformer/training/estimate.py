@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 PATIENCE = 10.0  # seconds that a timed step may be expected to take
 RATE_SHARE = 0.4  # of a matrix product's rate that a training step is taken to reach where it cannot be timed
+H100_BYTES, H100_RATE = 79.1 * 2**30, 790e12  # memory that is free on one, and its rate of bf16 products
+# The part of that rate that training of "150m-12" was measured to reach (docs/benchmarks.md), by the kind of layers; an
+# output layer goes with standard ones.
+H100_SHARES = {"standard": 0.50, "recurrent": 0.26}
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied to find the rate
 
 
@@ -155,13 +159,21 @@ class Time:
     how: str
 
 
-def step_operations(config: TrainConfig) -> float:
-    """Floating-point operations of an optimizer step, forward and backward; a multiply-add counts as two."""
+def step_operations(config: TrainConfig) -> dict[str, float]:
+    """Floating-point operations of an optimizer step, forward and backward, by the kind of layers; the output layer
+    goes with the standard ones. A multiply-add counts as two."""
     m, N = config.model, config.data.window
-    matrices = parameters(m) + m.padded_vocab_size * m.d_model
-    attention = m.n_layers * m.n_heads * m.head_width * N  # scores and values, half of the pairs masked
-    token = 6 * (matrices + attention) * (4 / 3 if config.recompute else 1)
-    return token * config.batch_size * N
+    attention = m.n_heads * m.head_width * N  # of a layer and token: scores and values, half of the pairs masked
+    layer = parameters(m) / m.n_layers + attention
+    kinds, tokens = m.layer_kinds, config.batch_size * N
+    again = 4 / 3 if config.recompute else 1
+    standard = kinds.count("standard") * layer * again + m.padded_vocab_size * m.d_model
+    return {"standard": 6 * tokens * standard, "recurrent": 6 * tokens * kinds.count("recurrent") * layer}
+
+
+def h100_seconds(config: TrainConfig) -> float:
+    """Seconds of a step on one H100 in bf16, by arithmetic."""
+    return sum(count / (H100_SHARES[kind] * H100_RATE) for kind, count in step_operations(config).items())
 
 
 def estimate_time(config: TrainConfig, device: torch.device, free: float) -> Time:
@@ -171,7 +183,7 @@ def estimate_time(config: TrainConfig, device: torch.device, free: float) -> Tim
         free: bytes that may be used.
     """
     rate = product_rate(device, config.precision)
-    sequence = step_operations(config) / config.batch_size / (RATE_SHARE * rate)
+    sequence = sum(step_operations(config).values()) / config.batch_size / (RATE_SHARE * rate)
     at_once = config.recurrent_micro_batch_size or config.micro_batch_size or config.batch_size
     sequences = at_once if device.type == "cuda" else max(1, min(at_once, int(PATIENCE / 4 / sequence)))
     part = smaller(config, sequences)
@@ -183,7 +195,7 @@ def estimate_time(config: TrainConfig, device: torch.device, free: float) -> Tim
     why = "too slow to time" if need < 0.9 * free else "no memory to time it"
     return Time(
         sequence * config.batch_size,
-        f"{why}: from {rate / 1e9:,.0f} GFLOP/s of a product here, at {100 * RATE_SHARE:.0f} %",
+        f"{why}: from {rate / 1e9:,.3g} GFLOP/s of a product here, at {100 * RATE_SHARE:.0f} %",
     )
 
 
@@ -337,7 +349,7 @@ def show(e: Estimate, console: Console) -> None:
         ("tokens", f"{e.tokens:,}", f"{e.tokens / parameters(m):.1f} a parameter"),
         *(("data" if n == 0 else "", what, text) for n, (what, text) in enumerate(e.data.items())),
         None,
-        ("memory", bytes_text(memory.total), f"of {free} free; estimated, good to about a fifth"),
+        ("memory", bytes_text(memory.total), f"of {free} free; an estimate, to a fifth"),
         (
             "  weights",
             bytes_text(memory.weights),
@@ -353,7 +365,7 @@ def show(e: Estimate, console: Console) -> None:
     rows += [
         ("  working", bytes_text(memory.working), f"{memory.moment}{f' ({loss})' if 'loss' in memory.moment else ''}"),
         None,
-        ("time", duration(e.seconds), f"{e.tokens / e.seconds:,.0f} tokens/s on {name}"),
+        ("time", duration(e.seconds), f"{rate_text(e.tokens / e.seconds)} on {name}"),
         ("  a step", duration(e.time.step), e.time.how),
         ("  not in it", "", "evaluation, checkpoints, compilation"),
         None,
@@ -363,6 +375,15 @@ def show(e: Estimate, console: Console) -> None:
             f"{keep} checkpoints of {bytes_text(e.checkpoint_bytes)}; one more to write",
         ),
     ]
+    if e.device.type == "cpu" and c.precision == "bf16":
+        seconds = h100_seconds(c)
+        there = estimate_memory(c, gpu=True, scan=e.scan.replace("tiled", "fused"), device_bytes=H100_BYTES).total
+        rows += [
+            None,
+            ("one H100", duration(seconds * c.schedule.steps), rate_text(e.tokens / c.schedule.steps / seconds)),
+            ("  a step", duration(seconds), "not timed: operations, at the rate measured for 150m-12"),
+            ("  memory", bytes_text(there), f"of {bytes_text(H100_BYTES)}"),
+        ]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -377,9 +398,19 @@ def show(e: Estimate, console: Console) -> None:
         console.print("This is more memory than is free here: lower micro_batch_size, or set recompute.", markup=False)
 
 
+def rate_text(tokens: float) -> str:
+    """Tokens a second."""
+    return f"{tokens:,.0f} tokens/s" if tokens >= 10 else f"{tokens:.2g} tokens/s"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
-    for limit, unit, size in ((172_800, "days", 86_400), (7200, "hours", 3600), (120, "minutes", 60)):
+    for limit, unit, size in (
+        (63_072_000, "years", 31_536_000),
+        (172_800, "days", 86_400),
+        (7200, "hours", 3600),
+        (120, "minutes", 60),
+    ):
         if seconds >= limit:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
