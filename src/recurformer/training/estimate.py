@@ -31,7 +31,7 @@ RATE_SHARE = 0.4  # of a matrix product's rate that a training step is taken to 
 H100_BYTES, H100_RATE = 79.1 * 2**30, 790e12  # memory that is free on one, and its rate of bf16 products
 # The part of that rate that training of "150m-12" was measured to reach (docs/benchmarks.md), by the kind of layers; an
 # output layer goes with standard ones.
-H100_SHARES = {"standard": 0.50, "recurrent": 0.26}
+H100_SHARES = {"standard": 0.50, "recurrent": 0.23}
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied to find the rate
 
 
