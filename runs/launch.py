@@ -119,12 +119,16 @@ def expand(file: Path, out: Path, settings: Sequence[str] = (), only: Sequence[s
     for config in _configs(file, grid):
         for words, changes in _variants(grid.get("axes", {})):
             name = "-".join([config.stem, *words])
-            if only and not any(fnmatch.fnmatch(n, pattern) for pattern in only for n in (name, config.stem)):
+            patterns = [p for p in only if fnmatch.fnmatch(name, p) or fnmatch.fnmatch(config.stem, p)]
+            longer = [p for p in only if p.startswith(f"{name}-as-long-as-")]
+            if only and not patterns and not longer:
                 continue  # before anything waits for other runs
             best = _best(file.parent / grid["best_of"], config, out) if "best_of" in grid else []
             times = _times(file.parent / grid["as_long_as"], config, out) if "as_long_as" in grid else [([], [])]
             for more, steps in times:
                 whole = "-".join([name, *more])
+                if longer and not patterns and not any(fnmatch.fnmatch(whole, p) for p in longer):
+                    continue
                 every = (*fixed, *best, *changes, *steps, *settings)
                 runs.append(Run(whole, config, every, out / file.stem / whole))
     if not runs:
@@ -237,8 +241,8 @@ def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> 
                 if jobs > 1:
                     run.folder.parent.mkdir(parents=True, exist_ok=True)
                     log = files.enter_context(run.folder.with_name(f"{run.name}.log").open("ab"))
-                # A session of its own: Ctrl-C is for the launcher, which passes it on once.
-                working[run] = subprocess.Popen(run.command(gpus), stdout=log, stderr=log, start_new_session=True)
+                # A group of its own: Ctrl-C is for the launcher, which passes it on once.
+                working[run] = subprocess.Popen(run.command(gpus), stdout=log, stderr=log, process_group=0)
             for run, process in list(working.items()):
                 if process.poll() is not None:
                     del working[run]

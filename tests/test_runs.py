@@ -260,6 +260,10 @@ def test_launching_goes_on_where_it_was_and_evaluates(place: Path, capfd: pytest
     (run,) = launcher.expand(place / "grids" / "equal-time.toml", out)
     assert run.name == "transformer-2-as-long-as-slow"
     assert run.settings == ("optimizer.lr=0.01", "schedule.steps=12")
+    grid = place / "grids" / "equal-time.toml"
+    assert launcher.expand(grid, out, only=["transformer-2"]) == launcher.expand(grid, out, only=[run.name]) == [run]
+    with pytest.raises(ValueError, match="as-long-as-fast"):
+        launcher.expand(grid, out, only=["transformer-2-as-long-as-fast"])
     train(load_config(run.config, run.settings), run.folder, quiet=True)
     assert results.main([str(out), "--docs", str(place / "docs")]) == 0
     text = capfd.readouterr().out
