@@ -8,9 +8,10 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,16 +279,29 @@ def test_launching_goes_on_where_it_was_and_evaluates(place: Path, capfd: pytest
     assert capfd.readouterr().out == text
 
 
-def test_time_that_is_up_saves_and_goes_on(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    more = ["--set", "schedule.steps=100000", "--set", "evaluation.every=100000", "--set", "log.every=100000"]
+def test_time_that_is_up_saves_and_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--set", "schedule.steps=100000", "--set", "evaluation.every=100000", "--set", "log.every=1"]
     arguments = [str(place / "grids" / "main.toml"), "--out", str(place / "other"), "--only", "transformer-2", *more]
     (place / "other").mkdir()
     (place / "other" / "lr").symlink_to(place / "out" / "lr")
-    assert launcher.main([*arguments, "--minutes", "0.2"]) == 1
+    run = place / "other" / "main" / "transformer-2"
+
+    def clock() -> float:  # the time is up once a step is made
+        metrics = run / "metrics.jsonl"
+        return 1e6 if metrics.is_file() and '"train"' in metrics.read_text() else 0.0
+
+    monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    assert launcher.main([*arguments, "--minutes", "1"]) == 1
     shown = capfd.readouterr()
     assert "stopped and saved" in shown.out, shown
     assert "0 of 1 runs are finished" in shown.out
-    assert list((place / "other" / "main" / "transformer-2" / "checkpoints").glob("step-*"))
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    steps = int(checkpoint.name.removeprefix("step-"))
+    end = [f"schedule.steps={steps + 1}", f"evaluation.every={steps + 1}"]
+    config = load_config(run / "config.json", end)
+    assert train(config, run, resume=True, allow_change=["schedule.steps"], quiet=True).step == steps + 1
 
 
 # --- the numbers of the extract --------------------------------------------------------------------------------------
