@@ -22,7 +22,7 @@ demo: env
 lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell src tests docs runs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell src tests docs benchmarks runs README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/pyright
 
 test: lint
@@ -43,6 +43,7 @@ endif
 	$(BIN)/python docs/figures/emulation.py
 	$(BIN)/python docs/figures/recurrence.py
 	$(BIN)/python docs/figures/decode.py
+	$(BIN)/python docs/figures/retrofit.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache

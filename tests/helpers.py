@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -131,3 +133,13 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tol
             assert_close(actual[name], expected[name], tolerance)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def script_of(path: Path) -> ModuleType:
+    """A script that belongs to no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -217,11 +217,14 @@ def test_info_of_presets_folders_and_here(call, place: Path) -> None:
     assert call("info", "nano", "--layers", "standard", "--json").json["scan"]["cpu"]["name"] == "none"
     assert (of_preset["attention"]["cpu"]["name"], of_preset["loss"]["cpu"]["name"]) == ("sdpa", "chunked")
     assert call("info", "nano", "--json").json["attention"]["cpu"]["name"] == "none"
+    step = of_preset["decoding"]["cpu"]
+    assert (step["name"], "not fused" in step["why"]) == ("plain", True)
     of_run = call("info", place / "R", "--json").json
     assert (of_run["width"], of_run["layers"]) == (32, 2)
     assert of_run["folder"].endswith("step-00000002/model")
     text = call("info", "300m-6").out
     assert "loss           chunked on cpu: " in text
+    assert "decoding       plain on cpu: PyTorch operations; not fused: " in text
     assert "302,041,088 without embedding and output layer, 433,637,376 with" in text
     everything = call("info").out
     for part in ("nano", "300m-24", f"recurformer {recurformer.__version__}", f"torch {torch.__version__}", "[hf]"):

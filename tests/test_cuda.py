@@ -1,9 +1,11 @@
-"""The same answers on an NVIDIA GPU as the definition gives on the CPU in float64: every scan, decoding, bf16."""
+"""The same answers on an NVIDIA GPU as the definition gives in float64, on the CPU unless rows are many: every scan,
+decoding, bf16."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -45,29 +47,31 @@ def rms(t: torch.Tensor) -> float:
     return t.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "pads"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("length", [1, 7, 100])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("scan", SCANS)
-def test_outputs_and_gradients_match_the_definition(
-    scan: str, options: dict, length: int, bf16: bool, masked: bool
-) -> None:
+def check(scan: str, options: dict, B: int, length: int, bf16: bool, masked: bool, exact: str = "cpu") -> None:
+    """Hold outputs and every gradient of a scan, on the GPU, against those of the definition in float64.
+
+    Args:
+        scan, options: of the model, whose layers are 2.
+        B, length: of random tokens; some of them are pads where `masked`.
+        bf16: under autocast.
+        exact: where the definition runs.
+    """
     seeds = range(3) if bf16 else range(1)
     errors: dict[str, list[tuple[float, float]]] = {}
     for seed in seeds:
         torch.manual_seed(seed)
         model = LanguageModel(ModelConfig(**{"vocab_size": 97, "d_model": 48, "n_layers": 2, "n_heads": 4, **options}))
-        tokens = torch.randint(0, 97, (3, length))
-        mask = torch.rand(3, length) > 0.3 if masked else None
+        tokens = torch.randint(0, 97, (B, length))
+        mask = torch.rand(B, length) > 0.3 if masked else None
         model.scan = "reference"
-        expected = loss_and_gradients(copy.deepcopy(model).double(), tokens, mask=mask)
+        moved = None if mask is None else mask.to(exact)
+        expected = loss_and_gradients(copy.deepcopy(model).double().to(exact), tokens.to(exact), mask=moved)
         on_gpu = None if mask is None else mask.cuda()
         as_defined = loss_and_gradients(model.cuda(), tokens.cuda(), bf16, on_gpu)
         model.scan = scan
         found = loss_and_gradients(model, tokens.cuda(), bf16, on_gpu)
 
-        real = torch.ones(3, length, dtype=torch.bool) if mask is None else mask
+        real = torch.ones(B, length, dtype=torch.bool) if mask is None else mask
         for outcome in (expected, as_defined, found):
             outcome["logits"] = outcome["logits"][real]
         # A gradient that vanishes (one position has one key) has no relative error: hold it against the largest.
@@ -84,6 +88,69 @@ def test_outputs_and_gradients_match_the_definition(
         # In bf16 the results are as exact as the definition's in bf16, whose own error may exceed 2e-2.
         limit = 1e-4 if not bf16 else max(2e-2, (1.1 if name == "logits" else 1.5) * own)
         assert error <= limit, f"{name} is off by {error:.2g}, the definition by {own:.2g}"
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "pads"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("length", [1, 7, 100])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("scan", SCANS)
+def test_outputs_and_gradients_match_the_definition(
+    scan: str, options: dict, length: int, bf16: bool, masked: bool
+) -> None:
+    check(scan, options, 3, length, bf16, masked)
+
+
+# --- many rows: what the kernels do at the shapes that training has --------------------------------------------------
+
+WIDE: dict[str, Any] = {"d_model": 128, "n_heads": 2}  # heads of 64
+MANY = {  # options, and whether there are pads
+    "alibi": (WIDE, False),
+    "official-pads": ({**WIDE, "norm": "layer", "qk_norm": "full", "residual_scale": "none"}, True),
+    "swiglu-rope-gqa": (
+        {**WIDE, "n_heads": 4, "activation": "swiglu", "position": "rope", "n_kv_heads": 2},
+        False,
+    ),
+}
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    """Set from which part of the GPU at work the products around GELU end with it; steps are recorded anew."""
+    from recurformer.scan.fused import engine, release
+
+    def choose(part: float) -> None:
+        release()
+        monkeypatch.setattr(engine, "FULL", part)
+
+    yield choose
+    release()
+
+
+@pytest.mark.parametrize(("options", "masked"), MANY.values(), ids=MANY.keys())
+@pytest.mark.parametrize("scan", ["fused", "wavefront"])
+def test_library_products_of_many_rows_in_bf16(
+    full: Callable[[float], None], scan: str, options: dict, masked: bool
+) -> None:
+    """Products of PyTorch's library behind kernels that were started early, and GELU as a kernel of its own."""
+    full(2.0)  # it never is
+    check(scan, options, 40, 71, True, masked, exact="cuda")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("scan", ["fused", "wavefront"])
+def test_products_that_end_with_gelu_of_several_blocks_of_rows_in_bf16(
+    full: Callable[[float], None], scan: str, activation: str
+) -> None:
+    """Also more rows of a chunk than parts of a norm weight's gradient."""
+    from recurformer.scan.fused.engine import ACTIVATED, PARTS
+    from recurformer.scan.wavefront import CHUNK
+
+    full(0.0)  # it always is
+    B, length = 200, 37
+    assert ACTIVATED["BM"] < B
+    assert B * min(CHUNK, length) > PARTS
+    check(scan, {**WIDE, "activation": activation}, B, length, True, False, exact="cuda")
 
 
 @pytest.mark.parametrize("layers", ["recurrent", "standard", "first:1"])

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import script_of
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recurrence", FIGURES / "recurrence.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of(FIGURES / "recurrence.py")
 
 
 def test_the_measurements_are_those_of_the_script(script: ModuleType):
@@ -28,17 +23,15 @@ def test_the_measurements_are_those_of_the_script(script: ModuleType):
     assert {path.stem for path in script.DATA.iterdir()} == set(parts)
     for name, settings in parts.items():
         stored = json.loads((script.DATA / f"{name}.json").read_text())
-        assert stored["settings"] == json.loads(json.dumps(dataclasses.asdict(settings))), name
+        # What a measurement's settings do not mention yet had its default.
+        defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+        complete = {**json.loads(json.dumps(defaults, default=str)), **stored["settings"]}
+        assert complete == json.loads(json.dumps(dataclasses.asdict(settings))), name
         assert stored["machine"]["cpu"]
 
 
 def test_the_picture_of_a_gpu_measurement_is_drawn_and_shown(tmp_path: Path):
-    spec = importlib.util.spec_from_file_location("decode", FIGURES / "decode.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(tmp_path)
+    script_of(FIGURES / "decode.py").main(tmp_path)
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
     assert (FIGURES / "decode.png").is_file()
     assert "figures/decode.png" in (FIGURES.parent / "decoding.md").read_text()

@@ -16,6 +16,7 @@ from recurformer.tasks.sweep import draw_tasks
 
 HERE = pathlib.Path(__file__).parent
 DATA = HERE / "data"
+ON_GPU = {"groups": HERE / "gpu" / "groups.json"}  # measured there by the page's commands, never here
 GROUPS = {"length": 32, "steps": 300}
 SINGLE = ("SSSS", "RSSS", "SRSS", "SSRS", "SSSR")
 SEVERAL = ("RRSS", "SSRR", "RSRS")
@@ -31,6 +32,12 @@ TASKS = {
         )
         for seed in (1, 2)
     },
+    **{
+        f"s3-{3 + seed}": TaskSettings(
+            tasks=("s3",), layers=("first:1", "standard"), length=32, steps=600, seeds=(seed,)
+        )
+        for seed in (1, 2)
+    },
     "deep": TaskSettings(tasks=("parity", "s3"), layers=("standard",), n_layers=(4,), **GROUPS),
     "modular": TaskSettings(tasks=("modular",)),
     **{name: TaskSettings(tasks=(name,), **GROUPS) for name in ("dyck", "khop", "selective-copy", "recall")},
@@ -40,15 +47,12 @@ HYBRIDS = {
     "text-1": HybridSettings(only=SEVERAL, extra_steps=(), **TEXT),
     "text-3": HybridSettings(only=("RRRS", "SRRR", "SRSR"), extra_steps=(), **TEXT),
     "text-2": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
-    "parity-hybrids": HybridSettings(
-        on="parity",
-        only=("SSS", "RSS", "SRS", "SSR", "RRR"),
-        n_layers=3,
-        n_heads=16,
-        length=16,
-        steps=150,
-        extra_steps=(),
-    ),
+    **{
+        f"parity-hybrids-{seed}": HybridSettings(
+            on="parity", n_layers=3, n_heads=16, length=16, steps=150, extra_steps=(), seeds=(seed,)
+        )
+        for seed in range(3)
+    },
 }
 STABILITY = {"stability": StabilitySettings()}
 PICTURES = {
@@ -60,6 +64,8 @@ PICTURES = {
         "s3-2",
         "s3-3",
         "s3-0",
+        "s3-4",
+        "s3-5",
         "deep",
         "modular",
         "dyck",
@@ -67,14 +73,17 @@ PICTURES = {
         "selective-copy",
         "recall",
     ),
+    "groups": ("groups",),
     "hybrids-text": ("text-0", "text-1", "text-3", "text-2"),
-    "hybrids-parity": ("parity-hybrids",),
+    "hybrids-parity": ("parity-hybrids-0", "parity-hybrids-1", "parity-hybrids-2"),
     "stability": ("stability",),
 }
 
 
 def measured(part: str, anew: bool) -> dict:
     """A part's measurement, from its file or made now."""
+    if part in ON_GPU:
+        return json.loads(ON_GPU[part].read_text())
     file = DATA / f"{part}.json"
     if anew or not file.is_file():
         print(f"measuring {part}", flush=True)

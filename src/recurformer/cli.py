@@ -670,11 +670,14 @@ def _make_folder(out: str | None) -> None:
 @click.option("--n-heads", default=16, type=int, help="Heads of every model.")
 @click.option("--position", default="alibi", help="alibi, rope or none.")
 @click.option("--length", default=16, type=int, help="Positions of the training sequences.")
+@click.option("--curriculum", multiple=True, type=int, metavar="N", help="Train at this shorter length first, until it "
+              "is learned; may be repeated, rising.")  # fmt: skip
 @click.option("--factor", "factors", multiple=True, default=(1, 2, 4, 8), type=int, help="Test at this multiple of it; "
               "may be repeated.")  # fmt: skip
 @click.option("--steps", default=300, type=int, help="Training steps of each model.")
 @click.option("--lr", default=3e-3, type=float, help="Peak learning rate.")
 @click.option("--test-count", default=256, type=int, help="Sequences of each test.")
+@click.option("--minutes", type=float, help="Train each model no longer than this.  [default: without limit]")
 @_training_options
 def tasks_run(names: tuple[str, ...], device: str, out: str | None, **settings: Any) -> None:
     """Train models on TASKs (see `recurformer tasks list`) and score them at the training length and beyond.

@@ -15,6 +15,7 @@ import torch
 
 from recurformer.attention import choose_attention
 from recurformer.config import PRESETS, ModelConfig, suggest
+from recurformer.decode import choose_step
 from recurformer.loss import choose_loss
 from recurformer.report import kind_of, parameters
 from recurformer.scan import choose_scan
@@ -61,8 +62,7 @@ def describe(target: str, layers: str | None = None) -> dict[str, Any]:
         "kv_bytes_per_token_16_bit": config.kv_bytes_per_token(2),
         "kv_bytes_per_token_32_bit": config.kv_bytes_per_token(4),
     }
-    choosers = {"scan": chosen_scan, "attention": chosen_attention, "loss": chosen_loss}
-    for what, choose in choosers.items():
+    for what, choose in CHOOSERS.items():
         facts[what] = {str(device): asdict(choose(config, device)) for device in devices()}
     return facts
 
@@ -92,6 +92,14 @@ def chosen_attention(config: ModelConfig, device: torch.device) -> Choice:
 def chosen_loss(_: ModelConfig, device: torch.device) -> Choice:
     """How training takes its loss on a device."""
     return Choice(*choose_loss(device))
+
+
+def chosen_step(config: ModelConfig, device: torch.device) -> Choice:
+    """What makes a token on a device, after the prompt: of one row, in a dtype that kernels take."""
+    return Choice(*choose_step("auto", config, device, torch.float32, 1))
+
+
+CHOOSERS = {"scan": chosen_scan, "attention": chosen_attention, "loss": chosen_loss, "decoding": chosen_step}
 
 
 def devices() -> list[torch.device]:
@@ -162,7 +170,7 @@ def show(facts: dict[str, Any]) -> None:
     )
     half, full = facts["kv_bytes_per_token_16_bit"], facts["kv_bytes_per_token_32_bit"]
     _lines("KV cache", f"{half:,} bytes a token in 16 bits, {full:,} in 32")
-    for what in ("scan", "attention", "loss"):
+    for what in CHOOSERS:
         for device, choice in facts[what].items():
             where = "" if choice["name"] == "none" else f" on {device}"
             _lines(what, f"{choice['name']}{where}: {choice['why']}")

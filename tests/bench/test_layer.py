@@ -12,6 +12,7 @@ import torch
 from helpers import assert_close
 
 from recurformer.bench import layer, official
+from recurformer.bench.common import machine
 from recurformer.bench.layer import LayerSettings, bench_layer
 from recurformer.scan import GPU_SCANS, SCANS
 
@@ -99,7 +100,7 @@ def test_the_widest_numbers_fit(text_of: Callable[..., str]):
     row |= {"both_peak_bytes": 21.5 * 2**30, "layers": 1}
     paths = ("wavefront", "standard", "official standard")
     results = {
-        "settings": {**vars(LayerSettings())}, "machine": layer.machine(), "notes": ["auto: fused, fast"],
+        "settings": {**vars(LayerSettings())}, "machine": machine(), "notes": ["auto: fused, fast"],
         "rows": [{"path": path, **row} for path in paths],
     }  # fmt: skip
     assert "987.6..987.6" in text_of(layer.show_layer, results)

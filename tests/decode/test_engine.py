@@ -239,7 +239,7 @@ def test_a_fork_into_samples(kind: dict[str, Any], padded: bool, way: str, monke
     )  # fmt: skip
 
 
-def test_chunks_of_a_prompt_bound_memory():
+def test_chunks_of_a_prompt_bound_memory(monkeypatch: pytest.MonkeyPatch):
     recurrent, standard = ModelConfig.preset("300m-6"), ModelConfig.preset("300m-6", layers="standard")
     assert prompt.chunk_length(recurrent, 4, 0, 10**6, None) == prompt.CHUNK_TOKENS // 4
     assert prompt.chunk_length(recurrent, 10**6, 5, 10, None) == prompt.SHORTEST
@@ -249,7 +249,12 @@ def test_chunks_of_a_prompt_bound_memory():
     lengths: list[int] = []
     model, tokens = tiny(), random_tokens(2, 11)
     hidden = model.hidden
-    model.hidden = lambda t, *a, **o: (lengths.append(t.shape[1]), hidden(t, *a, **o))[1]  # type: ignore[assignment]
+
+    def counted(tokens: Tensor, *args: Any, **options: Any) -> Tensor:
+        lengths.append(tokens.shape[1])
+        return hidden(tokens, *args, **options)
+
+    monkeypatch.setattr(model, "hidden", counted)
     with torch.no_grad():
         x = read_prompt(model, KVCache(model.config, 2), tokens, None, 4)
     assert lengths == [4, 4, 3]
@@ -453,7 +458,7 @@ def test_the_choice_of_a_step():
     assert choose_step("auto", config, cpu, torch.float32, 1)[0] == "plain"
 
 
-def test_a_model_that_is_more_than_its_layers_is_left_to_itself():
+def test_a_model_that_is_more_than_its_layers_is_left_to_itself(monkeypatch: pytest.MonkeyPatch):
     model = tiny()
     assert obstacle(model) is None
     hook = layer_of(model, 1).register_forward_hook(lambda *_: None)
@@ -462,7 +467,7 @@ def test_a_model_that_is_more_than_its_layers_is_left_to_itself():
         DecodeEngine(model, 1)
     hook.remove()
     assert obstacle(model) is None
-    model.logits = lambda x: x  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(model, "logits", lambda x: x)
     assert "step='model'" in (obstacle(model) or "")
 
 

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from recurformer import ModelConfig
 from recurformer.scan.fused.engine import Engine, Shape
@@ -37,6 +38,9 @@ def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> Any:
             constants[parameter.name], signature[parameter.name] = value, "constexpr"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(place,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, int) and value == 1:  # Triton takes it for a constant
             constants[parameter.name], signature[parameter.name] = value, "constexpr"
         elif isinstance(value, int):
@@ -59,7 +63,7 @@ def main(wanted: list[str]) -> None:
 
     JITFunction.__getitem__ = launcher  # pyright: ignore[reportAttributeAccessIssue]
     config = ModelConfig(vocab_size=1, d_model=1024, n_layers=1, n_heads=16)
-    shape = Shape(config, 1, 32, 32, 8, 16, torch.bfloat16, torch.device("meta"), False, True, 1.0)
+    shape = Shape(config, 1, 32, 32, 8, 16, torch.bfloat16, torch.device("meta"), False, True, True, 1.0)
     engine = Engine(shape)
     engine.forward()
     engine.backward()

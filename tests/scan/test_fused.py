@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recurformer import KVCache, LanguageModel, ModelConfig
 from recurformer.model import LayerMaths, Layout
-from recurformer.scan import choose_scan
+from recurformer.scan import choose_scan, fused
 from recurformer.scan.fused import stack_scan
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.wavefront import wavefront_scan
@@ -44,6 +44,21 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def small(**options: Any) -> LanguageModel:
     return tiny(**{"d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 12, **options})
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """The activation and direction of the products that our kernel makes from now on."""
+    from recurformer.scan.fused.engine import Engine
+
+    calls: list[tuple[int, bool]] = []
+    original = Engine.product_tiled
+
+    def product(self: Engine, a: Tensor, w: Tensor, out: Tensor, transposed: bool, kind: int = -1, **rest: Any) -> None:
+        calls.append((kind, transposed))
+        original(self, a, w, out, transposed, kind, **rest)
+
+    monkeypatch.setattr(Engine, "product_tiled", product)
+    return calls
 
 
 def compare(
@@ -128,9 +143,65 @@ def test_a_stack_of_layers_equals_one_after_the_other(interpreted: None) -> None
 
 
 @interpreter
-def test_half_precision_with_the_activation_inside_the_products(interpreted: None) -> None:
+@pytest.mark.parametrize("save", ["minimal", "pairs", "all"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_whatever_is_kept_for_the_backward(interpreted: None, activation: str, save: str) -> None:
+    compare(small(activation=activation, mlp_bias=True), 3, 1e-5, chunk=2, leaf=2, save=save)
+
+
+@interpreter
+def test_what_is_kept_is_bounded_by_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recurformer.scan.fused import affordable
+
+    config = ModelConfig(d_model=64, n_heads=4, n_layers=3, layers="first:2", d_mlp=256)
+    pairs, inner = 2 * 3 * 64, 2 * 256  # values a position, of the two recurrent layers
+    for rows, expected in ((1.0, "all"), (1.01 * (pairs + inner) / pairs, "minimal"), (1.001, "pairs")):
+        assert affordable(config, int(rows * 2**34 / (pairs + inner)), CPU) == expected
+
+
+@interpreter
+@pytest.mark.parametrize("norm", [{"qk_norm": "full", "norm": "layer"}, {"qk_norm": "head"}, {"n_kv_heads": 3}])
+def test_heads_in_several_programs(interpreted: None, norm: dict[str, Any]) -> None:
+    compare(small(n_heads=3, d_model=12, attention_bias=True, **norm), 3, 1e-5, chunk=4, leaf=4)
+
+
+@interpreter
+def test_half_precision_with_the_activation_inside_the_products(
+    interpreted: None, request: pytest.FixtureRequest
+) -> None:
     # float16, for the interpreter multiplies bfloat16 matrices wrongly.
-    compare(small(activation="gelu_tanh"), 3, 1e-2, dtype=torch.float16, chunk=4, leaf=4)
+    ours = watched(request.getfixturevalue("monkeypatch"))
+    model = small(d_model=16, d_mlp=24, activation="gelu_tanh")
+    for save in ("pairs", "all"):
+        compare(model.float(), 3, 1e-2, dtype=torch.float16, chunk=4, leaf=4, save=save)
+    assert {kind for kind, _ in ours} == {-1, 1}  # products alone, and with the activation
+    assert {transposed for _, transposed in ours} == {True, False}
+
+
+@interpreter
+def test_half_precision_with_the_activation_behind_library_products(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where rows are many and blocks of one size would not fill the GPU."""
+    from recurformer.scan.fused import engine
+
+    monkeypatch.setattr(engine, "THIN", 0)
+    monkeypatch.setattr(engine, "FULL", 2.0)
+    compare(small(mlp_bias=True), 5, 1e-2, dtype=torch.float16, chunk=4, leaf=4)
+    (made,) = engine._engines.values()
+    assert not made.fused_activation
+
+
+@interpreter
+def test_the_backward_has_leaves_of_its_own(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as long as the forward's, as by default, in two chunks of two of them."""
+    from recurformer.scan.fused import engine
+
+    monkeypatch.setattr(fused, "LEAF", 2)
+    monkeypatch.setattr(fused, "LEAF_BACKWARD", 4)
+    compare(small(), 11, 1e-5, chunk=8)
+    (made,) = engine._engines.values()
+    assert (made.shape.S, made.shape.R) == (2, 4)
 
 
 @interpreter

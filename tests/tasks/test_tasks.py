@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from recurformer.tasks import (
     run_tasks,
     sweep,
     text,
+    training,
 )
 from recurformer.tasks.generators import TASKS
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
+from recurformer.training.optimizer import learning_rate, set_rates
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL: dict[str, Any] = {"d_model": 16, "n_heads": 2, "length": 12, "steps": 2, "batch_size": 4}
@@ -112,9 +115,78 @@ def test_a_sweep_has_one_row_for_each_model_task_and_seed():
     assert sweep.draw_tasks(results).startswith(PNG)
 
 
+def test_a_curriculum_moves_on_when_a_length_is_learned_or_its_share_is_over():
+    lesson = sweep.Lesson((2, 4, 8), 300)
+    lengths = []
+    for step in range(300):
+        lengths.append(lesson.length(step))
+        lesson.saw(0.0 if step < 30 else 1.0)
+    learned = sweep.RECENT  # losses that must be seen
+    assert lengths == [2] * learned + [4] * 100 + [8] * (200 - learned)  # 4 gets a third of the steps, 8 what is left
+    assert lesson.began == {"2": 0, "4": learned, "8": learned + 100}
+    # Steps passed over for want of time count for the share, but were not made.
+    lesson = sweep.Lesson((2, 4), 300)
+    lengths = []
+    for step in range(0, 300, 50):
+        lengths.append(lesson.length(step))
+        lesson.saw(1.0)
+    assert lengths == [2, 2, 2, 4, 4, 4]
+    assert lesson.began == {"2": 0, "4": 3}
+
+
+def test_a_sweep_with_a_curriculum_trains_at_its_lengths(monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+    forward = LanguageModel.forward
+
+    def watched(self: LanguageModel, tokens: torch.Tensor, *rest: Any, **options: Any):
+        if self.training:
+            seen.append(tokens.shape[1])
+        return forward(self, tokens, *rest, **options)
+
+    monkeypatch.setattr(LanguageModel, "forward", watched)
+    small = {**SMALL, "length": 8, "steps": 6}
+    settings = TaskSettings(
+        tasks=("s3",), n_layers=(1,), layers=("standard",), curriculum=(2, 4), factors=(2,), test_count=4, **small
+    )
+    results = run_tasks(settings)
+    assert seen == [2, 2, 4, 4, 8, 8]
+    (row,) = results["rows"]
+    assert row["began"] == {"2": 0, "4": 2, "8": 4}
+    assert [step for step, _ in row["curve"]] == [1, 2, 3, 4, 5, 6]
+    assert row["loss"] == row["curve"][-1][1]
+    assert "2, 4 before" in text_of(sweep.show_tasks, results)
+
+
+def test_training_ends_with_its_time_and_the_schedule_with_it(monkeypatch: pytest.MonkeyPatch):
+    clock = itertools.count()  # each look at the clock takes a second
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    rates: list[float] = []
+    monkeypatch.setattr(training, "set_rates", lambda *given: rates.append(set_rates(*given)))
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=2, d_model=16, n_layers=1, n_heads=2))
+    task, asked = make_task("parity"), []
+
+    def batch(step: int):
+        asked.append(step)
+        return task.sample(2, 8, seed=step)
+
+    schedule = ScheduleConfig(steps=1000)
+    result = fit(model, batch, schedule, OptimizerConfig(lr=1e-3), limit_s=10)
+    assert asked == list(range(0, 1000, 100))
+    assert len(result.losses) == 10
+    assert rates == [learning_rate(step, 1e-3, schedule) for step in asked]
+    assert rates[-1] < 2e-4  # of the end, not of the tenth step
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"curriculum": (4, 4)}, "must rise and stay below length 16"),
+        ({"curriculum": (16,)}, "must rise and stay below length 16"),
+        ({"curriculum": (4,), "length": 20, "tasks": ("recall",)}, r"curriculum is \(4,\); recall:4 needs at least 12"),
+        ({"minutes": 0.0}, "minutes is 0.0"),
+        ({"minutes": float("nan")}, "minutes is nan"),
         ({"tasks": ("party",)}, "did you mean 'parity'"),
         ({"tasks": ()}, "tasks is empty"),
         ({"steps": 0}, "steps is 0"),

@@ -66,20 +66,24 @@ def gradients(tiny, batch: Sequences, size: int, **changes) -> tuple[float, floa
 
 
 @pytest.mark.parametrize(("size", "wide"), [(1, None), (2, None), (3, None), (4, None), (1, 3), (2, 4), (2, 2), (4, 4)])
-@pytest.mark.parametrize("documents", [False, True])
-def test_micro_batches_of_unequal_target_counts_add_up_exactly(tiny, size, wide, documents):
+@pytest.mark.parametrize("kind", ["plain", "documents", "pads"])
+def test_micro_batches_of_unequal_target_counts_add_up_exactly(tiny, size, wide, kind):
     torch.manual_seed(1)
     tokens = torch.randint(0, 256, (4, 21))
     targets = tokens.roll(-1, 1)
     for row, real in enumerate((5, 20, 0, 1)):  # the third sequence has none at all
         targets[row, real:] = -100
-    ids = torch.arange(21).div(6, rounding_mode="floor").expand(4, 21) if documents else None
-    batch = Sequences(tokens, targets, document_ids=ids)
+    given = {}
+    if kind == "documents":
+        given["document_ids"] = torch.arange(21).div(6, rounding_mode="floor").expand(4, 21)
+    if kind == "pads":
+        given["attention_mask"] = torch.arange(21) < torch.tensor([6, 21, 3, 9])[:, None]
+    batch = Sequences(tokens, targets, **given)
     loss, norm, count, grads = gradients(tiny, batch, size, recurrent_micro_batch_size=wide)
 
     torch.manual_seed(0)
     model = LanguageModel(tiny().model).double()
-    whole = model(tokens, targets=targets, document_ids=ids).loss
+    whole = model(tokens, targets=targets, **given).loss
     whole.backward()
     assert count == 26
     assert loss == pytest.approx(whole.item(), abs=1e-12)
@@ -89,10 +93,11 @@ def test_micro_batches_of_unequal_target_counts_add_up_exactly(tiny, size, wide,
     assert norm == pytest.approx(math.sqrt(sum(float((g**2).sum()) for g in expected.values())), rel=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_a_step_without_targets_has_no_gradient(tiny, size):
+@pytest.mark.parametrize(("size", "wide"), [(1, None), (4, None), (1, 3)])
+def test_a_step_without_targets_has_no_gradient(tiny, size, wide):
     tokens = torch.zeros(4, 5, dtype=torch.int64)
-    loss, norm, count, grads = gradients(tiny, Sequences(tokens, torch.full_like(tokens, -100)), size)
+    batch = Sequences(tokens, torch.full_like(tokens, -100))
+    loss, norm, count, grads = gradients(tiny, batch, size, recurrent_micro_batch_size=wide)
     assert (loss, norm, count) == (0.0, 0.0, 0)
     assert grads
     assert all((g == 0).all() for g in grads.values())

@@ -1,4 +1,5 @@
-"""What all benchmarks share: the machine, the numbers as text, and files that appear when they are complete."""
+"""What all benchmarks share: checks of settings, the machine, the numbers as text, and files that appear when they are
+complete."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import io
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -57,6 +59,34 @@ def in_words(facts: dict[str, Any]) -> str:
     gpus = [name for device, name in facts["devices"].items() if device != "cpu"]
     threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
     return "; ".join([facts["cpu"], *gpus, threads, versions, facts["date"]])
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Raise ValueError where a setting, or one of several, is below 1."""
+    for name in names:
+        value = getattr(settings, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values:
+            raise ValueError(f"{name} is empty; give at least one")
+        for number in values:
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}; it must be at least 1")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError where a setting is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+def record(benchmark: str, settings: Any, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """What a benchmark returns, ready for JSON: settings (a dataclass), the machine, rows, and what else it has."""
+    return {"benchmark": benchmark, "settings": asdict(settings), "machine": machine(), "rows": rows, **more}
+
+
+def remarks(results: dict[str, Any]) -> list[str]:
+    """What stands under every table: the notes as sentences, and the machine."""
+    return [*(f"{note[0].upper()}{note[1:]}." for note in results["notes"]), in_words(results["machine"])]
 
 
 def milliseconds(seconds: float | None) -> str:

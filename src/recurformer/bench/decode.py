@@ -6,13 +6,13 @@ import io
 import os
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recurformer.bench.common import bytes_text, in_words, machine, show_table
-from recurformer.bench.timing import Times, Work, build_model, check_counts, copy_bandwidth, release, time_runs
+from recurformer.bench.common import bytes_text, check_choice, check_counts, in_words, record, remarks, show_table
+from recurformer.bench.timing import Times, Work, build_model, copy_bandwidth, release, time_runs
 from recurformer.config import ModelConfig
 from recurformer.decode import STEP_CHOICES, DecodeEngine
 from recurformer.model import LanguageModel
@@ -55,13 +55,11 @@ class DecodeSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "batch_sizes", "contexts", "tokens", "repeats", "warmup")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}")
+        check_choice("dtype", self.dtype, DTYPES)
         if not self.models or not self.steps:
             raise ValueError("there is nothing to measure; give a model and a step")
         for step in self.steps:
-            if step not in STEP_CHOICES:
-                raise ValueError(f"step is {step!r}; choose one of {', '.join(map(repr, STEP_CHOICES))}")
+            check_choice("step", step, STEP_CHOICES)
         if min(self.contexts) < self.tokens:
             raise ValueError(
                 f"the context {min(self.contexts)} is shorter than the {self.tokens} tokens of a run; "
@@ -145,8 +143,7 @@ def bench_decode(settings: DecodeSettings, progress: Callable[[str, int, int], N
             report(f"{name}, Hugging Face")
         del model
         release(device)
-    facts = {"settings": asdict(s), "machine": machine(), "copy_bytes_per_s": bandwidth, "rows": rows, "notes": notes}
-    return {"benchmark": "decode", **facts}
+    return record("decode", s, rows, copy_bytes_per_s=bandwidth, notes=notes)
 
 
 def _row(name: str, config: ModelConfig, dtype: torch.dtype, step: str, B: int, context: int) -> dict[str, Any]:
@@ -280,8 +277,7 @@ def show_decode(results: dict[str, Any], console: Console) -> None:
         f"runs of {s['tokens']} tokens; the last of them sees the context. KV: keys and values of all layers and rows.",
         "Limit: weights and cache are read once, at the bandwidth of a copy, measured here: "
         f"{results['copy_bytes_per_s'] / 1e12:.3g} TB/s.",
-        *(f"{note[0].upper()}{note[1:]}." for note in results["notes"]),
-        in_words(results["machine"]),
+        *remarks(results),
     ]
     headings = ["model", "step", "B", "context", "ms", "tokens/s", "limit", "x limit", "KV/token", "KV"]
     show_table(console, "Decoding", headings, cells, notes, left=2)

@@ -4,17 +4,27 @@ code's blocks."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from recurformer.bench.common import bytes_text, draw_bars, in_words, machine, milliseconds, show_table, spread
+from recurformer.bench.common import (
+    bytes_text,
+    check_choice,
+    check_counts,
+    draw_bars,
+    in_words,
+    milliseconds,
+    record,
+    remarks,
+    show_table,
+    spread,
+)
 from recurformer.bench.timing import (
     Work,
     build_model,
-    check_counts,
     forget_compiled,
     peak_memory_of,
     release,
@@ -71,8 +81,7 @@ class LayerSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "batch_size", "length", "stack", "repeats", "warmup", "inputs")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}")
+        check_choice("dtype", self.dtype, DTYPES)
         known = tuple(name for name in SCAN_CHOICES if self.stack > 1 or name not in STACK_SCANS)
         for scan in self.scans:
             if scan not in known:
@@ -133,31 +142,42 @@ def bench_layer(settings: LayerSettings, progress: Callable[[str, int, int], Non
     notes = [f"{row['path']}: {row['how']}" for row in rows if row.get("how")]
     if s.official is not None and s.stack > 1:
         notes.append("the official code evaluates layers one after another: its rows are one layer")
-    facts = {"settings": asdict(s), "machine": machine(), "rows": rows, "notes": notes}
-    return {"benchmark": "layer", **facts}
+    return record("layer", s, rows, notes=notes)
+
+
+def layer_passes(s: LayerSettings, name: str, device: torch.device) -> tuple[Subject, Callable[[int], Work]]:
+    """What a row measures, and a function that gives, for the number of a run, what is timed of it.
+
+    That is a forward and, where gradients are on, a backward.
+
+    Args:
+        name: of a scan, "standard" or an official one.
+    """
+    gradients = torch.is_grad_enabled()
+    gradient = torch.randn(s.batch_size, s.length, s.d_model, device=device) if gradients else None
+    subject = _official(s, OFFICIAL[name], device) if name in OFFICIAL else _ours(s, name, device)
+
+    def prepare(number: int) -> Work:
+        subject.clear()
+        x = subject.inputs(number)
+
+        def work() -> None:
+            z = subject.forward(x)
+            if gradients:
+                z.backward(gradient)
+
+        return work
+
+    return subject, prepare
 
 
 def _measure(s: LayerSettings, name: str, which: str, device: torch.device) -> dict[str, Any]:
     """Entries of one row for one pass."""
     forget_compiled()
     torch.manual_seed(s.seed)
-    gradients = which == "both"
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(which == "both"):
         with peak_memory_of(device) as peak:
-            gradient = torch.randn(s.batch_size, s.length, s.d_model, device=device) if gradients else None
-            subject = _official(s, OFFICIAL[name], device) if name in OFFICIAL else _ours(s, name, device)
-
-            def prepare(number: int) -> Work:
-                subject.clear()
-                x = subject.inputs(number)
-
-                def work() -> None:
-                    z = subject.forward(x)
-                    if gradients:
-                        z.backward(gradient)
-
-                return work
-
+            subject, prepare = layer_passes(s, name, device)
             for number in range(s.warmup):
                 prepare(number)()
         times = time_runs(prepare, device, s.repeats, warmup=1)
@@ -268,8 +288,7 @@ def show_layer(results: dict[str, Any], console: Console) -> None:
         f"{_shape(s)}.",
         f"Milliseconds of one layer: medians of {s['repeats']} after {s['warmup'] + 1} to warm up, fastest..slowest.",
         "us/pos: microseconds a position. Peak: with weights, inputs and gradients. x std: time against standard.",
-        *(f"{note[0].upper()}{note[1:]}." for note in results["notes"]),
-        in_words(results["machine"]),
+        *remarks(results),
     ]
     headings = ["path", "forward", "range", "us/pos", "fwd+bwd", "range", "us/pos", "peak", "x std"]
     show_table(console, "One layer", headings, cells, notes)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from recurformer.attention import choose_attention
-from recurformer.bench.common import bytes_text, draw_bars, in_words, machine, milliseconds, show_table, spread
+from recurformer.bench.common import (
+    bytes_text,
+    check_choice,
+    check_counts,
+    draw_bars,
+    in_words,
+    milliseconds,
+    record,
+    remarks,
+    show_table,
+    spread,
+)
 from recurformer.bench.timing import (
     Work,
     build_model,
-    check_counts,
     forget_compiled,
     peak_memory_of,
     release,
@@ -78,13 +88,11 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "tokens", "length", "micro_batch_sizes", "repeats", "warmup")
-        for size in self.recurrent_micro_batch_sizes:
-            if size < 1:
-                raise ValueError(f"recurrent_micro_batch_sizes is {size}; it must be at least 1")
+        if self.recurrent_micro_batch_sizes:
+            check_counts(self, "recurrent_micro_batch_sizes")
         if self.tokens % self.length:
             raise ValueError(f"tokens {self.tokens} is no multiple of length {self.length}; a step has whole sequences")
-        if self.scan not in SCAN_CHOICES:
-            raise ValueError(f"scan is {self.scan!r}; choose one of {', '.join(map(repr, SCAN_CHOICES))}")
+        check_choice("scan", self.scan, SCAN_CHOICES)
         for name in ("presets", "kinds", "recompute"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one")
@@ -160,7 +168,7 @@ def bench_model(settings: ModelSettings, progress: Callable[[str, int, int], Non
             notes.append(f"recurrent layers of {preset} {': '.join(choose_scan(s.scan, config, device))}")
         if s.kinds != ("recurrent",):
             notes.append(f"standard layers of {preset} {': '.join(choose_attention(config, device))}")
-    return {"benchmark": "model", "settings": asdict(s), "machine": machine(), "rows": rows, "notes": notes}
+    return record("model", s, rows, notes=notes)
 
 
 def _measure(s: ModelSettings, config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -227,8 +235,7 @@ def show_model(results: dict[str, Any], console: Console) -> None:
         f"Milliseconds: medians of {s['repeats']} after {s['warmup']} to warm up, fastest..slowest. *: fastest row.",
         "Ratio: tokens/s against the Transformer's fastest row. Micro: sequences at once / in its recurrent layers.",
         "Again: standard layers are evaluated again in the backward. Peak: with weights and optimizer state.",
-        *(f"{note[0].upper()}{note[1:]}." for note in results["notes"]),
-        in_words(results["machine"]),
+        *remarks(results),
     ]
     headings = ["preset", "layers", "micro", "again", "step", "range", "tokens/s", "peak", "ratio"]
     show_table(console, "Training steps", headings, cells, notes)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recurformer.bench.common import bytes_text, draw_bars, in_words, machine, milliseconds, show_table, spread
+from recurformer.bench.common import (
+    bytes_text,
+    check_choice,
+    check_counts,
+    draw_bars,
+    in_words,
+    milliseconds,
+    record,
+    remarks,
+    show_table,
+    spread,
+)
 from recurformer.bench.timing import (
     Work,
     build_model,
-    check_counts,
     copy_bandwidth,
     forget_compiled,
     peak_memory_of,
@@ -63,8 +73,7 @@ class PrefillSettings:
 
     def __post_init__(self) -> None:
         check_counts(self, "length", "batch_size", "repeats", "warmup", "inputs")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}")
+        check_choice("dtype", self.dtype, DTYPES)
         for scan in self.scans:
             if scan not in (*SCAN_CHOICES, ENGINE):
                 names = ", ".join(map(repr, (*SCAN_CHOICES, ENGINE)))
@@ -133,8 +142,7 @@ def bench_prefill(settings: PrefillSettings, progress: Callable[[str, int, int],
             row["failed"] = "no memory"
         release(device)
         rows.append(row)
-    facts = {"settings": asdict(s), "machine": machine(), "copy_bytes_per_s": bandwidth, "rows": rows, "notes": notes}
-    return {"benchmark": "prefill", **facts}
+    return record("prefill", s, rows, copy_bytes_per_s=bandwidth, notes=notes)
 
 
 @torch.no_grad()
@@ -192,8 +200,7 @@ def show_prefill(results: dict[str, Any], console: Console) -> None:
         f"Milliseconds: medians of {s['repeats']} after {s['warmup'] + 1} to warm up, fastest..slowest.",
         "Limit: every position reads its layers' sequential weights once, at the bandwidth of a copy, measured here:",
         f"{results['copy_bytes_per_s'] / 1e12:.3g} TB/s read and written.",
-        *(f"{note[0].upper()}{note[1:]}." for note in results["notes"]),
-        in_words(results["machine"]),
+        *remarks(results),
     ]
     headings = ["preset", "path", "time", "range", "tokens/s", "limit", "of limit", "peak"]
     show_table(console, "Reading a prompt", headings, cells, notes)

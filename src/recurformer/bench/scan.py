@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recurformer.bench.common import bytes_text, in_words, machine, milliseconds, show_table
+from recurformer.bench.common import (
+    bytes_text,
+    check_choice,
+    check_counts,
+    in_words,
+    machine,
+    milliseconds,
+    remarks,
+    show_table,
+)
 from recurformer.bench.memory import peak_memory
 from recurformer.config import ModelConfig, suggest
 from recurformer.model import LanguageModel
@@ -65,19 +74,12 @@ class ScanSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(self, "batch_size", "repeats", "threads", "peer_repeats")
         if self.warmup < 0:
             raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
-        for name in ("threads", "peer_repeats"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(map(repr, DTYPES))}")
+        check_choice("dtype", self.dtype, DTYPES)
         for path in self.paths:
             if path not in PATHS:
                 raise ValueError(
@@ -306,8 +308,7 @@ def show_scan(results: dict[str, Any], console: Console) -> None:
     notes = [
         f"{_shape(s)}.",
         f"Milliseconds: medians of {s['repeats']} after {s['warmup']} to warm up. Speed is against the reference.",
-        *(f"{note[0].upper()}{note[1:]}." for note in results["notes"]),
-        in_words(results["machine"]),
+        *remarks(results),
     ]
     headings = ["N", "path", "forward", "backward", "total", "tokens/s", "peak", "speed"]
     show_table(console, "Recurrent layers under each scan, beside standard ones", headings, cells, notes)

@@ -136,15 +136,3 @@ def copy_bandwidth(device: torch.device, repeats: int = 10) -> float:
     size = COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / time_runs(lambda _: lambda: target.copy_(source), device, repeats, warmup=2).median
-
-
-def check_counts(settings: Any, *names: str) -> None:
-    """Raise ValueError where a setting, or one of several, is below 1."""
-    for name in names:
-        value = getattr(settings, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if not values:
-            raise ValueError(f"{name} is empty; give at least one")
-        for number in values:
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}; it must be at least 1")

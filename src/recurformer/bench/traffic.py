@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from recurformer.bench.common import bytes_text, in_words, machine, show_table
-from recurformer.bench.timing import check_counts
+from recurformer.bench.common import bytes_text, check_choice, check_counts, in_words, record, show_table
 from recurformer.scan import SCANS
 from recurformer.scan.schedule import Schedule, attention_traffic, naive_schedule
 
@@ -50,10 +49,7 @@ class TrafficSettings:
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
-        for name in ("batch_size", "n_heads", "head_dim", "element_bytes", "n_kv_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_counts(self, "batch_size", "n_heads", "head_dim", "element_bytes", "n_kv_heads")
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
 
@@ -106,8 +102,7 @@ class MeasureSettings:
             raise ValueError(f"lengths are {self.lengths}; a fit of three terms needs at least four different ones")
         if self.scan not in SCANS:
             raise ValueError(f"there is no scan {self.scan!r}; choose among {', '.join(map(repr, SCANS))}")
-        if self.replay not in REPLAYS:
-            raise ValueError(f"replay is {self.replay!r}; choose one of {', '.join(map(repr, REPLAYS))}")
+        check_choice("replay", self.replay, REPLAYS)
 
 
 class Fit(NamedTuple):
@@ -158,13 +153,8 @@ def measure_traffic(
     fits = {name: fit(lengths, [row["measured_bytes"] for row in rows], growth) for name, growth in GROWTHS.items()}
     for row, fitted in zip(rows, fits["n_log_n"].fitted, strict=True):
         row["fitted_bytes"] = fitted
-    return {
-        "benchmark": "traffic-measured",
-        "settings": asdict(s),
-        "machine": machine(),
-        "rows": rows,
-        "fits": {name: {"coefficients": f.coefficients, "residual": f.residual} for name, f in fits.items()},
-    }
+    fitted = {name: {"coefficients": f.coefficients, "residual": f.residual} for name, f in fits.items()}
+    return record("traffic-measured", s, rows, fits=fitted)
 
 
 def profile(ncu: str, s: MeasureSettings, length: int) -> float:

@@ -6,12 +6,12 @@ import io
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recurformer.bench.common import machine, show_table
+from recurformer.bench.common import check_counts, record, show_table
 from recurformer.config import LayerKind, ModelConfig, Position
 from recurformer.model import LanguageModel
 from recurformer.tasks.generators import make_task
@@ -70,9 +70,7 @@ class HybridSettings:
     scan: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "length", "batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_counts(self, "n_layers", "length", "batch_size", "steps")
         unknown = set(self.only) - set(placements(self.n_layers))
         if unknown or not self.seeds:
             raise ValueError(
@@ -140,7 +138,7 @@ def run_hybrids(
                 row["accuracy"] = accuracy(model, task, s.length, seed=TEST_SEED)
                 row["accuracy_4x"] = accuracy(model, task, 4 * s.length, seed=TEST_SEED + 1)
             rows.append(row)
-    return {"benchmark": "hybrids", "settings": asdict(s), "machine": machine(), "rows": rows}
+    return record("hybrids", s, rows)
 
 
 def _train(model: LanguageModel, settings: HybridSettings, seed: int, report: Callable[[int, float], None]):
@@ -157,7 +155,7 @@ def _train(model: LanguageModel, settings: HybridSettings, seed: int, report: Ca
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each placement, the Transformer first: means over seeds."""
+    """One entry for each placement, the Transformer first: means over seeds, and the least and greatest values."""
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         grouped.setdefault((row["layers"], row["times"]), []).append(row)
@@ -166,7 +164,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "layers": layers, "times": times,
             **{key: statistics.fmean(row[key] for row in rows) for key in numbers},
-            "losses": [row["loss"] for row in rows],
+            **{f"{key}_range": (min(row[key] for row in rows), max(row[key] for row in rows)) for key in numbers},
         }
         for (layers, times), rows in sorted(grouped.items(), key=lambda item: ("R" in item[0][0], item[0][1] > 1))
     ]  # fmt: skip
@@ -199,7 +197,7 @@ def show_hybrids(results: dict[str, Any], console: Console) -> None:
 
 
 def draw_hybrids(results: dict[str, Any]) -> bytes:
-    """Loss against cost, one mark for each placement; a PNG."""
+    """Loss on text, or accuracy beyond the training length, against cost; one mark for each placement; a PNG."""
     import matplotlib
 
     from recurformer.report import COLOURS
@@ -208,23 +206,25 @@ def draw_hybrids(results: dict[str, Any]) -> bytes:
     from matplotlib import pyplot as plt
 
     s, entries = results["settings"], summary(results)
-    base = entries[0]["cost_s"]
+    base, what = entries[0]["cost_s"], "loss" if s["on"] == TEXT else "accuracy_4x"
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for n, (bottom, label, marker) in enumerate(
         (("R", "first layer recurrent", "o"), ("S", "first layer standard", "s"), ("", "Transformer", "^"))
     ):
         chosen = [e for e in entries if (e["layers"][0] if "R" in e["layers"] else "") == bottom]
         x = [e["cost_s"] / base for e in chosen]
-        axes.plot(
-            x, [e["loss"] for e in chosen], marker, color=COLOURS[n], label=label,
-            linestyle=":" if bottom == "" else "none", markersize=7,
+        y = [e[what] for e in chosen]
+        spread = [[abs(e[f"{what}_range"][end] - e[what]) for e in chosen] for end in (0, 1)]
+        axes.errorbar(
+            x, y, spread if len(s["seeds"]) > 1 else None, fmt=marker, color=COLOURS[n], label=label,
+            linestyle=":" if bottom == "" else "none", markersize=7, elinewidth=1, capsize=3,
         )  # fmt: skip
         for e, at in zip(chosen, x, strict=True):
             text = e["layers"] if e["times"] == 1 else f"{e['times']}x steps"
-            axes.annotate(text, (at, e["loss"]), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=60)
+            axes.annotate(text, (at, e[what]), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=60)
     axes.margins(y=0.15)  # room for the names
     axes.set_xlabel("training time / the Transformer's")
-    axes.set_ylabel("held-out loss (nats a byte)" if s["on"] == TEXT else "training loss (nats an answer)")
+    axes.set_ylabel("held-out loss (nats a byte)" if s["on"] == TEXT else f"accuracy at length {4 * s['length']}")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -32,6 +32,7 @@ def fit(
     schedule: ScheduleConfig,
     optimizer: OptimizerConfig | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    limit_s: float | None = None,
 ) -> Fit:
     """Train a model in place.
 
@@ -41,13 +42,16 @@ def fit(
         schedule: steps and how the learning rate goes.
         optimizer: AdamW's numbers; None: the defaults of a training run.
         report: called after each step with its number, from 1, and its loss.
+        limit_s: seconds after which training ends. Where they run out before the steps do, steps are passed over so
+            that the schedule ends with the time: `batch` and `report` get the numbers of those that are made.
     """
     optimizer = OptimizerConfig() if optimizer is None else optimizer
     adam, result, began = make_optimizer(model, optimizer), Fit(), time.perf_counter()
     model.train()
-    for step in range(schedule.steps):
+    step = 0
+    while step < schedule.steps:
         tokens, targets = batch(step)
-        loss = model(tokens, targets, return_logits=False, validate=step == 0).loss
+        loss = model(tokens, targets, return_logits=False, validate=not result.losses).loss
         assert loss is not None
         adam.zero_grad()
         loss.backward()
@@ -60,6 +64,9 @@ def fit(
         result.losses.append(loss.item())
         result.gradient_norms.append(norm.item())
         report(step + 1, result.losses[-1])
+        step += 1
+        if limit_s is not None:
+            step = max(step, int(schedule.steps * (time.perf_counter() - began) / limit_s))
     result.seconds = time.perf_counter() - began
     model.eval()
     return result

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CHUNK = 64  # positions of a chunk up to N = 1024, twice as many behind that
 LEAF, LEAF_BACKWARD = 8, 16  # positions of a leaf
 KEEP_PART = 4  # save="auto" keeps queries and pairs if those of a whole model take at most this part of the memory
+SAVES = ("auto", "minimal", "pairs", "all")
 MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
 CAPABILITY = (8, 0)  # of the GPU, from Ampere on
 EARLY_CAPABILITY = (9, 0)  # from which a kernel can be started before the one ahead of it has ended
@@ -110,7 +111,7 @@ def stack_scan(
         chunk: C, a power of two: positions between two pulls, by which a layer is behind the one below; None: by N.
         leaf: S, a power of two up to C, positions that read each other directly; None: what was found to be fast.
         save: what the forward keeps for the backward besides inputs, outputs and attention outputs: "minimal"
-            (nothing), "all" (queries and pairs) or "auto", by memory.
+            (nothing), "pairs" (queries and pairs), "all" (and the MLP's inner values) or "auto", by memory.
 
     Returns:
         z (B, N, D), and a pair of keys and values (B, G, N, K) for each layer.
@@ -122,8 +123,8 @@ def stack_scan(
     reason = obstacle(first.config, x.device, first.compute_dtype)
     if reason is not None:
         raise ValueError(f"the fused scan can't run: {reason}")
-    if save not in ("auto", "minimal", "all"):
-        raise ValueError(f"save is {save!r}; choose 'auto', 'minimal' or 'all'")
+    if save not in SAVES:
+        raise ValueError(f"save is {save!r}; choose one of {', '.join(map(repr, SAVES))}")
     from recurformer.scan.fused.engine import Shape
 
     B, N, _ = x.shape
@@ -138,19 +139,35 @@ def stack_scan(
     tensors = [getattr(layer, name) for layer in layers for name in names]
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     if save == "auto" and differentiable:
-        pairs = B * N * (config.n_heads + 2 * config.kv_heads) * config.head_width * first.compute_dtype.itemsize
-        total = torch.cuda.get_device_properties(x.device).total_memory if x.device.type == "cuda" else 2**36
-        save = "all" if config.n_layers * pairs <= total // KEEP_PART else "minimal"
+        save = affordable(config, B * N * first.compute_dtype.itemsize, x.device)
     segmented = layout.valid is not None or layout.documents is not None
     shape = Shape(
         replace(config, n_layers=1, layers="recurrent", vocab_size=1, vocab_multiple=1, residual_scale="none"),
         len(layers), B, chunk, S, R, first.compute_dtype, x.device, segmented, differentiable,
-        config.branch_scale, precision(x.device),
+        differentiable and save == "all", config.branch_scale, precision(x.device),
     )  # fmt: skip
-    call = Call(shape, layout, list(past) if past is not None else [None] * len(layers), save == "all", names, config)
+    call = Call(
+        shape, layout, list(past) if past is not None else [None] * len(layers), save != "minimal", names, config
+    )
     with torch.cuda.device_of(x):  # kernels and graphs go to the current device
         z, keys, values = StackScan.apply(x, call, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
     return z, list(zip(keys, values, strict=True))
+
+
+def affordable(config: ModelConfig, row: int, device: torch.device) -> str:
+    """The most that may be kept: what takes at most a part of the device's memory in all recurrent layers of a model.
+
+    Args:
+        row: bytes of one value at every position.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**36
+    pairs = (config.n_heads + 2 * config.kv_heads) * config.head_width
+    inner = config.mlp_width * (2 if config.activation == "swiglu" else 1)
+    layers = config.layer_kinds.count("recurrent")
+    for save, width in (("all", pairs + inner), ("pairs", pairs)):
+        if layers * row * width <= total // KEEP_PART:
+            return save
+    return "minimal"
 
 
 def precision(device: torch.device) -> tuple[Any, ...]:
@@ -205,13 +222,17 @@ class Call:
         return -(-self.layout.length // self.shape.C) * self.shape.C
 
     def empty(self, name: str) -> Tensor:
-        """An N-long tensor: q, a or ga (L, N, B, H K), kv (L, P + N, B, 2 G K), lse or delta (L, N, B, H)."""
+        """An N-long tensor: q, a or ga (L, N, B, H K), kv (L, P + N, B, 2 G K), lse or delta (L, N, B, H), or up.
+
+        up is (L, N, B, U), U = F or 2 F.
+        """
         shape, config, P = self.shape, self.config, self.layout.past
         H, G, K = config.n_heads, config.kv_heads, config.head_width
         length, width, dtype = {
             "q": (self.whole, H * K, shape.dtype), "a": (self.whole, H * K, shape.dtype),
             "ga": (self.whole, H * K, shape.dtype), "kv": (P + self.whole, 2 * G * K, shape.dtype),
             "lse": (self.whole, H, torch.float32), "delta": (self.whole, H, torch.float32),
+            "up": (self.whole, config.mlp_width * (2 if config.activation == "swiglu" else 1), shape.dtype),
         }[name]  # fmt: skip
         return torch.empty(shape.L, length, shape.B, width, dtype=dtype, device=shape.device)
 
@@ -300,6 +321,8 @@ class StackScan(torch.autograd.Function):
         z = torch.empty(shape.L, B, N, D, dtype=torch.float32, device=x.device)
         q, kv = call.empty("q"), call.new_pairs()
         kept = {"A": call.empty("a"), "LSE": call.empty("lse")} if shape.keep else {}
+        if shape.inner:
+            kept["UP"] = call.empty("up")
         entries = Entries(call, x, Z=z, Q=q, KV=kv, **kept)
         with LOCK:
             engine = engine_of(shape)
@@ -314,8 +337,9 @@ class StackScan(torch.autograd.Function):
             # Outputs of the inner layers belong to this function alone; the last one's are what it returns.
             inner = z[:-1] if shape.L > 1 else None
             ctx.save_for_backward(
-                x, inner, z[-1], kept["A"], kept["LSE"], *((q, kv) if call.keep else (None, None)), *tensors
-            )
+                x, inner, z[-1], kept["A"], kept["LSE"], kept.get("UP"), *((q, kv) if call.keep else (None, None)),
+                *tensors,
+            )  # fmt: skip
         ctx.call = call
         ctx.mark_non_differentiable(keys, values)
         ctx.set_materialize_grads(False)
@@ -338,14 +362,14 @@ class StackScan(torch.autograd.Function):
         """What `backward` returns, given the gradient of the last layer's outputs."""
         from recurformer.scan.fused.engine import engine_of
 
-        x, inner, z, a, lse, q, kv, *tensors = ctx.saved_tensors
+        x, inner, z, a, lse, up, q, kv, *tensors = ctx.saved_tensors
         shape, layout = call.shape, call.layout
         if inner is not None:
             z = torch.cat([inner, z[None]])
         engine = engine_of(shape)
         engine.load(call.layers(tensors), layout.slopes)
         steps = call.whole // shape.C + shape.L - 1
-        entries = Entries(call, x, Z=z, A=a, LSE=lse)
+        entries = Entries(call, x, Z=z, A=a, LSE=lse, **({} if up is None else {"UP": up}))
         _ = engine.backward_buffers
         if q is None:
             q, kv = call.empty("q"), call.new_pairs()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from recurformer.config import ModelConfig
 from recurformer.scan.fused import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS
@@ -27,11 +28,13 @@ kernels: Any = triton_kernels  # the types of a launch are Triton's to check, wh
 
 ENGINES = 4  # kept with their buffers and graphs; the least recently used one goes
 RECEIVE = (2, 1, 2)  # heads, warps and rows at a time of the backward's kernel that reads a leaf
-LEAF_WARPS = 512  # elements of half a row of heads for each 4 warps of the forward's
-ACTIVATED = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with a fused activation
+ATTEND = (2, 1)  # key-value heads and warps of the forward's
+WIDE_TILE = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with the activation
+TILE = {"BM": 128, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 5}  # other products of one position
+OWN_DEPTH = 1024  # inner dimension up to which our kernel, which starts early, is faster than the library's
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
-ROOMY = 140 * 1024  # bytes of shared memory a block from which ACTIVATED fits as it is
-FULL = 0.75  # of the GPU's processors at work, on average over a few waves of blocks, from which ACTIVATED pays
+ROOMY = 140 * 1024  # bytes of shared memory a block from which tiles fit as they are
+FULL = 0.75  # of the GPU's processors at work, on average over a few waves of blocks, from which ours pay
 THIN = 16  # rows up to which a product is bound by reading its weights
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
@@ -50,6 +53,7 @@ class Shape:
     device: torch.device
     segments: bool  # padding or documents
     keep: bool  # attention outputs and log-sum-exps, for a backward
+    inner: bool  # and the MLP's inner values
     branch_scale: float
     products: tuple[Any, ...] = ()  # PyTorch's precision settings, which a recorded product keeps
 
@@ -91,14 +95,13 @@ class Engine:
         self.centred, self.rope = config.norm == "layer", config.position == "rope"
         self.alibi = config.position == "alibi"
         self.on_gpu = shape.device.type == "cuda"
-        self.activated = dict(ACTIVATED)
+        self.roomy = True
         self.early, self.multiprocessors = False, 1
         if self.on_gpu:
             self.side = torch.cuda.Stream(shape.device)
             self.multiprocessors = torch.cuda.get_device_properties(shape.device).multi_processor_count
             self.early = torch.cuda.get_device_capability(shape.device) >= EARLY_CAPABILITY
-            if torch.cuda.get_device_properties(shape.device).shared_memory_per_block_optin < ROOMY:
-                self.activated["num_stages"] = 2
+            self.roomy = torch.cuda.get_device_properties(shape.device).shared_memory_per_block_optin >= ROOMY
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
 
         self.table = self.fresh(kernels.SLOTS, dtype=torch.int64).zero_()
@@ -118,7 +121,6 @@ class Engine:
             "KB": triton.next_power_of_2((K + 1) // 2),
         }  # fmt: skip
         self.warps = 4 if D <= 1024 else 8
-        self.leaf_warps = 4 * max(1, min(4, self.blocks["GB"] * self.blocks["KB"] // LEAF_WARPS))
         self.parts = min(PARTS, shape.C * shape.B)
         self.schedule = Schedule(shape.C, 0, None, shape.S)
         self.mirror = Schedule(shape.C, 0, None, shape.R)
@@ -211,11 +213,54 @@ class Engine:
                 BN=bn, BK=128, num_warps=4, num_stages=4,
             )  # fmt: skip
             return
+        if rows == self.shape.B and self.own_products and a.shape[2] <= OWN_DEPTH:
+            self.product_tiled(a, weight, out, transposed)
+            return
         weight = weight.transpose(1, 2) if transposed else weight
         if L == 1:
             torch.mm(a[0], weight[0], out=out[0])
         else:
             torch.bmm(a, weight, out=out)
+
+    @property
+    def own_products(self) -> bool:
+        """Whether kernels of ours may pay for a position's products: from Hopper on, and where one sees them."""
+        return self.describable and (self.early or not self.on_gpu)
+
+    @property
+    def describable(self) -> bool:
+        """Whether the products' rows begin at multiples of 16 bytes, as descriptors of tensors ask for."""
+        widths = (self.D, self.F, self.H * self.K, self.G * self.K)
+        return self.shape.dtype.itemsize == 2 and all(width % 8 == 0 for width in widths)
+
+    def product_tiled(
+        self, a: Tensor, weight: Tensor, out: Tensor, transposed: bool, kind: int = -1, up: Tensor | None = None,
+        r: int = 0,
+    ) -> None:  # fmt: skip
+        """`product` by a kernel of ours.
+
+        With an activation `kind`: GELU after it, or its slope at up (L, n, out), or at what is kept of position r of
+        the chunk.
+        """
+        L, rows, width = out.shape
+        tile = self.tile(kind >= 0)
+        bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
+        up = out if up is None else up
+        kernels.product_tiled[(triton.cdiv(width, bn), triton.cdiv(rows, bm), L)](
+            self.table, TensorDescriptor.from_tensor(a, [1, bm, bk]),
+            TensorDescriptor.from_tensor(weight, [1, bn, bk] if transposed else [1, bk, bn]),
+            out, self.w.up_bias, up, r, rows, out.stride(0), up.stride(0), **self.size, IN=a.shape[2], OUT=width,
+            KIND=kind, BIAS=self.shape.config.mlp_bias and kind >= 0,
+            KEEP=self.shape.inner and kind >= 0, BACKWARD=not transposed, **tile, **self.soon,
+        )  # fmt: skip
+
+    def tile(self, wide: bool) -> dict[str, int]:
+        """Block sizes and the like of `product_tiled`."""
+        found = dict(WIDE_TILE if wide else TILE)
+        found["BM"] = min(found["BM"], max(16, triton.next_power_of_2(self.shape.B)))
+        if not self.roomy:
+            found["num_stages"] = 2
+        return found
 
     def accumulate(self, total: Tensor, g: Tensor, h: Tensor) -> None:
         """total += g^T h in float32: g (L, n, out), h (L, n, in)."""
@@ -306,6 +351,7 @@ class Engine:
             kernels.absorb[(B * self.H, triton.cdiv(queries, bm), L)](
                 self.table, b["m"], b["l"], b["acc"], w.slopes, q0, queries, k0, keys, B, scale, **self.size,
                 **self.attention, **self.dots, BM=bm, BN=bn, PULL=pull, num_warps=warps,
+                **(self.soon if not pull else {"EARLY": False}),
             )  # fmt: skip
 
         absorb(0, C, 0, 0, True)
@@ -336,11 +382,13 @@ class Engine:
         s = shape.branch_scale
         row = {"D": self.D, "DB": k["DB"], "CENTRED": self.centred, "num_warps": self.warps}
         new = r % shape.S > 0  # position r - 1 belongs to the same leaf
-        kernels.attend[(B, L)](
+        heads, warps = min(ATTEND[0], k["GB"]), ATTEND[1]
+        kernels.attend[(B * triton.cdiv(self.G, heads), L)](
             self.table, b["kv"], w.k_norm, w.kv_bias, b["m"], b["l"], b["acc"], w.slopes, b["a"], b["lse"], r, B,
-            self.K**-0.5, self.eps, **self.size, S=shape.S, H=self.H, **self.heads, NORM=self.norm, NEW=new,
-            KEEP=shape.keep, ALIBI=self.alibi, SEGMENTS=shape.segments, num_warps=self.leaf_warps,
-            **(self.soon if new else {"EARLY": False}),
+            self.K**-0.5, self.eps, **self.size, S=shape.S, H=self.H, G=self.G, K=self.K, KB=k["KB"], HP=heads,
+            WB=triton.next_power_of_2(self.G * self.K), NORM=self.norm, CENTRED=self.centred, ROPE=self.rope,
+            BIAS=config.attention_bias, NEW=new, KEEP=shape.keep, ALIBI=self.alibi, SEGMENTS=shape.segments,
+            num_warps=warps, **self.soon,
         )  # fmt: skip
         self.product(b["a"][:, r], w.o, b["branch"])
         kernels.attended_rows[(B, 1, L)](
@@ -348,10 +396,10 @@ class Engine:
             **row, BIAS=config.attention_bias, REVERSE=False, **self.soon,
         )  # fmt: skip
         if self.fused_activation:
-            self.product_activated(b["h"], w.up, b["up"], b["inner"], False)
+            self.product_tiled(b["h"], w.up, b["inner"], True, self.kind, r=r)
         else:
             self.product(b["h"], w.up, b["up"])
-            self.activate(b["up"], b["inner"], B)
+            self.activate(b["up"], b["inner"], r, B, keep=shape.inner)
         self.product(b["inner"], w.down, b["branch"])
         kernels.finished_rows[(B, L)](
             self.table, b["branch"], w.down_bias, w.attention_norm, b["y"], b["h"], r, B, s, self.eps,
@@ -359,12 +407,16 @@ class Engine:
         )  # fmt: skip
         self.product(b["h"], w.kv, b["kv"])
 
-    def activate(self, up: Tensor, inner: Tensor, rows: int) -> None:
-        """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width)."""
+    def activate(self, up: Tensor, inner: Tensor, r: int, rows: int, keep: bool = False, kept: bool = False) -> None:
+        """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width), from position r of the chunk on.
+
+        keep: keep up for the backward; kept: take what the forward has kept in its place.
+        """
         F, FB = self.F, min(2048, triton.next_power_of_2(self.F))
         kernels.activate_rows[(rows, triton.cdiv(F, FB), self.shape.L)](
-            up, self.w.up_bias, inner, rows, up.stride(0), inner.stride(0), F=F, FB=FB, KIND=self.kind,
-            BIAS=self.shape.config.mlp_bias, num_warps=8 if FB > 1024 else 4, **self.soon,
+            self.table, up, self.w.up_bias, inner, r, rows, up.stride(0), inner.stride(0), self.shape.B, **self.size,
+            F=F, FB=FB, KIND=self.kind, BIAS=self.shape.config.mlp_bias, KEEP=keep, KEPT=kept,
+            num_warps=8 if FB > 1024 else 4, **self.soon,
         )  # fmt: skip
 
     @property
@@ -373,26 +425,12 @@ class Engine:
 
         Library products are better in float32, and where blocks of one size would leave a quarter of the GPU idle.
         """
-        if self.kind == 2 or self.shape.dtype.itemsize == 4:
+        if self.kind == 2 or not self.describable:
             return False
-        options = self.activation_blocks
-        blocks = self.shape.L * triton.cdiv(self.F, options["BN"]) * triton.cdiv(self.shape.B, options["BM"])
+        tile = self.tile(True)
+        blocks = self.shape.L * triton.cdiv(self.F, tile["BN"]) * triton.cdiv(self.shape.B, tile["BM"])
         rounds = triton.cdiv(blocks, self.multiprocessors)
         return rounds > 4 or blocks >= FULL * rounds * self.multiprocessors or self.shape.B <= THIN
-
-    @property
-    def activation_blocks(self) -> dict[str, int]:
-        return {**self.activated, "BM": min(ACTIVATED["BM"], max(16, triton.next_power_of_2(self.shape.B)))}
-
-    def product_activated(self, a: Tensor, weight: Tensor, up: Tensor, out: Tensor, backward: bool) -> None:
-        """GELU after the product with `up`, or its slope after the backward's product with `down`; (L, B, ...)."""
-        L, B = self.shape.L, self.shape.B
-        w_in, w_out = (weight.stride(1), 1) if backward else (1, weight.stride(1))
-        options = self.activation_blocks
-        kernels.product_activated[(triton.cdiv(self.F, options["BN"]), triton.cdiv(B, options["BM"]), L)](
-            a, weight, self.w.up_bias, up, out, B, a.stride(0), up.stride(0), out.stride(0), w_in, w_out, IN=self.D,
-            F=self.F, KIND=self.kind, BIAS=self.shape.config.mlp_bias, BACKWARD=backward, **options, **self.soon,
-        )  # fmt: skip
 
     # --- backward ---
 
@@ -407,12 +445,13 @@ class Engine:
         return {
             # of the forward, made again
             "h_x": chunk(D), "h_z": chunk(D), "h_y": chunk(D), "qkv": chunk((H + 2 * G) * K), "k_raw": chunk(G * K),
-            "tmp": chunk(2 * G * K), "a": chunk(H * K), "branch": chunk(D), "y": chunk(D, f32), "up": chunk(U),
-            "inner": chunk(F),
+            "tmp": chunk(2 * G * K), "a": chunk(H * K), "branch": chunk(D), "y": chunk(D, f32),
+            "up": self.fresh(L, C if not self.shape.inner else 0, B, U), "inner": chunk(F),
             # gradients that the loop makes
             "gkv": chunk(2 * G * K, f32), "g_pair": chunk(2 * G * K), "g_key": chunk(G * K), "g_hz": chunk(D),
             "gz": self.fresh(L, B, D, dtype=f32), "sgz": chunk(D), "g_inner": self.fresh(L, B, F), "g_up": chunk(U),
-            "g_hy": chunk(D), "gy": chunk(D, f32), "sgy": chunk(D), "ga": chunk(H * K), "delta": chunk(H, f32),
+            "g_hy": self.fresh(L, B, D), "gy": chunk(D, f32), "sgy": chunk(D), "ga": chunk(H * K),
+            "delta": chunk(H, f32),
             # and what is made of them
             "gq": chunk(H * K), "g_own": chunk(2 * H * K), "g_raw": chunk((H + 2 * G) * K),
             "g_normed": chunk((H + 2 * G) * K), "g_hx": chunk(D),
@@ -480,8 +519,9 @@ class Engine:
             self.table, b["branch"], w.o_bias, w.mlp_norm, b["y"], b["h_y"], 0, C, B, shape.branch_scale, self.eps,
             **self.size, **row, BIAS=config.attention_bias, REVERSE=True, EARLY=False,
         )  # fmt: skip
-        self.product(b["h_y"].flatten(1, 2), w.up, b["up"].flatten(1, 2))
-        self.activate(b["up"], b["inner"], C * B)
+        if not shape.inner:
+            self.product(b["h_y"].flatten(1, 2), w.up, b["up"].flatten(1, 2))
+        self.activate(b["up"], b["inner"], 0, C * B, kept=shape.inner)
         self.keys_receive(0, 0, 0, C, True)
 
         # One by one, from the last: data gradients alone.
@@ -534,15 +574,16 @@ class Engine:
             self.eps, **self.size, **row, **self.soon,
         )  # fmt: skip
         if self.fused_activation:
-            self.product_activated(b["sgz"][:, r], w.down, b["up"][:, r], b["g_up"][:, r], True)
+            up = None if shape.inner else b["up"][:, r]
+            self.product_tiled(b["sgz"][:, r], w.down, b["g_up"][:, r], False, self.kind, up=up, r=r)
         else:
             self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
             FB = min(2048, triton.next_power_of_2(self.F))
             kernels.activation_gradient[(B, triton.cdiv(self.F, FB), L)](
                 self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, B, **self.size, F=self.F, FB=FB,
-                KIND=self.kind, BIAS=config.mlp_bias, num_warps=8 if FB > 1024 else 4, **self.soon,
+                KIND=self.kind, BIAS=config.mlp_bias, KEPT=shape.inner, num_warps=8 if FB > 1024 else 4, **self.soon,
             )  # fmt: skip
-        self.product(b["g_up"][:, r], w.up, b["g_hy"][:, r], transposed=False)
+        self.product(b["g_up"][:, r], w.up, b["g_hy"], transposed=False)
         kernels.attended_gradient[(B, L)](
             self.table, b["y"], b["g_hy"], w.mlp_norm, b["gz"], b["gy"], b["sgy"], g["mlp_norm"], r, B, s, self.eps,
             **self.size, **row, **self.soon,

@@ -8,24 +8,24 @@ itself is L = 1. What a call owns, inputs, outputs and N-long tensors, is reache
 in device memory, so that one CUDA graph of a chunk serves every chunk, every call and every N. What lives for a chunk
 lies in fixed buffers, (L, C, B, ...), r naming a position inside the chunk.
 
-Rows of activations are (position, batch): q, a and ga (L, N, B, H K), pairs (L, P + N, B, 2 G K) with keys first, x and
-z (B, N, D) float32. The slot of a pair holds its temporary pair until the position is reached. Norm statistics, softmax
-and sums are float32, offsets 64 bits.
+Rows of activations are (position, batch): q, a and ga (L, N, B, H K), pairs (L, P + N, B, 2 G K) with keys first, the
+MLP's inner values where they are kept (L, N, B, U), x and z (B, N, D) float32. The slot of a pair holds its temporary
+pair until the position is reached. Norm statistics, softmax and sums are float32, offsets 64 bits.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Slots of the table.
 STEP, LENGTH, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # w, N, P
 X, Z, Q, KV, A, LSE = (tl.constexpr(slot) for slot in range(3, 9))
 POSITIONS, QUERY_SEGMENTS, KEY_SEGMENTS, FIRST, LAST = (tl.constexpr(slot) for slot in range(9, 14))
 COS, SIN, ROTATION_STRIDE = tl.constexpr(14), tl.constexpr(15), tl.constexpr(16)
-GZ, GX, GA, DELTA = (tl.constexpr(slot) for slot in range(17, 21))
-SLOTS = 21
+GZ, GX, GA, DELTA, UP = (tl.constexpr(slot) for slot in range(17, 22))
+SLOTS = 22
 
 NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, so that the state of nothing makes no NaN
 
@@ -37,11 +37,11 @@ NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, so that the state
 def await_kernel(EARLY: tl.constexpr):
     """What follows may read what the kernel before writes. EARLY: this one was started before that one had ended.
 
-    Ahead of it, weights are read, and what was written before that kernel began: it may itself have begun early, so
-    what the last two of such kernels write is not there yet.
+    Ahead of it, weights are read, and what kernels before that one have written. The next one may start from here on.
     """
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -95,8 +95,9 @@ def norm_gradient(g, xhat, rstd, mask, width: tl.constexpr, CENTRED: tl.constexp
 
 
 @triton.jit
-def norm_row_gradient(g_at, total_at, xhat, rstd, weight, mask, width: tl.constexpr, CENTRED: tl.constexpr,
-                      EARLY: tl.constexpr):  # fmt: skip
+def norm_row_gradient(
+    g_at, total_at, xhat, rstd, weight, mask, width: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Gradient of a norm's input from that of its output at g_at, which the kernel ahead writes.
 
     That of its weight is added to the sums at total_at, which no kernel near writes.
@@ -157,17 +158,18 @@ def halves_at(row, heads, K: tl.constexpr, KB: tl.constexpr):
 
 
 @triton.jit
-def half_masks(heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr):
-    h, c = tl.arange(0, HB)[:, None], tl.arange(0, KB)[None, :]
+def half_masks(h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
+    """Which of the heads h, of `heads` there are, and which columns of their halves exist."""
+    c = tl.arange(0, KB)[None, :]
     half: tl.constexpr = (K + 1) // 2
-    return (h < heads) & (c < half), (h < heads) & (c + half < K)
+    return (h < heads)[:, None] & (c < half), (h < heads)[:, None] & (c + half < K)
 
 
 @triton.jit
-def two_halves(row, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr):
-    """Addresses and masks of both halves of a row's heads."""
-    first, second = halves_at(row, tl.arange(0, HB), K, KB)
-    in_first, in_second = half_masks(heads, K, HB, KB)
+def two_halves(row, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
+    """Addresses and masks of both halves of the heads h of a row."""
+    first, second = halves_at(row, h, K, KB)
+    in_first, in_second = half_masks(h, heads, K, KB)
     return first, second, in_first, in_second
 
 
@@ -190,18 +192,24 @@ def normalised_heads(u1, u2, m1, m2, width: tl.constexpr, eps, FULL: tl.constexp
 
 
 @triton.jit
-def head_weights(weight, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr, FULL: tl.constexpr):
+def head_weights(weight, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, FULL: tl.constexpr):
     """A QK-norm's weight as two halves: of width heads K, or K and shared by the heads."""
-    h, c = tl.arange(0, HB)[:, None], tl.arange(0, KB)[None, :]
-    half: tl.constexpr = (K + 1) // 2
-    own = weight + c
-    if FULL:
-        own = own + h * K
-    else:
-        own = own + h * 0
-    w1 = tl.load(own, mask=(h < heads) & (c < half), other=0.0)
-    w2 = tl.load(own + half, mask=(h < heads) & (c + half < K), other=0.0)
-    return w1, w2
+    p1, p2, m1, m2 = two_halves(weight, h if FULL else h * 0, heads, K, KB)
+    in_heads = (h < heads)[:, None]
+    return tl.load(p1, mask=m1 & in_heads, other=0.0), tl.load(p2, mask=m2 & in_heads, other=0.0)
+
+
+@triton.jit
+def row_statistics(row, bias, width: tl.constexpr, WB: tl.constexpr, eps, CENTRED: tl.constexpr, BIAS: tl.constexpr):
+    """Mean (0 unless CENTRED) and 1 / rms of the centred row."""
+    c = tl.arange(0, WB)
+    mask = c < width
+    u = tl.load(row + c, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        u += tl.load(bias + c, mask=mask, other=0.0)
+    mean = tl.sum(u, 0) / width if CENTRED else 0.0
+    _, rstd = normalised(u, mask, width, eps, CENTRED)
+    return mean, rstd
 
 
 @triton.jit
@@ -217,21 +225,28 @@ def angles(table, b, i, K: tl.constexpr, KB: tl.constexpr):
 
 @triton.jit
 def shaped(
-    table, raw, bias, weight, b, i, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr, eps,
-    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
+    table, raw, bias, weight, b, i, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, eps,
+    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, WB: tl.constexpr,
 ):  # fmt: skip
-    """Heads of a row as the layer makes them: bias, QK-norm (0 none, 1 each head, 2 the whole row), rotation."""
-    p1, p2, m1, m2 = two_halves(raw, heads, K, HB, KB)
+    """Heads h of a row as the layer makes them: bias, QK-norm (0 none, 1 each head, 2 the whole row), rotation.
+
+    WB: 0 when these are all heads of the row; else its width as a power of two, for a norm of the whole row.
+    """
+    p1, p2, m1, m2 = two_halves(raw, h, heads, K, KB)
     u1 = tl.load(p1, mask=m1, other=0.0).to(tl.float32)
     u2 = tl.load(p2, mask=m2, other=0.0).to(tl.float32)
     if BIAS:
-        b1, b2, _, _ = two_halves(bias, heads, K, HB, KB)
+        b1, b2, _, _ = two_halves(bias, h, heads, K, KB)
         u1 += tl.load(b1, mask=m1, other=0.0)
         u2 += tl.load(b2, mask=m2, other=0.0)
     if NORM > 0:
         width: tl.constexpr = heads * K if NORM == 2 else K
-        u1, u2, _ = normalised_heads(u1, u2, m1, m2, width, eps, NORM == 2, CENTRED)
-        w1, w2 = head_weights(weight, heads, K, HB, KB, NORM == 2)
+        if NORM == 2 and WB > 0:
+            mean, rstd = row_statistics(raw, bias, width, WB, eps, CENTRED, BIAS)
+            u1, u2 = (u1 - mean) * rstd, (u2 - mean) * rstd
+        else:
+            u1, u2, _ = normalised_heads(u1, u2, m1, m2, width, eps, NORM == 2, CENTRED)
+        w1, w2 = head_weights(weight, h, heads, K, KB, NORM == 2)
         u1, u2 = u1 * w1, u2 * w2
     if ROPE:
         cos, sin = angles(table, b, i, K, KB)
@@ -250,16 +265,17 @@ def shaped_gradient(
         g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
     n1, n2 = g1, g2
     if NORM > 0:
-        p1, p2, m1, m2 = two_halves(raw, heads, K, HB, KB)
+        h = tl.arange(0, HB)
+        p1, p2, m1, m2 = two_halves(raw, h, heads, K, KB)
         u1 = tl.load(p1, mask=m1, other=0.0).to(tl.float32)
         u2 = tl.load(p2, mask=m2, other=0.0).to(tl.float32)
         if BIAS:
-            b1, b2, _, _ = two_halves(bias, heads, K, HB, KB)
+            b1, b2, _, _ = two_halves(bias, h, heads, K, KB)
             u1 += tl.load(b1, mask=m1, other=0.0)
             u2 += tl.load(b2, mask=m2, other=0.0)
         width: tl.constexpr = heads * K if NORM == 2 else K
         u1, u2, rstd = normalised_heads(u1, u2, m1, m2, width, eps, NORM == 2, CENTRED)
-        w1, w2 = head_weights(weight, heads, K, HB, KB, NORM == 2)
+        w1, w2 = head_weights(weight, h, heads, K, KB, NORM == 2)
         g1, g2 = g1 * w1, g2 * w2
         along = head_sums(g1 * u1, g2 * u2, NORM == 2) / width
         mean = head_sums(g1, g2, NORM == 2) / width
@@ -336,8 +352,9 @@ def inputs_to_heads(
     b_at = bias + l * ((H + 2 * G) * K)
     if QUERIES:
         q_w = q_weight + l * (H * K if NORM == 2 else K)
-        u1, u2, m1, m2 = shaped(table, at, b_at, q_w, b, i, H, K, HB, KB, eps, NORM, CENTRED, ROPE, BIAS)
-        p1, p2, _, _ = two_halves(pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K), H, K, HB, KB)
+        h = tl.arange(0, HB)
+        u1, u2, m1, m2 = shaped(table, at, b_at, q_w, b, i, h, H, K, KB, eps, NORM, CENTRED, ROPE, BIAS, 0)
+        p1, p2, _, _ = two_halves(pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K), h, H, K, KB)
         tl.store(p1, u1.to(dtype), mask=m1)
         tl.store(p2, u2.to(dtype), mask=m2)
     if TEMPORARY > 0:
@@ -347,27 +364,28 @@ def inputs_to_heads(
         else:
             to = tmp + ((l * C + r) * B + b) * (2 * G * K)
         k_w = k_weight + l * (G * K if NORM == 2 else K)
-        k1, k2, v1, v2 = pair_halves(table, at + H * K, b_at + H * K, k_w, b, i, eps, G, K, GB, KB, NORM, CENTRED, ROPE,
-                                     BIAS)  # fmt: skip
-        store_halves(to, k1, k2, G, K, GB, KB)
-        store_halves(to + G * K, v1, v2, G, K, GB, KB)
+        g = tl.arange(0, GB)
+        k1, k2, v1, v2 = pair_halves(table, at + H * K, b_at + H * K, k_w, b, i, g, eps, G, K, KB, NORM, CENTRED, ROPE,
+                                     BIAS, 0)  # fmt: skip
+        store_halves(to, k1, k2, g, G, K, KB)
+        store_halves(to + G * K, v1, v2, g, G, K, KB)
 
 
 @triton.jit
 def pair_halves(
-    table, raw, bias, weight, b, i, eps, G: tl.constexpr, K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr,
-    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
+    table, raw, bias, weight, b, i, g, eps, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr,
+    CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, WB: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of one pair's key and value in raw's dtype, from raw (2 G K)."""
+    """Both halves of one pair's keys and values g in raw's dtype, from raw (2 G K); WB as for `shaped`."""
     dtype = raw.dtype.element_ty
-    k1, k2, _, _ = shaped(table, raw, bias, weight, b, i, G, K, GB, KB, eps, NORM, CENTRED, ROPE, BIAS)
-    v1, v2, _, _ = shaped(table, raw + G * K, bias + G * K, weight, b, i, G, K, GB, KB, eps, 0, CENTRED, False, BIAS)
+    k1, k2, _, _ = shaped(table, raw, bias, weight, b, i, g, G, K, KB, eps, NORM, CENTRED, ROPE, BIAS, WB)
+    v1, v2, _, _ = shaped(table, raw + G * K, bias + G * K, weight, b, i, g, G, K, KB, eps, 0, CENTRED, False, BIAS, 0)
     return k1.to(dtype), k2.to(dtype), v1.to(dtype), v2.to(dtype)
 
 
 @triton.jit
-def store_halves(row, u1, u2, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr):
-    p1, p2, m1, m2 = two_halves(row, heads, K, HB, KB)
+def store_halves(row, u1, u2, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
+    p1, p2, m1, m2 = two_halves(row, h, heads, K, KB)
     tl.store(p1, u1, mask=m1)
     tl.store(p2, u2, mask=m2)
 
@@ -389,9 +407,10 @@ def store_pairs(
     k_w = k_weight + l * (G * K if NORM == 2 else K)
     b_at = bias + l * (2 * G * K)
     await_kernel(EARLY)
-    k1, k2, v1, v2 = pair_halves(table, at, b_at, k_w, b, i, eps, G, K, GB, KB, NORM, CENTRED, ROPE, BIAS)
-    store_halves(to, k1, k2, G, K, GB, KB)
-    store_halves(to + G * K, v1, v2, G, K, GB, KB)
+    g = tl.arange(0, GB)
+    k1, k2, v1, v2 = pair_halves(table, at, b_at, k_w, b, i, g, eps, G, K, KB, NORM, CENTRED, ROPE, BIAS, 0)
+    store_halves(to, k1, k2, g, G, K, KB)
+    store_halves(to + G * K, v1, v2, g, G, K, KB)
 
 
 @triton.jit
@@ -399,6 +418,7 @@ def absorb(
     table, m_state, l_state, acc_state, slopes, q0, queries, k0, keys, B, scale, L: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PULL: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge keys into the running softmax of a chunk's queries q0 ...
 
@@ -421,6 +441,7 @@ def absorb(
     state = ((l * C + r) * B + b) * H + h
     acc_at = acc_state + state[:, None] * K + c[None, :]
     acc_mask = in_q[:, None] & (c < K)[None, :]
+    await_kernel(EARLY)
     if PULL:
         first, last = past * 0, past + start
         if SEGMENTS:
@@ -460,16 +481,18 @@ def absorb(
 @triton.jit
 def attend(
     table, raw, k_weight, bias, m_state, l_state, acc_state, slopes, out, lse_out, r, B, scale, eps, L: tl.constexpr,
-    C: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, GB: tl.constexpr,
-    KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
-    NEW: tl.constexpr, KEEP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, EARLY: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
+    HP: tl.constexpr, WB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr,
+    BIAS: tl.constexpr, NEW: tl.constexpr, KEEP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attention output of position r: its state, its temporary pair in its own slot, and the pairs of its own leaf.
 
     NEW: position r - 1 belongs to the leaf. Its pair is made here, of the products raw (L, B, 2 G K), and stored.
-    out (L, C, B, H K), lse_out (L, C, B, H).
+    out (L, C, B, H K), lse_out (L, C, B, H). A program has HP key-value heads of one sequence.
     """
-    b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    parts: tl.constexpr = (G + HP - 1) // HP
+    b, l = tl.program_id(0).to(tl.int64) // parts, tl.program_id(1).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, False)
     if not active:
         return
@@ -477,10 +500,12 @@ def attend(
     past, n, i = tl.load(table + PAST), tl.load(table + LENGTH), start + r
     q_at = pointer(table, Q, dtype) + ((l * whole + i) * B + b) * (H * K)
     kv = pointer(table, KV, dtype) + ((l * (past + whole) + past + start) * B + b) * (2 * G * K)
-    m1, m2 = half_masks(G, K, GB, KB)
-    g, rows = tl.arange(0, GB), r - r % S + tl.arange(0, S).to(tl.int64)
+    g, rows = (tl.program_id(0) % parts) * HP + tl.arange(0, HP), r - r % S + tl.arange(0, S).to(tl.int64)
+    m1, m2 = half_masks(g, G, K, KB)
     seen = ((rows <= r) & (rows != r - 1))[:, None]
     s1, s2 = m1[None] & seen[:, :, None], m2[None] & seen[:, :, None]
+    if not NEW:
+        await_kernel(EARLY)
     for head in range(H // G):
         h = g * (H // G) + head
         at1, at2 = halves_at(0, h, K, KB)
@@ -510,11 +535,12 @@ def attend(
                 await_kernel(EARLY)
             at, b_at = raw + (l * B + b) * (2 * G * K), bias + l * (2 * G * K)
             k_w = k_weight + l * (G * K if NORM == 2 else K)
-            n1, n2, w1, w2 = pair_halves(table, at, b_at, k_w, b, i - 1, eps, G, K, GB, KB, NORM, CENTRED, ROPE, BIAS)
+            n1, n2, w1, w2 = pair_halves(table, at, b_at, k_w, b, i - 1, g, eps, G, K, KB, NORM, CENTRED, ROPE, BIAS,
+                                         WB if parts > 1 else 0)  # fmt: skip
             if head == 0:
                 to = kv + (i - 1 - start) * B * (2 * G * K)
-                store_halves(to, n1, n2, G, K, GB, KB)
-                store_halves(to + G * K, w1, w2, G, K, GB, KB)
+                store_halves(to, n1, n2, g, G, K, KB)
+                store_halves(to + G * K, w1, w2, g, G, K, KB)
             s = tl.sum(q1 * n1.to(tl.float32), 1) + tl.sum(q2 * n2.to(tl.float32), 1)
             s = biased(s, table, b, i, past + i - 1, past, slope, B, ALIBI, SEGMENTS, i < n, i - 1 < n)
             new = tl.maximum(m, s)
@@ -602,69 +628,95 @@ def finished_rows(
 
 
 @triton.jit
+def kept_inner(table, l, r, B, width, L: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr):
+    """Where the MLP's inner values from position r of the chunk on are kept, and whether the layer works."""
+    start, whole, active = chunk_of(table, l, L, C, REVERSE)
+    return pointer(table, UP, dtype) + (l * whole + start + r) * B * width, active
+
+
+@triton.jit
 def activate_rows(
-    up, bias, inner, rows, up_stride, inner_stride, F: tl.constexpr, FB: tl.constexpr, KIND: tl.constexpr,
-    BIAS: tl.constexpr, EARLY: tl.constexpr,
+    table, up, bias, inner, r, rows, up_stride, inner_stride, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
+    FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers."""
+    """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers.
+
+    KEEP: up is also kept, as that from position r on; KEPT: it has been, and is read there.
+    """
     row, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * FB + tl.arange(0, FB)
     mask = c < F
     width: tl.constexpr = 2 * F if KIND == 2 else F
-    at = up + l * up_stride + row * width + c
+    dtype = inner.dtype.element_ty
+    if KEPT:
+        at, active = kept_inner(table, l, r, B, width, L, C, True, dtype)
+        known = mask & active
+    else:
+        at, known = up + l * up_stride, mask
+    at += row * width + c
     await_kernel(EARLY)
-    u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(at, mask=known, other=0.0)
     gate = u
     if KIND == 2:
-        gate = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(at + F, mask=known, other=0.0)
+    if KEEP:
+        to, active = kept_inner(table, l, r, B, width, L, C, False, dtype)
+        tl.store(to + row * width + c, u, mask=mask & active)
+        if KIND == 2:
+            tl.store(to + row * width + F + c, gate, mask=mask & active)
+    u, gate = u.to(tl.float32), gate.to(tl.float32)
     if BIAS:
         u += tl.load(bias + l * width + c, mask=mask, other=0.0)
         if KIND == 2:
             gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
-    out = activated(u, gate, KIND, inner.dtype.element_ty)
-    tl.store(inner + l * inner_stride + row * F + c, out.to(inner.dtype.element_ty), mask=mask)
+    out = activated(u, gate, KIND, dtype)
+    tl.store(inner + l * inner_stride + row * F + c, out.to(dtype), mask=mask)
 
 
 @triton.jit
-def product_activated(
-    a, weight, bias, up, out, B, a_stride, up_stride, out_stride, w_in, w_out, IN: tl.constexpr, F: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr,
-    BACKWARD: tl.constexpr, EARLY: tl.constexpr,
+def product_tiled(
+    table, a, weight, out, bias, up, r, B, out_stride, up_stride, L: tl.constexpr, C: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A product and what follows it, in one: out (B, F) = GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W).
+    """A product, and what follows it, in one: out (L, B, OUT) = a W^T, or BACKWARD, a W.
 
-    a (B, IN); weight is read as (IN, F) with strides w_in and w_out; a_stride, up_stride and out_stride lie between
-    layers.
+    KIND as for `activated`, or -1 for nothing: GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W), up (L, B,
+    OUT). KEEP: what GELU is taken of is kept, as that of position r, or BACKWARD, has been, and is read there, not from
+    up. a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are descriptors of tensors with blocks
+    (1, BM, BK) and (1, BN, BK) or (1, BK, BN): beyond their edges they read zeros. Strides are those between layers.
     """
-    row, column, l = tl.program_id(1) * BM, tl.program_id(0) * BN, tl.program_id(2).to(tl.int64)
-    m, f, c = row + tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, BK)
-    a_at = a + l * a_stride + (m % B)[:, None] * IN + c[None, :]
-    w_at = weight + l * (IN * F) + c[:, None] * w_in + (f % F)[None, :] * w_out
+    row, column, layer = tl.program_id(1) * BM, tl.program_id(0) * BN, tl.program_id(2)
     acc = tl.zeros([BM, BN], tl.float32)
     await_kernel(EARLY)
     for k in range(0, IN, BK):
-        if IN % BK == 0:
-            left, right = tl.load(a_at), tl.load(w_at)
+        left = a.load([layer, row, k]).reshape(BM, BK)
+        if BACKWARD:
+            acc = tl.dot(left, weight.load([layer, k, column]).reshape(BK, BN), acc)
         else:
-            left = tl.load(a_at, mask=(k + c < IN)[None, :], other=0.0)
-            right = tl.load(w_at, mask=(k + c < IN)[:, None], other=0.0)
-        acc = tl.dot(left, right, acc)
-        a_at += BK
-        w_at += BK * w_in
-    mask = (m < B)[:, None] & (f < F)[None, :]
+            acc = tl.dot(left, weight.load([layer, column, k]).reshape(BN, BK).T, acc)
+    m, f, l = row + tl.arange(0, BM), column + tl.arange(0, BN), layer.to(tl.int64)
+    mask = (m < B)[:, None] & (f < OUT)[None, :]
     dtype = out.dtype.element_ty
-    acc = acc.to(dtype).to(tl.float32)
-    at = m.to(tl.int64)[:, None] * F + f[None, :]
-    if BACKWARD:
-        u = tl.load(up + l * up_stride + at, mask=mask, other=0.0).to(tl.float32)
-    else:
+    at = m.to(tl.int64)[:, None] * OUT + f[None, :]
+    if KIND >= 0:
+        acc = acc.to(dtype).to(tl.float32)
         u = acc
-    if BIAS:
-        u += tl.load(bias + l * F + f, mask=f < F, other=0.0)[None, :]
-    if BACKWARD:
-        acc = acc * activation_slope(u, KIND)
-    else:
-        acc = activated(u, u, KIND, dtype)
+        if KEEP:
+            kept, active = kept_inner(table, l, r, B, OUT, L, C, BACKWARD, dtype)
+            if BACKWARD:
+                u = tl.load(kept + at, mask=mask & active, other=0.0).to(tl.float32)
+            else:
+                tl.store(kept + at, acc.to(dtype), mask=mask & active)
+        elif BACKWARD:
+            u = tl.load(up + l * up_stride + at, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            u += tl.load(bias + l * OUT + f, mask=f < OUT, other=0.0)[None, :]
+        if BACKWARD:
+            acc = acc * activation_slope(u, KIND)
+        else:
+            acc = activated(u, u, KIND, dtype)
     tl.store(out + l * out_stride + at, acc.to(dtype), mask=mask)
 
 
@@ -848,8 +900,8 @@ def pair_gradient(
     start, _, active = chunk_of(table, l, L, C, True)
     place = (l * C + r) * B + b
     dtype = g_pair.dtype.element_ty
-    p1, p2, m1, m2 = two_halves(gkv + place * (2 * G * K), G, K, GB, KB)
-    t1, t2, _, _ = two_halves(g_pair + place * (2 * G * K), G, K, GB, KB)
+    p1, p2, m1, m2 = two_halves(gkv + place * (2 * G * K), tl.arange(0, GB), G, K, KB)
+    t1, t2, _, _ = two_halves(g_pair + place * (2 * G * K), tl.arange(0, GB), G, K, KB)
     await_kernel(EARLY)
     g1 = tl.load(p1, mask=m1 & active, other=0.0)
     g2 = tl.load(p2, mask=m2 & active, other=0.0)
@@ -860,7 +912,7 @@ def pair_gradient(
     tl.store(t1, g1.to(dtype), mask=m1)
     tl.store(t2, g2.to(dtype), mask=m2)
     if NORM > 0:
-        k1, k2, _, _ = two_halves(g_key + place * (G * K), G, K, GB, KB)
+        k1, k2, _, _ = two_halves(g_key + place * (G * K), tl.arange(0, GB), G, K, KB)
         tl.store(k1, n1.to(dtype), mask=m1)
         tl.store(k2, n2.to(dtype), mask=m2)
     v1 = tl.load(p1 + G * K, mask=m1 & active, other=0.0)
@@ -904,7 +956,7 @@ def attended_gradient(
     table, y, g_h, weight, gz, gy, scaled, partial, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """gy = gz plus what the MLP sends through the norm of y; gz (L, B, D), others (L, C, B, D).
+    """gy = gz plus what the MLP sends through the norm of y; gz and g_h (L, B, D), others (L, C, B, D).
 
     The norm weight's gradient is added to partial (L, B, D) on the way.
     """
@@ -919,7 +971,8 @@ def attended_gradient(
     )
     xhat, rstd = normalised(tl.load(y + at, mask=mask, other=0.0), mask, D, eps, CENTRED)
     total_at = partial + (l * B + b) * D + c
-    out = norm_row_gradient(g_h + at, total_at, xhat, rstd, w, mask, D, CENTRED, EARLY) + from_z
+    g_at = g_h + (l * B + b) * D + c
+    out = norm_row_gradient(g_at, total_at, xhat, rstd, w, mask, D, CENTRED, EARLY) + from_z
     tl.store(gy + at, out, mask=c < D)
     tl.store(scaled + at, (s * out).to(scaled.dtype.element_ty), mask=c < D)
 
@@ -927,22 +980,30 @@ def attended_gradient(
 @triton.jit
 def activation_gradient(
     table, up, bias, g_inner, g_up, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
-    KIND: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F)."""
+    """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F).
+
+    KEPT: the inner values are read where the forward has kept them, not from up.
+    """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
     c = tl.program_id(1) * FB + tl.arange(0, FB)
     mask = c < F
     width: tl.constexpr = 2 * F if KIND == 2 else F
     at = ((l * C + r) * B + b) * width + c
-    u = tl.load(up + at, mask=mask & active, other=0.0).to(tl.float32)
+    if KEPT:
+        kept, _ = kept_inner(table, l, r, B, width, L, C, True, g_up.dtype.element_ty)
+        up_at = kept + b * width + c
+    else:
+        up_at = up + at
+    u = tl.load(up_at, mask=mask & active, other=0.0).to(tl.float32)
     await_kernel(EARLY)
     g = tl.load(g_inner + (l * B + b) * F + c, mask=mask & active, other=0.0).to(tl.float32)
     if BIAS:
         u += tl.load(bias + l * width + c, mask=mask, other=0.0)
     if KIND == 2:
-        gate = tl.load(up + at + F, mask=mask & active, other=0.0).to(tl.float32)
+        gate = tl.load(up_at + F, mask=mask & active, other=0.0).to(tl.float32)
         if BIAS:
             gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
         sigmoid = tl.sigmoid(gate)
@@ -1039,22 +1100,22 @@ def heads_gradient(
     dtype = g_raw.dtype.element_ty
     at, to, seen = place * ((H + 2 * G) * K), g_raw + place * ((H + 2 * G) * K), g_normed + place * ((H + 2 * G) * K)
     b_at = bias + l * ((H + 2 * G) * K)
-    p1, p2, m1, m2 = two_halves(gq + place * (H * K), H, K, HB, KB)
+    p1, p2, m1, m2 = two_halves(gq + place * (H * K), tl.arange(0, HB), H, K, KB)
     g1 = tl.load(p1, mask=m1 & active, other=0.0).to(tl.float32)
     g2 = tl.load(p2, mask=m2 & active, other=0.0).to(tl.float32)
     q_w = q_weight + l * (H * K if NORM == 2 else K)
     g1, g2, n1, n2 = shaped_gradient(table, raw + at, b_at, q_w, g1, g2, b, i, H, K, HB, KB, eps, NORM, CENTRED, ROPE,
                                      BIAS)  # fmt: skip
-    t1, t2, _, _ = two_halves(to, H, K, HB, KB)
+    t1, t2, _, _ = two_halves(to, tl.arange(0, HB), H, K, KB)
     tl.store(t1, g1.to(dtype), mask=m1)
     tl.store(t2, g2.to(dtype), mask=m2)
     if NORM > 0:
-        t1, t2, _, _ = two_halves(seen, H, K, HB, KB)
+        t1, t2, _, _ = two_halves(seen, tl.arange(0, HB), H, K, KB)
         tl.store(t1, n1.to(dtype), mask=m1)
         tl.store(t2, n2.to(dtype), mask=m2)
 
     # The heads of a group share a pair.
-    _, _, m1, m2 = two_halves(gq, G, K, GB, KB)
+    _, _, m1, m2 = two_halves(gq, tl.arange(0, GB), G, K, KB)
     g, c = tl.arange(0, GB)[:, None], tl.arange(0, KB)[None, :]
     half: tl.constexpr = (K + 1) // 2
     k1 = tl.zeros([GB, KB], tl.float32)
@@ -1068,13 +1129,13 @@ def heads_gradient(
     k_w = k_weight + l * (G * K if NORM == 2 else K)
     k1, k2, n1, n2 = shaped_gradient(table, raw + at + H * K, b_at + H * K, k_w, k1, k2, b, i, G, K, GB, KB, eps, NORM,
                                      CENTRED, ROPE, BIAS)  # fmt: skip
-    t1, t2, _, _ = two_halves(to + H * K, G, K, GB, KB)
+    t1, t2, _, _ = two_halves(to + H * K, tl.arange(0, GB), G, K, KB)
     tl.store(t1, k1.to(dtype), mask=m1)
     tl.store(t2, k2.to(dtype), mask=m2)
     tl.store(t1 + G * K, v1.to(dtype), mask=m1)
     tl.store(t2 + G * K, v2.to(dtype), mask=m2)
     if NORM > 0:
-        t1, t2, _, _ = two_halves(seen + H * K, G, K, GB, KB)
+        t1, t2, _, _ = two_halves(seen + H * K, tl.arange(0, GB), G, K, KB)
         tl.store(t1, n1.to(dtype), mask=m1)
         tl.store(t2, n2.to(dtype), mask=m2)
 
