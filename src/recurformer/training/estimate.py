@@ -92,8 +92,11 @@ def estimate_memory(config: TrainConfig, *, gpu: bool, scan: str, device_bytes: 
     count, recurrent, loop = kinds.count("recurrent"), 0, 0
     stack = count if scan == "wavefront" else 1  # layers at work at once
     if count and gpu:
-        lean, more = full * D + short * Q + 4 * m.n_heads, short * (Q + 2 * P)
-        recurrent = count * wide * (lean + (more if count * wide * more <= device_bytes / 4 else 0))
+        from recurformer.scan.fused import KEEP_PART
+
+        lean, more = full * D + short * Q + 4 * m.n_heads, (short * (Q + 2 * P + inner), short * (Q + 2 * P), 0)
+        most = next(width for width in more if count * wide * width <= device_bytes / KEEP_PART)
+        recurrent = count * wide * (lean + most)
         loop = wide * (count * 14 if scan == "wavefront" else 24) * D
     elif count:
         from recurformer.scan.tiled import KEEP_BYTES, POSITION_BLOCK
