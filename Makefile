@@ -22,7 +22,7 @@ demo: env
 lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell src tests docs benchmarks README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell src tests docs benchmarks runs README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/pyright
 
 test: lint

@@ -200,6 +200,14 @@ def test_compare_prints_and_writes(call, place: Path, tmp_path: Path) -> None:
     assert max(map(len, outcome.out.splitlines()[:6])) <= 80
 
 
+def test_compare_by_columns(call, place: Path, tmp_path: Path) -> None:
+    outcome = call("compare", place / "R", place / "S", "--by", "layers,kind", "--out", tmp_path / "report")
+    assert outcome.code == 0
+    assert outcome.out.split()[:4] == ["layers", "kind", "width", "params"]
+    assert {"curves.png", "report.html"} == {path.name for path in (tmp_path / "report").iterdir()}
+    assert max(map(len, outcome.out.splitlines()[:6])) <= 80
+
+
 def test_info_of_presets_folders_and_here(call, place: Path) -> None:
     of_preset = call("info", "nano", "--layers", "first:1", "--json").json
     assert (of_preset["parameters"], of_preset["parameters_with_embeddings"]) == (787_840, 853_376)

@@ -15,6 +15,7 @@ from rich.console import Console
 from recurformer.config import PRESETS, ModelConfig
 from recurformer.report import (
     draw,
+    group,
     kind_of,
     load_runs,
     parameters,
@@ -22,6 +23,7 @@ from recurformer.report import (
     short_names,
     short_number,
     show,
+    show_groups,
     smoothed,
     write_report,
 )
@@ -35,11 +37,13 @@ def fake_run(
     *,
     bytes_per_token: float = 1.0,
     data: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
     **model: Any,
 ) -> Path:
     """A run's folder as training writes it: an evaluation each 10 steps of 100 tokens and 2 seconds."""
     folder.mkdir(parents=True)
     config = {"model": ModelConfig(**model).to_dict(), "data": data or {"validation": "v"}, "batch_size": 4}
+    config |= {} if optimizer is None else {"optimizer": optimizer}
     (folder / "config.json").write_text(json.dumps(config))
     records: list[dict[str, Any]] = [{"event": "start", "step": 0, "device": "cpu (test)", "versions": {"torch": "0"}}]
     for n, loss in enumerate(losses):
@@ -203,3 +207,47 @@ def test_smoothing_has_no_pull_towards_zero() -> None:
     assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
     assert smoothed([]) == []
     assert smoothed([4.0, 2.0], weight=0.5) == pytest.approx([4.0, (0.5 * 0.5 * 4 + 0.5 * 2) / 0.75])
+
+
+# --- compare --by ----------------------------------------------------------------------------------------------------
+
+
+def grouped(folders: list[Path], *keys: str) -> str:
+    out = io.StringIO()
+    show_groups(load_runs(folders), keys, Console(file=out, width=80))
+    return out.getvalue()
+
+
+def test_a_row_for_each_group_is_its_best_run(tmp_path: Path) -> None:
+    def optimizer(lr: float) -> dict[str, Any]:
+        return {"lr": lr, "beta2": 0.95}
+
+    folders = [
+        fake_run(tmp_path / "r2", [5.0, 3.0], layers="recurrent", n_layers=2, optimizer=optimizer(1e-3)),
+        fake_run(tmp_path / "r2b", [5.0, 2.5], layers="recurrent", n_layers=2, optimizer=optimizer(3.16e-3)),
+        fake_run(tmp_path / "r10", [5.0, 2.0], layers="recurrent", n_layers=10, optimizer=optimizer(1e-3)),
+        fake_run(tmp_path / "s10", [5.0, 2.25], layers="standard", n_layers=10, optimizer=optimizer(1e-3)),
+        fake_run(tmp_path / "new", [], layers="standard", n_layers=10, optimizer=optimizer(1e-2)),
+    ]
+    groups = group(load_runs(folders), ["layers", "kind"])
+    assert [(key, [run.name for run in runs]) for key, runs in groups.items()] == [
+        ((2, "recurrent"), ["r2b", "r2"]), ((10, "recurrent"), ["r10"]), ((10, "standard"), ["s10", "new"]),
+    ]  # fmt: skip
+    text = grouped(folders, "layers", "kind")
+    assert max(map(len, text.splitlines())) <= 80
+    rows_ = [line.split() for line in text.splitlines()[2:5]]
+    assert [row[:2] + row[5:] for row in rows_] == [
+        ["2", "recurrent", "2.5000", "2", "r2b"], ["10", "recurrent", "2.0000", "1", "r10"],
+        ["10", "standard", "2.2500", "2", "s10"],
+    ]  # fmt: skip
+    assert len(group(load_runs(folders), ["kind", "optimizer.lr"])) == 5 - 1  # r2 and r10 share both
+    assert "0.00316" in grouped(folders, "lr")
+    assert "-" in grouped(folders, "lr").splitlines()[4].split()  # 1e-2 has no loss yet
+
+
+def test_what_cannot_be_grouped_is_refused(tmp_path: Path) -> None:
+    folders = [fake_run(tmp_path / "a", [5.0, 2.0]), fake_run(tmp_path / "b", [9.0, 4.0], bytes_per_token=4.0)]
+    with pytest.raises(ValueError, match=r"'layer' is no column and no setting.*did you mean 'layers'"):
+        group(load_runs(folders), ["layer"])
+    with pytest.raises(ValueError, match="different tokens"):
+        grouped(folders, "kind")

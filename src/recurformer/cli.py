@@ -105,7 +105,7 @@ class _DocumentsSettings(click.Command):
 @cli.command(cls=_DocumentsSettings)
 @click.option("--config", "config_file", type=click.Path(), help="TOML, YAML or JSON file of settings.", metavar="FILE")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change one setting; may be repeated.")
-@click.option("--out", required=True, type=click.Path(), metavar="RUN", help="Folder of the run.")
+@click.option("--out", type=click.Path(), metavar="RUN", help="Folder of the run; required but for --dry-run.")
 @click.option("--init-from", type=click.Path(), metavar="FOLDER", help="Start from the weights of this model or run; "
               "short for --set init_from=FOLDER.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue RUN from its newest checkpoint, with its own configuration "
@@ -113,15 +113,18 @@ class _DocumentsSettings(click.Command):
 @click.option("--allow-change", multiple=True, metavar="NAME", help="Let this setting differ from the resumed run's; "
               "the new value holds from the next step on.")  # fmt: skip
 @click.option("--stop-at", type=click.IntRange(min=0), metavar="STEP", help="Save and stop at this step.")
+@click.option("--dry-run", is_flag=True, help="Print what the run will cost here (parameters, memory, time, disk), and "
+              "write nothing. The data may be missing.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Show nothing but errors.")
 def train(
     config_file: str | None,
     settings: tuple[str, ...],
-    out: str,
+    out: str | None,
     init_from: str | None,
     resume: bool,
     allow_change: tuple[str, ...],
     stop_at: int | None,
+    dry_run: bool,
     quiet: bool,
 ) -> int:
     """Train a model into RUN: config.json, metrics.jsonl, checkpoints/ and, at the end, plots/.
@@ -138,8 +141,18 @@ def train(
     if init_from is not None:
         settings = (*settings, f"init_from={json.dumps(init_from)}")
 
-    own = Path(out) / "config.json"
-    file = str(own) if resume and config_file is None and own.is_file() else config_file
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out'; only --dry-run goes without.")
+    own = Path(out or ".") / "config.json"
+    file = str(own) if out and resume and config_file is None and own.is_file() else config_file
+    if dry_run:
+        from rich.console import Console
+
+        from recurformer.training import estimate
+
+        estimate.show(estimate.estimate(training.load_config(file, settings)), Console(width=80))
+        return 0
+    assert out is not None
     try:
         result = training.train(
             training.load_config(file, settings), out,
@@ -315,15 +328,20 @@ def generate(
 @click.option(
     "--out", default="compare", type=click.Path(), metavar="DIR", help="Folder for curves.png and report.html."
 )
-def compare(runs: tuple[str, ...], out: str) -> None:
+@click.option("--by", metavar="NAME,...", help="One row for all runs that share these: their best. NAME is layers, "
+              "kind, width, params, tokens, lr, beta2, seed or a setting, as optimizer.beta1.")  # fmt: skip
+def compare(runs: tuple[str, ...], out: str, by: str | None) -> None:
     """Training runs side by side: a table here, the curves as a picture and one self-contained page in DIR."""
     from rich.console import Console
 
-    from recurformer.report import load_runs, show, write_report
+    from recurformer.report import load_runs, show, show_groups, write_report
 
     loaded = load_runs(runs)
+    if by is not None:
+        loaded = show_groups(loaded, [name.strip() for name in by.split(",") if name.strip()], Console())
     curves, page = write_report(loaded, out)
-    show(loaded, Console())
+    if by is None:
+        show(loaded, Console())
     print(f"curves: {curves}\npage:   {page}")
 
 

@@ -7,12 +7,12 @@ import html
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recurformer.config import ModelConfig
+from recurformer.config import ModelConfig, suggest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -211,6 +211,89 @@ def rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return headings, cells
+
+
+KEYS: dict[str, Callable[[Run], Any]] = {
+    "layers": lambda run: run.model.n_layers,
+    "kind": lambda run: kind_of(run.model),
+    "width": lambda run: run.model.d_model,
+    "params": lambda run: parameters(run.model),
+    "tokens": lambda run: run.tokens,
+    "lr": lambda run: run.config["optimizer"]["lr"],
+    "beta2": lambda run: run.config["optimizer"]["beta2"],
+    "seed": lambda run: run.config["seed"],
+}
+"""By what runs can be grouped, besides any setting under its full name."""
+
+
+def group(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Run]]:
+    """Values of the keys -> the runs that have them, sorted; of each group the run of the lowest loss comes first.
+
+    Args:
+        keys: of `KEYS`, or full names of settings as "optimizer.beta1".
+
+    Raises:
+        ValueError: for a key that is neither.
+    """
+    settings = {name for run in runs for name in _flat(run.config)}
+    for key in keys:
+        if key not in KEYS and key not in settings:
+            raise ValueError(
+                f"--by {key!r} is no column and no setting; columns are {', '.join(KEYS)}"
+                f"{suggest(key, [*KEYS, *settings])}"
+            )
+    found: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        values = tuple(KEYS[key](run) if key in KEYS else _flat(run.config).get(key) for key in keys)
+        found.setdefault(tuple(tuple(v) if isinstance(v, list) else v for v in values), []).append(run)
+
+    def order(values: tuple[Any, ...]) -> list[tuple[bool, Any]]:
+        return [(False, v) if isinstance(v, int | float) else (True, str(v)) for v in values]
+
+    return {values: sorted(found[values], key=lowest_loss) for values in sorted(found, key=order)}
+
+
+def lowest_loss(run: Run) -> float:
+    """The lowest validation loss of a run, nats a token; infinite before the first evaluation."""
+    best = run.best
+    return math.inf if best is None else best["validation_loss"]
+
+
+def show_groups(runs: Sequence[Run], keys: Sequence[str], console: Console) -> list[Run]:
+    """Print a row for each group, in the form of the paper's Table 1: its best run. Gives these best runs.
+
+    Raises:
+        ValueError: for an unknown key, and for runs whose losses cannot be compared.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    if not one_tokenizer(runs):
+        raise ValueError("--by compares losses a token, but the runs count different tokens; compare them without --by")
+    groups = group(runs, keys)
+    more = [name for name in ("width", "params") if name not in keys]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for n, heading in enumerate([*keys, *more, "tokens", "val loss", "runs", "best run"]):
+        words = heading in ("kind", "best run") or (n < len(keys) and heading not in KEYS)
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "best run", overflow="fold")
+    for values, members in groups.items():
+        best = members[0]
+        loss = lowest_loss(best)
+        cells = [_cell(value) for value in values] + [_cell(KEYS[name](best)) for name in more]
+        tokens = "-" if best.tokens is None else short_number(best.tokens)
+        table.add_row(*cells, tokens, f"{loss:.4f}" if loss < math.inf else "-", str(len(members)), best.name)
+    console.print(table)
+    console.print(
+        "Validation loss: the lowest of the row's runs, nats a token. Parameters: without embedding and output layer.",
+        highlight=False,
+    )
+    return [members[0] for members in groups.values()]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return short_number(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def notes(runs: Sequence[Run]) -> list[str]:

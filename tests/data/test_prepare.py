@@ -85,6 +85,20 @@ def test_text_and_json_lines_plain_and_packed(kind: str, packing: str, tmp_path:
     )
 
 
+def test_packed_json_is_json_lines(tmp_path: Path):
+    """As the files of C4 are named; a plain .json in the same folder is something else."""
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "train.00000-of-01024.json.gz").write_bytes(gzip.compress(b'{"text": "one", "url": "u"}\n'))
+    (tmp_path / "c4" / "train.00001-of-01024.json.zst").write_bytes(
+        zstandard.ZstdCompressor().compress(b'{"text": "two"}\n')
+    )
+    (tmp_path / "c4" / "dataset_info.json").write_text('{"splits": 2}')
+    made = prepare([tmp_path / "c4"], tmp_path / "out", progress=False)
+    assert (made.n_documents, made.n_bytes) == (2, 6)
+    with pytest.raises(ValueError, match=r"not read; known are .*\.json\.gz"):
+        prepare([tmp_path / "c4" / "dataset_info.json"], tmp_path / "other")
+
+
 def test_parquet(tmp_path: Path):
     table = pyarrow.table({"id": range(200), "body": [f"{DOCUMENTS[1]} {row}" for row in range(200)]})
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=70)

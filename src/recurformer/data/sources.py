@@ -103,8 +103,11 @@ def _files(given: str) -> list[Path]:
     return files
 
 
-_FILE_NAME = re.compile(r"\.(?:(?P<kind>txt|md|jsonl)(?:\.(?P<packing>gz|zst))?|(?P<parquet>parquet))$", re.IGNORECASE)
-_KINDS = "known are .txt, .md, .jsonl (each also .gz or .zst) and .parquet"
+# Packed, .json is what C4 and others call JSON lines; by itself it is mostly a file of settings, and left alone.
+_FILE_NAME = re.compile(
+    r"\.(?:(?P<kind>txt|md|jsonl|json(?=\.(?:gz|zst)$))(?:\.(?P<packing>gz|zst))?|(?P<parquet>parquet))$", re.IGNORECASE
+)
+_KINDS = "known are .txt, .md, .jsonl (each also .gz or .zst), .json.gz, .json.zst and .parquet"
 
 
 def _hidden(path: Path) -> bool:
@@ -116,7 +119,7 @@ def _file_source(path: Path, text_field: str) -> Source:
     assert match is not None
     if match["parquet"]:
         return ParquetFile(path, text_field)
-    if match["kind"].lower() == "jsonl":
+    if match["kind"].lower() in ("jsonl", "json"):
         return JsonLinesFile(path, text_field)
     return TextFile(path)
 
@@ -210,7 +213,7 @@ class TextFile(_File):
 
 @dataclass
 class JsonLinesFile(_File):
-    """A .jsonl file: one JSON object a line, each a document, its text under `text_field`."""
+    """A .jsonl (or packed .json) file: one JSON object a line, each a document, its text under `text_field`."""
 
     text_field: str
 

@@ -1,0 +1,336 @@
+"""The recipes in runs/: every file parses and is the model it says; grids expand; launching goes on, and stops; results
+become tables and a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from recurformer.config import PRESETS, ModelConfig
+from recurformer.report import parameters
+from recurformer.training import load_config, train
+
+RUNS = Path(__file__).parents[1] / "runs"
+PAPER = sorted(RUNS.glob("*.toml"))
+RESULTS = sorted((RUNS / "results").glob("*.toml"))
+GRIDS = sorted(RUNS.rglob("grids/*.toml"))
+
+
+def script(path: str) -> ModuleType:
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(f"runs_{name}", RUNS / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+launcher, evaluation, results = script("launch.py"), script("evaluate.py"), script("results/report.py")
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", PAPER, ids=lambda file: file.stem)
+def test_a_run_of_the_paper(file: Path) -> None:
+    config = load_config(file)
+    preset, _, kind = file.stem.rpartition("-")
+    layers = {"recurrent": "recurrent", "transformer": "standard"}[kind]
+    assert config.model == ModelConfig.preset(preset, layers=layers)
+    size = {"150m": 151e6, "300m": 302e6}[preset.partition("-")[0]]
+    # 1408/22/5632/6 has 142.8M and 1408/22/5632/12 285.5M: the labels are the paper's.
+    assert parameters(config.model) == pytest.approx(size, rel=0.06)
+    assert config.batch_size * config.data.window == 262_144
+    assert config.schedule.steps == {"150m": 12_500, "300m": 25_000}[preset.partition("-")[0]]
+    assert (config.schedule.warmup_fraction, config.schedule.start_fraction, config.schedule.final_fraction) == (
+        0.4, 0.1, 0.1,
+    )  # fmt: skip
+    o = config.optimizer
+    assert (o.beta1, o.eps, o.weight_decay, o.grad_clip, config.precision) == (0.9, 1e-8, 0.0, 1.0, "bf16")
+
+
+def test_every_shape_of_the_paper_has_its_runs() -> None:
+    shapes = [name for name in PRESETS if name.startswith(("150m", "300m"))]
+    assert {f.stem for f in PAPER} == {f"{shape}-{kind}" for shape in shapes for kind in ("recurrent", "transformer")}
+
+
+def test_a_run_of_the_paper_fits_an_80_gb_gpu() -> None:
+    from recurformer.training.estimate import H100_BYTES, estimate_memory
+
+    for file in PAPER:
+        config = load_config(file)
+        scan = "none" if config.model.layers == "standard" else "fused"
+        total = estimate_memory(config, gpu=True, scan=scan, device_bytes=H100_BYTES).total
+        assert total < 0.9 * H100_BYTES, file
+
+
+def test_the_models_of_the_results_are_matched() -> None:
+    configs = {file.stem: load_config(file) for file in RESULTS}
+    assert set(configs) == {"transformer-8", "transformer-4", "recurrent-8", "recurrent-4", "first-1", "first-2"}
+    counts = {name: parameters(config.model) for name, config in configs.items()}
+    assert all(count == pytest.approx(19.3e6, rel=0.02) for count in counts.values())
+    assert max(counts.values()) / min(counts.values()) < 1.02
+    assert configs["first-1"].model.layers == "first:1"
+    assert configs["first-2"].model.recurrent_depth == configs["first-2"].model.n_layers // 4
+    alike = [{**c.to_dict(), "model": None} for c in configs.values()]
+    assert all(other == alike[0] for other in alike)  # the same tokens in the same order under the same recipe
+    assert configs["first-1"].schedule.steps * 128 * 512 >= 60e6
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", GRIDS, ids=lambda file: f"{file.parents[1].name}-{file.stem}")
+def test_a_grid_is_one(file: Path) -> None:
+    grid = launcher.read_grid(file)
+    assert launcher._configs(file, grid)
+    for key in ("best_of", "as_long_as"):
+        assert key not in grid or (file.parent / grid[key]).is_file()
+
+
+def test_the_grid_of_the_paper(tmp_path: Path) -> None:
+    runs = launcher.expand(RUNS / "grids" / "paper.toml", tmp_path)
+    assert len(runs) == len({run.folder for run in runs}) == 10 * 3 * 2
+    (run,) = [r for r in runs if r.name == "300m-6-recurrent-lr3.16e-3-beta2-0.99"]
+    assert run.folder == tmp_path / "paper" / run.name
+    config = load_config(run.config, run.settings)
+    assert (config.optimizer.lr, config.optimizer.beta2) == (3.16e-3, 0.99)
+    assert len(launcher.expand(RUNS / "grids" / "table1.toml", tmp_path)) == 30
+    few = launcher.expand(RUNS / "grids" / "paper.toml", tmp_path, ["seed=1"], ["300m-6-*-lr0.01-*"])
+    assert len(few) == 4
+    assert all(run.settings[-1] == "seed=1" for run in few)
+
+
+def test_the_grid_of_learning_rates_is_short(tmp_path: Path) -> None:
+    runs = launcher.expand(RUNS / "results" / "grids" / "lr.toml", tmp_path)
+    assert len(runs) == 18
+    configs = [load_config(run.config, run.settings) for run in runs]
+    assert {c.optimizer.lr for c in configs} == {1e-3, 3.16e-3, 1e-2}
+    assert all(c.schedule.steps * c.batch_size * c.data.window == pytest.approx(15e6, rel=0.01) for c in configs)
+
+
+def test_a_slurm_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--out", "o", "--slurm", str(tmp_path), "--gpus", "8", "--at-once", "4"]
+    arguments = [str(RUNS / "grids" / "table1.toml"), *options, "--slurm-options", "--partition=gpu --time=24:00:00"]
+    assert launcher.main(arguments) == 0
+    commands = [shlex.split(line) for line in (tmp_path / "commands.txt").read_text().splitlines()]
+    assert len(commands) == 30
+    assert commands[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8"]
+    text = (tmp_path / "array.sh").read_text()
+    for line in ("--array=1-30%4", "--partition=gpu", "--time=24:00:00", "--gpus-per-node=8", "--signal=TERM@120"):
+        assert f"#SBATCH {line}\n" in text
+    # As SLURM would: the task's own line is run.
+    (tmp_path / "commands.txt").write_text("echo one\necho 'task two'\n")
+    shown = subprocess.run(
+        ["bash", "-c", f"srun() {{ \"$@\"; }}; {text}"], env={"SLURM_ARRAY_TASK_ID": "2", "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout == "task two\n"
+    assert "30 runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("configs = [", "cannot be read"),
+        ("config = []", "'config'"),
+        ("axes = {}", "names no configs"),
+        ('configs = ["absent.toml"]', "no such file"),
+        ('configs = ["c.toml"]\nbest_of = "other.toml"', "no finished run"),
+        ('configs = ["c.toml"]\nas_long_as = "other.toml"', "no finished run"),
+        ('configs = ["c.toml"]\nas_long_as = "axes.toml"', "without axes"),
+    ],
+    ids=["text", "key", "no configs", "no file", "best of nothing", "as long as nothing", "as long as several"],
+)
+def test_bad_grids(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text("[model]\nvocab_size = 256\n")
+    (tmp_path / "other.toml").write_text('configs = ["c.toml"]\n')
+    (tmp_path / "axes.toml").write_text('configs = ["c.toml"]\n[axes]\nseed = [0, 1]\n')
+    (tmp_path / "grid.toml").write_text(text)
+    assert launcher.main([str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--list"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+# --- from a grid to a picture ----------------------------------------------------------------------------------------
+
+CONFIG = """
+batch_size = 2
+[model]
+vocab_size = 256
+d_model = 16
+n_heads = 2
+n_layers = 2
+layers = "{layers}"
+[data]
+train = "{place}/data"
+validation = "{place}/data"
+window = 16
+[schedule]
+steps = 4
+[evaluation]
+every = 2
+batches = 1
+[sample]
+tokens = 0
+[log]
+every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, the four grids of runs/results in small, and all runs but one of the grid "main"."""
+    from recurformer.data import prepare
+
+    place = tmp_path_factory.mktemp("runs")
+    (place / "text.txt").write_text("It was the best of times, it was the worst of times. " * 20)
+    prepare([place / "text.txt"], place / "data", progress=False)
+    (place / "grids").mkdir()
+    for name, layers in (("slow", "recurrent"), ("transformer-2", "standard")):
+        (place / f"{name}.toml").write_text(CONFIG.format(layers=layers, place=place))
+    for file in (RUNS / "results" / "grids").glob("*.toml"):
+        grid = tomllib.loads(file.read_text())
+        lines = ['configs = ["../*.toml"]' if file.stem != "equal-time" else 'configs = ["../transformer-*.toml"]']
+        lines += [f'{key} = "{grid[key]}"' for key in ("best_of", "as_long_as") if key in grid]
+        if file.stem == "lr":
+            lines += ["[axes]", '"optimizer.lr" = [1e-4, 1e-2]', "[set]", '"schedule.steps" = 2']
+        elif file.stem == "seeds":
+            lines += ["[axes]", '"seed+data.seed" = [1, 2]']
+        else:
+            lines += ["[evaluate]", f'data = ["{place}/data"]', f'tasks = "{place}/tasks"']
+        (place / "grids" / file.name).write_text("\n".join(lines))
+    (place / "tasks").mkdir()
+    item = {"context": "It was the", "choices": [" best", " worst"], "label": 0}
+    (place / "tasks" / "times.jsonl").write_text("".join(json.dumps(item) + "\n" for _ in range(3)))
+    for run in launcher.expand(place / "grids" / "lr.toml", place / "out"):
+        train(load_config(run.config, run.settings), run.folder, quiet=True)
+    for run in launcher.expand(place / "grids" / "main.toml", place / "out", only=["slow"]):
+        train(load_config(run.config, run.settings), run.folder, quiet=True)
+    return place
+
+
+def test_the_best_settings_go_on(place: Path) -> None:
+    """A higher rate is better where there are two steps."""
+    slow, fast = launcher.expand(place / "grids" / "main.toml", place / "out")
+    assert (slow.name, fast.name) == ("slow", "transformer-2")
+    assert fast.settings == ("optimizer.lr=0.01",)
+    assert slow.finished
+    assert not fast.finished
+    first, second = launcher.expand(place / "grids" / "seeds.toml", place / "out", only=["slow"])
+    assert (first.name, second.name) == ("slow-seed1", "slow-seed2")
+    assert first.settings == ("optimizer.lr=0.01", "seed=1", "data.seed=1")
+
+
+def test_launching_goes_on_where_it_was_and_evaluates(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = place / "out"
+    code = launcher.main([str(place / "grids" / "main.toml"), "--out", str(out), "--jobs", "2"])
+    shown = capfd.readouterr().out
+    assert code == 0, shown
+    assert "slow: finished before" in shown
+    assert "2 of 2 runs are finished" in shown
+    assert "4/4" in (out / "main" / "transformer-2.log").read_text()
+    for name in ("slow", "transformer-2"):
+        found = json.loads((out / "main" / name / "evaluation.json").read_text())
+        assert found["step"] == 4
+        assert 4 < found["data"]["loss"] < 6
+        assert found["tasks"][0]["items"] == 3
+        assert (
+            evaluation.evaluate_run(out / "main" / name, [f"{place}/data"], f"{place}/tasks", 2, None, "cpu") == found
+        )
+
+    # The Transformer's steps in the other's time, and the picture of all of it.
+    for name, seconds in (("slow", 3.0), ("transformer-2", 1.0)):  # a loaded machine may measure anything
+        file = out / "main" / name / "metrics.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        records = [{**r, "seconds": seconds * r["step"]} if "seconds" in r else r for r in records]
+        file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    (run,) = launcher.expand(place / "grids" / "equal-time.toml", out)
+    assert run.name == "transformer-2-as-long-as-slow"
+    assert run.settings == ("optimizer.lr=0.01", "schedule.steps=12")
+    grid = place / "grids" / "equal-time.toml"
+    assert launcher.expand(grid, out, only=["transformer-2"]) == launcher.expand(grid, out, only=[run.name]) == [run]
+    with pytest.raises(ValueError, match="as-long-as-fast"):
+        launcher.expand(grid, out, only=["transformer-2-as-long-as-fast"])
+    train(load_config(run.config, run.settings), run.folder, quiet=True)
+    assert results.main([str(out), "--docs", str(place / "docs")]) == 0
+    text = capfd.readouterr().out
+    assert "| recurrent, 2 x 16 |" in text
+    assert "| transformer-2-as-long-as-slow |" in text
+    assert "| times |" in text
+    picture = place / "docs" / "figures" / "results.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    assert results.main(["--docs", str(place / "docs")]) == 0  # from the extract alone
+    assert picture.is_file()
+    assert capfd.readouterr().out == text
+
+
+def test_time_that_is_up_saves_and_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--set", "schedule.steps=100000", "--set", "evaluation.every=100000", "--set", "log.every=1"]
+    arguments = [str(place / "grids" / "main.toml"), "--out", str(place / "other"), "--only", "transformer-2", *more]
+    (place / "other").mkdir()
+    (place / "other" / "lr").symlink_to(place / "out" / "lr")
+    run = place / "other" / "main" / "transformer-2"
+
+    def clock() -> float:  # the time is up once a step is made
+        metrics = run / "metrics.jsonl"
+        return 1e6 if metrics.is_file() and '"train"' in metrics.read_text() else 0.0
+
+    monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    assert launcher.main([*arguments, "--minutes", "1"]) == 1
+    shown = capfd.readouterr()
+    assert "stopped and saved" in shown.out, shown
+    assert "0 of 1 runs are finished" in shown.out
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    steps = int(checkpoint.name.removeprefix("step-"))
+    end = [f"schedule.steps={steps + 1}", f"evaluation.every={steps + 1}"]
+    config = load_config(run / "config.json", end)
+    assert train(config, run, resume=True, allow_change=["schedule.steps"], quiet=True).step == steps + 1
+
+
+# --- the numbers of the extract --------------------------------------------------------------------------------------
+
+
+def record(step: int, seconds: float, loss: float = 3.0, norm: float = 1.0) -> dict[str, Any]:
+    return {"step": step, "seconds": seconds, "loss": loss, "grad_norm": norm, "tokens": 100 * step}
+
+
+def test_seconds_leave_compilation_out() -> None:
+    records = [record(1, 30.0), record(2, 31.0), record(3, 32.0), record(4, 45.0), record(6, 47.0)]
+    seconds, median = results.step_seconds(records)
+    assert median == 1.0
+    assert seconds == [1.0, 1.0, 1.0, 1.0, 2.0]
+
+
+def test_spikes_and_norms() -> None:
+    losses = [3.0] * 150
+    losses[120], losses[130], losses[50] = 3.7, 3.4, 9.0  # the last one is before there is a window
+    records = [record(n + 1, float(n), loss, norm=0.5 + (n == 149)) for n, loss in enumerate(losses)]
+    schedule = {"steps": 150, "warmup_fraction": 0.4, "warmup_steps": None}
+    found = results.stability(records, 1.0, schedule)
+    assert (found["spikes"], found["largest_rise"]) == (1, pytest.approx(0.7))
+    assert (found["norm_median"], found["norm_max"]) == (0.5, 1.5)
+    assert found["clipped"] == pytest.approx(1 / 90)
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert results.main([str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert results.main(["--docs", str(tmp_path)]) == 2
+    assert evaluation.main([str(tmp_path), "--data", "x"]) == 2
