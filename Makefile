@@ -43,6 +43,7 @@ endif
 	$(BIN)/python docs/figures/emulation.py
 	$(BIN)/python docs/figures/recurrence.py
 	$(BIN)/python docs/figures/decode.py
+	$(BIN)/python docs/figures/retrofit.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache
