@@ -1,6 +1,6 @@
 """Draws retrofit.png for docs/retrofit.md from docs/figures/retrofit.json.
 
-`python docs/figures/retrofit.py RUNS` first takes into that file what the runs in the folder RUNS say, by their names below.
+`python docs/figures/retrofit.py RUNS` first takes into that file what the runs in RUNS say, by their names below.
 """
 
 import json
