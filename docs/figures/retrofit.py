@@ -1,7 +1,6 @@
-"""Draws the pictures of docs/retrofit.md from the runs that the page describes.
+"""Draws retrofit.png for docs/retrofit.md from docs/figures/retrofit.json.
 
-`python docs/figures/retrofit.py` draws retrofit-gpu.png from docs/figures/gpu/retrofit.json.
-`python docs/figures/retrofit.py RUNS`, where RUNS holds the runs control, first and frozen, draws retrofit.png.
+`python docs/figures/retrofit.py RUNS` first takes into that file what the runs in RUNS say, by their names below.
 """
 
 import json
@@ -13,9 +12,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from recurformer.folders import replacing
 from recurformer.training import read_metrics
 
 HERE = pathlib.Path(__file__).parent
+KEPT = HERE / "retrofit.json"  # validation losses of each run: pairs of a step and nats a byte
 # name of the run: (label, Okabe and Ito's colour, marker)
 RUNS = {
     "control": ("standard, trained on", "#555555", "o"),
@@ -25,43 +26,39 @@ RUNS = {
 }
 
 
-def draw(records: dict[str, list[dict]], batch_tokens: int, name: str) -> None:
-    """One picture, and the numbers of its table on stdout.
+def take(folder: pathlib.Path) -> None:
+    """Keep the evaluations of new runs beside those that are kept already."""
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    for name in RUNS:
+        if (folder / name).is_dir():
+            found = [r for r in read_metrics(folder / name) if r["event"] == "evaluation"]
+            kept[name] = [[r["step"], r["validation_loss"]] for r in found]
+    with replacing(KEPT) as temporary:
+        temporary.write_text(json.dumps(kept) + "\n")
 
-    Args:
-        records: of each run, what its metrics.jsonl holds.
-        batch_tokens: tokens of a step.
-        name: of the picture's file.
-    """
+
+def main(arguments: list[str]) -> None:
+    """The picture, and the numbers of the table on stdout."""
+    if arguments:
+        take(pathlib.Path(arguments[0]))
+    kept = json.loads(KEPT.read_text())
     figure, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
-    evaluations = {run: [r for r in records[run] if r["event"] == "evaluation"] for run in RUNS if run in records}
-    before = evaluations["control"][0]["validation_loss"]  # nothing was converted there
+    before = kept["control"][0][1]  # nothing was converted there
     axes.axhline(before, color="#bbbbbb", linewidth=1)
     axes.text(4, before - 0.01, "before the conversion", ha="left", va="top", fontsize=8, color="#777777")
-    for run, mine in evaluations.items():
-        label, colour, marker = RUNS[run]
-        steps, losses = zip(*((r["step"], r["validation_loss"]) for r in mine), strict=True)
+    for name, (label, colour, marker) in RUNS.items():
+        steps, losses = zip(*kept[name], strict=True)
         axes.plot(steps, losses, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
         recovered = next((s for s, loss in zip(steps, losses, strict=True) if loss <= before and s > 0), None)
         by_step = ", ".join(f"{s}: {loss:.4f}" for s, loss in zip(steps, losses, strict=True))
-        print(f"{run}: back at step {recovered}; {by_step}")
-    axes.set_xlabel(f"steps after the conversion ({batch_tokens:,} tokens each)")
+        print(f"{name}: back at step {recovered}; {by_step}")
+    axes.set_xlabel("steps after the conversion (2,048 tokens each)")
     axes.set_ylabel("validation loss, nats a byte")
     axes.grid(color="#ececec")
     axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(HERE / name, dpi=150, metadata={"Software": ""})
-
-
-def main(arguments: list[str]) -> None:
-    """From runs, or from what is stored of them."""
-    if arguments:
-        folder = pathlib.Path(arguments[0])
-        draw({name: read_metrics(folder / name) for name in RUNS if (folder / name).is_dir()}, 2048, "retrofit.png")
-        return
-    stored = json.loads((HERE / "gpu" / "retrofit.json").read_text())
-    draw(stored["runs"], stored["batch_tokens"], "retrofit-gpu.png")
+    figure.savefig(HERE / "retrofit.png", dpi=150, metadata={"Software": ""})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def run_of(window: int, model: dict[str, Any], **settings: Any) -> TrainConfig:
 def measured_peak(config: TrainConfig) -> int:
     """Of two steps: only the second one meets the optimizer's state."""
     with LiveTensors() as tensors:
-        model = make_model(config, CPU, None)
+        model = make_model(config, CPU, None, World())
         optimizer = make_optimizer(model, config.optimizer)
         batches = random_batches(config, SimpleNamespace(seed=0, length=config.data.window))  # pyright: ignore[reportArgumentType]
         for _ in range(2):

@@ -216,11 +216,12 @@ def smaller(config: TrainConfig, sequences: int) -> TrainConfig:
 def time_steps(config: TrainConfig, device: torch.device, repeats: int = 2) -> float:
     """The mean seconds of whole optimizer steps on random tokens, after one that is not counted."""
     from recurformer.data.windows import Batch
-    from recurformer.training.loop import World, gradient_step, make_model
+    from recurformer.training.distributed import World
+    from recurformer.training.loop import gradient_step, make_model
     from recurformer.training.optimizer import make_optimizer, set_rates
 
     state = torch.random.get_rng_state()
-    model = make_model(config, device, None)
+    model = make_model(config, device, None, World())
     torch.random.set_rng_state(state)
     optimizer = make_optimizer(model, config.optimizer)
     draw = torch.Generator().manual_seed(0)
