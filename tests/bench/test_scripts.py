@@ -136,7 +136,20 @@ def test_kernels_need_a_gpu(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_kernels_are_seen_in_both_passes(profiler: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = ("--batch-size", "4", "--length", "24", "--d-model", "64", "--n-heads", "2", "--repeats", "1")
+    shape = (
+        "--batch-size",
+        "4",
+        "--length",
+        "24",
+        "--d-model",
+        "64",
+        "--n-heads",
+        "2",
+        "--repeats",
+        "1",
+        "--most",
+        "100",
+    )
     with pytest.raises(SystemExit) as stop:
         cli.main(shape, profiler.kernels, "kernels.py")
     assert stop.value.code == 0
