@@ -72,35 +72,35 @@ def test_memory_is_that_of_a_small_run(window: int, model: dict[str, Any], setti
 
 def stored() -> list[tuple[TrainConfig, dict[str, Any]]]:
     """The optimizer steps that were measured on an H100."""
-    found = []
-    for name in ("model", "model-recurrent", "model-hybrids"):
-        results = json.loads((GPU / f"{name}.json").read_text())
-        s = results["settings"]
-        for row in results["rows"]:
-            config = TrainConfig(
-                model=ModelConfig.preset(row["preset"], layers=row["layers"]), data=DataConfig(window=s["length"]),
-                batch_size=s["tokens"] // s["length"], micro_batch_size=row["micro_batch_size"],
-                recurrent_micro_batch_size=row.get("recurrent_micro_batch_size"), recompute=row["recompute"],
-                precision=s["dtype"],
-            )  # fmt: skip
-            found.append((config, row))
+    results = json.loads((GPU / "model.json").read_text())
+    s, found = results["settings"], []
+    for row in results["rows"]:
+        config = TrainConfig(
+            model=ModelConfig.preset(row["preset"], layers=row["layers"]), data=DataConfig(window=s["length"]),
+            batch_size=s["tokens"] // s["length"], micro_batch_size=row["micro_batch_size"],
+            recurrent_micro_batch_size=row["recurrent_micro_batch_size"], recompute=row["recompute"],
+            precision=s["dtype"],
+        )  # fmt: skip
+        found.append((config, row))
     return found
 
 
 def test_memory_is_that_of_the_benchmarks() -> None:
-    """But for a row in which the scan now keeps 6 GB more, the MLP's inner values, than it did when it was measured."""
-    rows = [(c, r) for c, r in stored() if (r["layers"], r["micro_batch_size"]) != ("first:3", 512)]
-    assert len(rows) >= 6
+    """Within a tenth, and what did not fit is estimated not to."""
+    rows = stored()
+    assert len(rows) == 10
     for config, row in rows:
         expected = estimate.estimate_memory(config, gpu=True, scan="fused", device_bytes=estimate.H100_BYTES).total
-        assert expected == pytest.approx(row["peak_bytes"], rel=0.1), row
+        if "failed" in row:
+            assert expected > estimate.H100_BYTES, row
+        else:
+            assert expected == pytest.approx(row["peak_bytes"], rel=0.1), row
 
 
 def test_the_rate_of_an_h100_is_that_of_the_benchmarks() -> None:
-    """Each kind of layers at the micro-batch that suits it. Hybrids were measured with 256 sequences in all layers."""
-    suits = {"standard": 256, "recurrent": 512}
-    rows = [(c, row) for c, row in stored() if row["micro_batch_size"] == suits.get(row["layers"])]
-    assert {row["layers"] for _, row in rows} == set(suits)
+    """Each kind of layers at the micro-batches that suit it."""
+    rows = [(c, row) for c, row in stored() if row.get("fastest")]
+    assert len(rows) == 4
     for config, row in rows:
         assert estimate.h100_seconds(config) == pytest.approx(row["step_s"], rel=0.05), row
 
