@@ -454,7 +454,7 @@ class Engine:
             "delta": chunk(H, f32),
             # and what is made of them
             "gq": chunk(H * K), "g_own": chunk(2 * H * K), "g_raw": chunk((H + 2 * G) * K),
-            "g_normed": chunk((H + 2 * G) * K), "g_hx": chunk(D),
+            "g_hx": chunk(D),
             "ring": self.fresh(L if L > 1 else 0, 2, C, B, D, dtype=f32),
         }  # fmt: skip
 
@@ -466,6 +466,8 @@ class Engine:
         found = {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv", "kv", "o", "up", "down")}
         for name in ("attention_norm", "q_norm", "k_norm") if self.norm else ("attention_norm",):
             found[name] = self.fresh(L, self.parts, getattr(w, name).shape[1], dtype=f32)
+        if self.norm:
+            found["k_norm_z"] = self.fresh(*w.k_norm.shape, dtype=f32)
         for name in ("attention_norm_z", "mlp_norm"):
             found[name] = self.fresh(L, self.shape.B, self.D, dtype=f32)
         if config.attention_bias:
@@ -541,9 +543,10 @@ class Engine:
             self.table, b["ga"], b["tmp"], w.slopes, b["gq"], b["g_own"], B, self.K**-0.5, **self.size,
             **self.attention, **self.dots, BM=bm, BN=bn, num_warps=warps,
         )  # fmt: skip
-        kernels.heads_gradient[(B, C, L)](
-            self.table, b["gq"], b["g_own"], b["qkv"], w.qkv_bias, w.q_norm, w.k_norm, b["g_raw"], b["g_normed"], B,
-            self.eps, **self.size, H=self.H, **self.heads, HB=k["HB"], NORM=self.norm,
+        q_sums, k_sums = (self.gradients.get(name, self.gradients["attention_norm"]) for name in ("q_norm", "k_norm"))
+        kernels.heads_gradient[(self.parts, L)](
+            self.table, b["gq"], b["g_own"], b["qkv"], w.qkv_bias, w.q_norm, w.k_norm, b["g_raw"], q_sums, k_sums, B,
+            self.eps, **self.size, H=self.H, **self.heads, HB=k["HB"], PARTS=self.parts, NORM=self.norm,
         )  # fmt: skip
         self.product(b["g_raw"].flatten(1, 2), w.qkv, b["g_hx"].flatten(1, 2), transposed=False)
         kernels.input_gradient[(self.parts, L)](
@@ -603,24 +606,8 @@ class Engine:
             if f"{name}_bias" in g:
                 g[f"{name}_bias"] += b[out].flatten(1, 2).sum(1, dtype=torch.float32)
 
-        def norm(name: str, x: Tensor, grad: Tensor, per_row: int, bias: Tensor | None = None) -> None:
-            W = g[name].shape[2]
-            WB = triton.next_power_of_2(W)
-            tile = max(1, 4096 // WB)
-            kernels.norm_weight_gradient[(self.parts, L)](
-                self.table, x, grad, w.qkv_bias if bias is None else bias, g[name], C * B, per_row, x.stride(2),
-                grad.stride(2), self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=self.parts,
-                CENTRED=self.centred, BIAS=bias is not None, bias_stride=0 if bias is None else bias.stride(0),
-                num_warps=4,
-            )  # fmt: skip
-
-        if self.norm:
-            q_per, k_per = (1, 1) if self.norm == 2 else (self.H, self.G)
-            biased = shape.config.attention_bias
-            norm("q_norm", b["qkv"], b["g_normed"], q_per, w.qkv_bias if biased else None)
-            norm("k_norm", b["qkv"][..., HK:], b["g_normed"][..., HK:], k_per,
-                 w.qkv_bias[:, HK:] if biased else None)  # fmt: skip
-            norm("k_norm", b["k_raw"], b["g_key"], k_per, w.kv_bias if biased else None)
+        if self.norm:  # what the keys of persistent pairs add; the heads share a weight, or have one each
+            g["k_norm_z"] += b["g_key"].view(L, -1, g["k_norm_z"].shape[1]).sum(1, dtype=torch.float32)
 
     def named_gradients(self, l: int) -> dict[str, Tensor]:
         """Gradients of layer l by the names of LayerMaths."""
@@ -634,6 +621,8 @@ class Engine:
             found["gate"] = g["up"][l, F:]
         found |= {name: g[name][l].sum(0) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm") if name in g}
         found["attention_norm"] += g["attention_norm_z"][l].sum(0)
+        if "k_norm" in found:
+            found["k_norm"] += g["k_norm_z"][l]
         if "qkv_bias" in g:
             pairs = g["qkv_bias"][l, HK:] + g["kv_bias"][l]
             found |= {"q_bias": g["qkv_bias"][l, :HK], "k_bias": pairs[:GK], "v_bias": pairs[GK:]}
