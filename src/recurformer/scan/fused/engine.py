@@ -235,21 +235,22 @@ class Engine:
 
     def product_tiled(
         self, a: Tensor, weight: Tensor, out: Tensor, transposed: bool, kind: int = -1, up: Tensor | None = None,
-        r: int = 0,
+        inner: Tensor | None = None, r: int = 0,
     ) -> None:  # fmt: skip
         """`product` by a kernel of ours.
 
         With an activation `kind`: GELU after it, or its slope at up (L, n, out), or at what is kept of position r of
-        the chunk.
+        the chunk; of that, GELU goes to inner (L, n, out).
         """
         L, rows, width = out.shape
         tile = self.tile(kind >= 0)
         bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
-        up = out if up is None else up
+        up, inner = (out if given is None else given for given in (up, inner))
         kernels.product_tiled[(triton.cdiv(width, bn), triton.cdiv(rows, bm), L)](
             self.table, TensorDescriptor.from_tensor(a, [1, bm, bk]),
             TensorDescriptor.from_tensor(weight, [1, bn, bk] if transposed else [1, bk, bn]),
-            out, self.w.up_bias, up, r, rows, out.stride(0), up.stride(0), **self.size, IN=a.shape[2], OUT=width,
+            out, self.w.up_bias, up, inner, r, rows, out.stride(0), up.stride(0), inner.stride(0), **self.size,
+            IN=a.shape[2], OUT=width,
             KIND=kind, BIAS=self.shape.config.mlp_bias and kind >= 0,
             KEEP=self.shape.inner and kind >= 0, BACKWARD=not transposed, **tile, **self.soon,
         )  # fmt: skip
@@ -399,7 +400,7 @@ class Engine:
             self.product_tiled(b["h"], w.up, b["inner"], True, self.kind, r=r)
         else:
             self.product(b["h"], w.up, b["up"])
-            self.activate(b["up"], b["inner"], r, B, keep=shape.inner)
+            self.activate(b["up"], b["inner"], r, B, shape.inner)
         self.product(b["inner"], w.down, b["branch"])
         kernels.finished_rows[(B, L)](
             self.table, b["branch"], w.down_bias, w.attention_norm, b["y"], b["h"], r, B, s, self.eps,
@@ -407,15 +408,15 @@ class Engine:
         )  # fmt: skip
         self.product(b["h"], w.kv, b["kv"])
 
-    def activate(self, up: Tensor, inner: Tensor, r: int, rows: int, keep: bool = False, kept: bool = False) -> None:
-        """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width), from position r of the chunk on.
+    def activate(self, up: Tensor, inner: Tensor, r: int, rows: int, keep: bool) -> None:
+        """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width), at position r of the chunk.
 
-        keep: keep up for the backward; kept: take what the forward has kept in its place.
+        keep: keep up for the backward.
         """
         F, FB = self.F, min(2048, triton.next_power_of_2(self.F))
         kernels.activate_rows[(rows, triton.cdiv(F, FB), self.shape.L)](
             self.table, up, self.w.up_bias, inner, r, rows, up.stride(0), inner.stride(0), self.shape.B, **self.size,
-            F=F, FB=FB, KIND=self.kind, BIAS=self.shape.config.mlp_bias, KEEP=keep, KEPT=kept,
+            F=F, FB=FB, KIND=self.kind, BIAS=self.shape.config.mlp_bias, KEEP=keep,
             num_warps=8 if FB > 1024 else 4, **self.soon,
         )  # fmt: skip
 
@@ -523,7 +524,6 @@ class Engine:
         )  # fmt: skip
         if not shape.inner:
             self.product(b["h_y"].flatten(1, 2), w.up, b["up"].flatten(1, 2))
-        self.activate(b["up"], b["inner"], 0, C * B, kept=shape.inner)
         self.keys_receive(0, 0, 0, C, True)
 
         # One by one, from the last: data gradients alone.
@@ -578,12 +578,14 @@ class Engine:
         )  # fmt: skip
         if self.fused_activation:
             up = None if shape.inner else b["up"][:, r]
-            self.product_tiled(b["sgz"][:, r], w.down, b["g_up"][:, r], False, self.kind, up=up, r=r)
+            self.product_tiled(
+                b["sgz"][:, r], w.down, b["g_up"][:, r], False, self.kind, up=up, inner=b["inner"][:, r], r=r
+            )
         else:
             self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
             FB = min(2048, triton.next_power_of_2(self.F))
             kernels.activation_gradient[(B, triton.cdiv(self.F, FB), L)](
-                self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, B, **self.size, F=self.F, FB=FB,
+                self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], b["inner"], r, B, **self.size, F=self.F, FB=FB,
                 KIND=self.kind, BIAS=config.mlp_bias, KEPT=shape.inner, num_warps=8 if FB > 1024 else 4, **self.soon,
             )  # fmt: skip
         self.product(b["g_up"][:, r], w.up, b["g_hy"], transposed=False)
@@ -595,9 +597,7 @@ class Engine:
 
     def weight_gradients(self) -> None:
         """Add a chunk's part to the gradients of all weights."""
-        b, w, g, shape = self.backward_buffers, self.w, self.gradients, self.shape
-        L, B, C = shape.L, shape.B, shape.C
-        HK = self.H * self.K
+        b, g = self.backward_buffers, self.gradients
         for name, out, inputs in (
             ("qkv", "g_raw", "h_x"), ("kv", "g_pair", "h_z"), ("o", "sgy", "a"), ("up", "g_up", "h_y"),
             ("down", "sgz", "inner"),
@@ -607,7 +607,7 @@ class Engine:
                 g[f"{name}_bias"] += b[out].flatten(1, 2).sum(1, dtype=torch.float32)
 
         if self.norm:  # what the keys of persistent pairs add; the heads share a weight, or have one each
-            g["k_norm_z"] += b["g_key"].view(L, -1, g["k_norm_z"].shape[1]).sum(1, dtype=torch.float32)
+            g["k_norm_z"] += b["g_key"].view(self.shape.L, -1, g["k_norm_z"].shape[1]).sum(1, dtype=torch.float32)
 
     def named_gradients(self, l: int) -> dict[str, Tensor]:
         """Gradients of layer l by the names of LayerMaths."""

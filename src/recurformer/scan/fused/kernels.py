@@ -638,29 +638,23 @@ def kept_inner(table, l, r, B, width, L: tl.constexpr, C: tl.constexpr, REVERSE:
 @triton.jit
 def activate_rows(
     table, up, bias, inner, r, rows, up_stride, inner_stride, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
-    FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr,
-    EARLY: tl.constexpr,
+    FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers.
 
-    KEEP: up is also kept, as that from position r on; KEPT: it has been, and is read there.
+    KEEP: up is also kept, as that from position r on.
     """
     row, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * FB + tl.arange(0, FB)
     mask = c < F
     width: tl.constexpr = 2 * F if KIND == 2 else F
     dtype = inner.dtype.element_ty
-    if KEPT:
-        at, active = kept_inner(table, l, r, B, width, L, C, True, dtype)
-        known = mask & active
-    else:
-        at, known = up + l * up_stride, mask
-    at += row * width + c
+    at = up + l * up_stride + row * width + c
     await_kernel(EARLY)
-    u = tl.load(at, mask=known, other=0.0)
+    u = tl.load(at, mask=mask, other=0.0)
     gate = u
     if KIND == 2:
-        gate = tl.load(at + F, mask=known, other=0.0)
+        gate = tl.load(at + F, mask=mask, other=0.0)
     if KEEP:
         to, active = kept_inner(table, l, r, B, width, L, C, False, dtype)
         tl.store(to + row * width + c, u, mask=mask & active)
@@ -677,16 +671,17 @@ def activate_rows(
 
 @triton.jit
 def product_tiled(
-    table, a, weight, out, bias, up, r, B, out_stride, up_stride, L: tl.constexpr, C: tl.constexpr, IN: tl.constexpr,
-    OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
-    BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr, EARLY: tl.constexpr,
+    table, a, weight, out, bias, up, inner, r, B, out_stride, up_stride, inner_stride, L: tl.constexpr,
+    C: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A product, and what follows it, in one: out (L, B, OUT) = a W^T, or BACKWARD, a W.
 
-    KIND as for `activated`, or -1 for nothing: GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W), up (L, B,
-    OUT). KEEP: what GELU is taken of is kept, as that of position r, or BACKWARD, has been, and is read there, not from
-    up. a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are descriptors of tensors with blocks
-    (1, BM, BK) and (1, BN, BK) or (1, BK, BN): beyond their edges they read zeros. Strides are those between layers.
+    KIND as for `activated`, or -1 for nothing: GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W), and GELU(up +
+    bias) to inner; up and inner (L, B, OUT). KEEP: what GELU is taken of is kept, as that of position r, or BACKWARD,
+    has been, and is read there, not from up. a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are
+    descriptors of tensors with blocks (1, BM, BK) and (1, BN, BK) or (1, BK, BN): beyond their edges they read zeros.
+    Strides are those between layers.
     """
     row, column, layer = tl.program_id(1) * BM, tl.program_id(0) * BN, tl.program_id(2)
     acc = tl.zeros([BM, BN], tl.float32)
@@ -715,6 +710,7 @@ def product_tiled(
         if BIAS:
             u += tl.load(bias + l * OUT + f, mask=f < OUT, other=0.0)[None, :]
         if BACKWARD:
+            tl.store(inner + l * inner_stride + at, activated(u, u, KIND, dtype).to(dtype), mask=mask)
             acc = acc * activation_slope(u, KIND)
         else:
             acc = activated(u, u, KIND, dtype)
@@ -983,12 +979,13 @@ def attended_gradient(
 
 @triton.jit
 def activation_gradient(
-    table, up, bias, g_inner, g_up, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
-    KIND: tl.constexpr, BIAS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
+    table, up, bias, g_inner, g_up, inner, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
+    FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F).
 
-    KEPT: the inner values are read where the forward has kept them, not from up.
+    Also those values activated, inner (L, C, B, F), for the gradient of down. KEPT: the inner values are read where the
+    forward has kept them, not from up.
     """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
@@ -1002,14 +999,18 @@ def activation_gradient(
     else:
         up_at = up + at
     u = tl.load(up_at, mask=mask & active, other=0.0).to(tl.float32)
-    await_kernel(EARLY)
-    g = tl.load(g_inner + (l * B + b) * F + c, mask=mask & active, other=0.0).to(tl.float32)
-    if BIAS:
-        u += tl.load(bias + l * width + c, mask=mask, other=0.0)
+    gate = u
     if KIND == 2:
         gate = tl.load(up_at + F, mask=mask & active, other=0.0).to(tl.float32)
-        if BIAS:
+    if BIAS:
+        u += tl.load(bias + l * width + c, mask=mask, other=0.0)
+        if KIND == 2:
             gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
+    dtype = inner.dtype.element_ty
+    tl.store(inner + ((l * C + r) * B + b) * F + c, activated(u, gate, KIND, dtype).to(dtype), mask=mask)
+    await_kernel(EARLY)
+    g = tl.load(g_inner + (l * B + b) * F + c, mask=mask & active, other=0.0).to(tl.float32)
+    if KIND == 2:
         sigmoid = tl.sigmoid(gate)
         g_gate = g * u * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         tl.store(g_up + at + F, g_gate.to(g_up.dtype.element_ty), mask=mask)
@@ -1140,8 +1141,10 @@ def heads_gradient(
         k_total1 += n1
         k_total2 += n2
     if NORM > 0:
-        add_to_norm(q_partial + (l * PARTS + part) * (H * K if NORM == 2 else K), q_total1, q_total2, H, K, HB, KB, NORM)
-        add_to_norm(k_partial + (l * PARTS + part) * (G * K if NORM == 2 else K), k_total1, k_total2, G, K, GB, KB, NORM)
+        q_at = q_partial + (l * PARTS + part) * (H * K if NORM == 2 else K)
+        k_at = k_partial + (l * PARTS + part) * (G * K if NORM == 2 else K)
+        add_to_norm(q_at, q_total1, q_total2, H, K, HB, KB, NORM)
+        add_to_norm(k_at, k_total1, k_total2, G, K, GB, KB, NORM)
 
 
 @triton.jit
