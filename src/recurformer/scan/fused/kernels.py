@@ -38,6 +38,8 @@ def await_kernel(EARLY: tl.constexpr):
     """What follows may read what the kernel before writes. EARLY: this one was started before that one had ended.
 
     Ahead of it, weights are read, and what kernels before that one have written. The next one may start from here on.
+    That those have ended follows from each kernel's waiting: programs that return early don't, so that of every kernel
+    some must not return. Nothing is written ahead of it.
     """
     if EARLY:
         gdc_wait()
