@@ -26,7 +26,7 @@ from recurformer.scan.schedule import Schedule
 
 kernels: Any = triton_kernels  # the types of a launch are Triton's to check, when it compiles
 
-ENGINES = 4  # kept with their buffers and graphs; the least recently used one goes
+ENGINES, ENGINES_PART = 8, 8  # kept with buffers and graphs, at most: their number, and their part of the memory
 RECEIVE = (2, 1, 2)  # heads, warps and rows at a time of the backward's kernel that reads a leaf
 ATTEND = (2, 1)  # key-value heads and warps of the forward's
 WIDE_TILE = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with the activation
@@ -187,6 +187,15 @@ class Engine:
         self.enter(values)
         for _ in range(steps):
             self.graphs[name].replay()
+
+    @property
+    def bytes(self) -> int:
+        """Of all buffers there are so far."""
+        mine = vars(self)
+        held = [self.table, *vars(self.w).values()]
+        for name in ("forward_buffers", "backward_buffers", "gradients"):  # made when they are first asked for
+            held += mine.get(name, {}).values()
+        return sum(t.untyped_storage().nbytes() for t in held)
 
     def settle(self) -> None:
         """Wait for recorded steps that still run: their graphs must not go before."""
@@ -639,13 +648,15 @@ _engines: OrderedDict[Any, Engine] = OrderedDict()
 
 
 def engine_of(shape: Shape) -> Engine:
-    """The engine of a shape and of the current stream, made when there is none; the least recently used one goes."""
+    """The engine of a shape and of the current stream, made when there is none; least recently used ones go."""
     stream = torch.cuda.current_stream(shape.device).cuda_stream if shape.device.type == "cuda" else 0
     key = (shape, stream)
     if key in _engines:
         _engines.move_to_end(key)
         return _engines[key]
-    while len(_engines) >= ENGINES:
+    on_gpu = shape.device.type == "cuda"
+    room = torch.cuda.get_device_properties(shape.device).total_memory // ENGINES_PART if on_gpu else None
+    while len(_engines) >= ENGINES or (room is not None and sum(e.bytes for e in _engines.values()) > room):
         _engines.popitem(last=False)[1].settle()
     engine = _engines[key] = Engine(shape)
     return engine
