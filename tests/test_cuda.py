@@ -15,7 +15,7 @@ from helpers import relative_rms
 from recurformer import LanguageModel, ModelConfig
 from recurformer.loss import choose_loss
 from recurformer.model import Layer
-from recurformer.scan import SCANS
+from recurformer.scan import SCANS, fused
 
 pytestmark = [
     pytest.mark.gpu,
@@ -135,6 +135,70 @@ def test_library_products_of_many_rows_in_bf16(
     """Products of PyTorch's library behind kernels that were started early, and GELU as a kernel of its own."""
     full(2.0)  # it never is
     check(scan, options, 40, 71, True, masked, exact="cuda")
+
+
+@pytest.mark.parametrize("save", ["minimal", "pairs", "all"])
+@pytest.mark.parametrize("scan", ["fused", "wavefront"])
+def test_whatever_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch, scan: str, save: str) -> None:
+    """With biases, which kernels that start early read too."""
+    monkeypatch.setattr(fused, "affordable", lambda *_: save)
+    check(scan, {**WIDE, "attention_bias": True, "mlp_bias": True}, 40, 71, True, False, exact="cuda")
+
+
+@pytest.mark.parametrize("width", [8, 10, 60, 96, 128, 256])
+def test_head_widths(width: int) -> None:
+    check("fused", {"head_dim": width, "n_heads": 2}, 3, 31, True, False)
+
+
+def test_hundreds_of_steps_in_bf16() -> None:
+    check("fused", WIDE, 2, 700, True, False, exact="cuda")
+
+
+def test_more_numbers_than_32_bits_can_count() -> None:
+    """The last sequence of many has the outputs and gradients that it has by itself."""
+    torch.manual_seed(0)
+    B, N, D = 512, 1100, 1024
+    assert B * N * 4 * D > 2**31  # the MLP's inner values, which are kept
+    layer = LanguageModel(ModelConfig(vocab_size=1, d_model=D, n_layers=1, n_heads=16)).cuda()
+    x = torch.randn(B, N, D, device="cuda", requires_grad=True)
+    outcome = []
+    for some in (x, x.detach()[-1:].clone().requires_grad_()):
+        with torch.autocast("cuda", torch.bfloat16):
+            z = run_layers(layer, some)
+        z[-1].square().sum().backward()
+        assert some.grad is not None
+        outcome.append((z[-1].detach().clone(), some.grad[-1].clone()))
+        del z
+    assert x.grad is not None
+    assert not x.grad[:-1].any()
+    for many, one in zip(*outcome, strict=True):
+        assert relative_rms(many, one) <= 5e-2  # both have been rounded
+
+
+def run_layers(model: LanguageModel, x: torch.Tensor) -> torch.Tensor:
+    """Outputs of a model's only layer."""
+    layer = model.layers[0]
+    assert isinstance(layer, Layer)
+    return fused.fused_scan(x, layer.maths(torch.bfloat16), model._layout(x.shape[0], x.shape[1], None, None, None))[0]
+
+
+def test_one_call_leaves_the_results_of_another_alone(request: pytest.FixtureRequest) -> None:
+    """Graphs are replayed into buffers of their own; what is returned is the caller's, and stays."""
+    request.getfixturevalue("poisoned_memory")
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=97, n_layers=1, **WIDE)).cuda()
+    weights = [p for name, p in model.named_parameters() if name.startswith("layers")]
+    first, second = (torch.randn(40, 71, 128, device="cuda", requires_grad=True) for _ in range(2))
+
+    z = run_layers(model, first)
+    loss = z.square().sum()
+    found = [z.detach(), *torch.autograd.grad(loss, [first, *weights], retain_graph=True)]
+    copies = [t.clone() for t in found]
+    run_layers(model, second).square().sum().backward()
+    again = torch.autograd.grad(loss, [first, *weights])
+    assert all(t.isfinite().all() for t in copies)
+    assert all(torch.equal(one, other) for one, other in zip(found, copies, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(again, copies[1:], strict=True))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])

@@ -241,6 +241,23 @@ def test_what_one_call_leaves_harms_no_other(interpreted: None) -> None:
 
 
 @interpreter
+def test_engines_know_the_memory_that_they_hold(interpreted: None) -> None:
+    from recurformer.scan.fused import engine
+
+    compare(small(), 3, 1e-5, chunk=2, leaf=2)
+    (made,) = engine._engines.values()
+    before = made.bytes
+    assert before == sum(
+        t.numel() * t.element_size()
+        for group in (vars(made.w), made.forward_buffers, made.backward_buffers, made.gradients, {"": made.table})
+        for t in group.values()
+    )
+    compare(small(), 3, 1e-5, batch=2, chunk=2, leaf=2)
+    assert len(engine._engines) == 2
+    assert [*engine._engines.values()][1].bytes > before
+
+
+@interpreter
 def test_outputs_of_the_last_layer_do_not_keep_those_of_all(interpreted: None) -> None:
     """Where nothing is needed for a backward; else the backward needs them anyway."""
     model, x = small(n_layers=2), torch.randn(1, 2, 8)
@@ -324,6 +341,10 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert chosen(config, batch_size=512, length=512) == "fused"
     assert chosen(config, batch_size=64, length=512) == "wavefront"
+    deep = ModelConfig(n_layers=24)
+    assert chosen(deep, batch_size=8, length=512) == "wavefront"
+    assert chosen(deep, batch_size=8, length=64) == "fused"  # 27 steps of all layers for the work of 4
+    assert chosen(config, batch_size=8, length=64) == "wavefront"
     assert chosen(ModelConfig(layers="first:1"), batch_size=64, length=512) == "fused"
     assert chosen(config, batch_size=1, length=1) == "tiled"
     name, why = choose_scan("auto", config, gpu, dtype=torch.float64)

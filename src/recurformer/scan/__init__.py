@@ -5,6 +5,7 @@ Every scan has the signature of `reference_scan` and answers to it in tests.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,7 @@ from recurformer.scan.fused import fused_scan, interpreted
 from recurformer.scan.fused import obstacle as fused_obstacle
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.tiled import tiled_scan
+from recurformer.scan.wavefront import CHUNK as STACK_CHUNK
 from recurformer.scan.wavefront import layer_scan
 
 SCANS: dict[str, Callable] = {
@@ -29,6 +31,9 @@ GPU_SCANS = ("fused",)
 SCAN_CHOICES = ("auto", *SCANS)
 SHORT = 8  # positions up to which a call is made of plain operations: decoding, above all
 WAVEFRONT_ROWS = 128  # batch up to which layers side by side beat one after the other on a GPU
+# There too: of what a stack does, the part that counts, at least. Until the last layer has begun and after the first
+# one has ended, layers without work go through all products too. An estimate, from times of long sequences.
+WAVEFRONT_AT_WORK = 0.4
 # On a CPU, where they do: multiply-adds of a position's largest product, and numbers of a layer's largest matrix, at
 # most. Larger products are worth a launch each, and the weights of a whole stack must fit the cache.
 WAVEFRONT_PRODUCT, WAVEFRONT_MATRIX = 2**23, 2**19
@@ -77,7 +82,9 @@ def choose_scan(
     if device.type == "cuda" and obstacle is None:
         if length is not None and length <= SHORT:
             return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
-        if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS:
+        chunks = -(-(length or sys.maxsize) // STACK_CHUNK)
+        at_work = chunks / (chunks + stack - 1)
+        if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS and at_work >= WAVEFRONT_AT_WORK:
             return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
         aside = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""
         return "fused", f"Triton kernels and CUDA graphs, one layer after the other{aside}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CHUNK = 64  # positions of a chunk up to N = 1024, twice as many behind that
 LEAF, LEAF_BACKWARD = 8, 16  # positions of a leaf
-KEEP_PART = 4  # save="auto" keeps queries and pairs if those of a whole model take at most this part of the memory
+KEEP_PART = 4  # save="auto" keeps what in a whole model takes at most this part of the memory
 SAVES = ("auto", "minimal", "pairs", "all")
 MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
 CAPABILITY = (8, 0)  # of the GPU, from Ampere on
@@ -121,6 +121,8 @@ def stack_scan(
     """
     first = layers[0]
     reason = obstacle(first.config, x.device, first.compute_dtype)
+    if x.device.type == "meta":
+        reason = "the device is meta, which computes nothing; model.scan = 'reference' has shapes there"
     if reason is not None:
         raise ValueError(f"the fused scan can't run: {reason}")
     if save not in SAVES:
@@ -334,12 +336,9 @@ class StackScan(torch.autograd.Function):
         pairs = kv[:, P : P + N].view(shape.L, N, B, 2, config.kv_heads, config.head_width)
         keys, values = pairs.permute(3, 0, 2, 4, 1, 5)  # (L, B, G, N, K)
         if shape.keep:
-            # Outputs of the inner layers belong to this function alone; the last one's are what it returns.
-            inner = z[:-1] if shape.L > 1 else None
             ctx.save_for_backward(
-                x, inner, z[-1], kept["A"], kept["LSE"], kept.get("UP"), *((q, kv) if call.keep else (None, None)),
-                *tensors,
-            )  # fmt: skip
+                x, z, kept["A"], kept["LSE"], kept.get("UP"), *((q, kv) if call.keep else (None, None)), *tensors
+            )
         ctx.call = call
         ctx.mark_non_differentiable(keys, values)
         ctx.set_materialize_grads(False)
@@ -363,10 +362,8 @@ class StackScan(torch.autograd.Function):
         """What `backward` returns, given the gradient of the last layer's outputs."""
         from recurformer.scan.fused.engine import engine_of
 
-        x, inner, z, a, lse, up, q, kv, *tensors = ctx.saved_tensors
+        x, z, a, lse, up, q, kv, *tensors = ctx.saved_tensors
         shape, layout = call.shape, call.layout
-        if inner is not None:
-            z = torch.cat([inner, z[None]])
         engine = engine_of(shape)
         engine.load(call.layers(tensors), layout.slopes)
         steps = call.whole // shape.C + shape.L - 1

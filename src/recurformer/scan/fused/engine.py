@@ -26,7 +26,7 @@ from recurformer.scan.schedule import Schedule
 
 kernels: Any = triton_kernels  # the types of a launch are Triton's to check, when it compiles
 
-ENGINES = 4  # kept with their buffers and graphs; the least recently used one goes
+ENGINES, ENGINES_PART = 8, 8  # kept with buffers and graphs, at most: their number, and their part of the memory
 RECEIVE = (2, 1, 2)  # heads, warps and rows at a time of the backward's kernel that reads a leaf
 ATTEND = (2, 1)  # key-value heads and warps of the forward's
 WIDE_TILE = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with the activation
@@ -188,6 +188,15 @@ class Engine:
         for _ in range(steps):
             self.graphs[name].replay()
 
+    @property
+    def bytes(self) -> int:
+        """Of all buffers there are so far."""
+        mine = vars(self)
+        held = [self.table, *vars(self.w).values()]
+        for name in ("forward_buffers", "backward_buffers", "gradients"):  # made when they are first asked for
+            held += mine.get(name, {}).values()
+        return sum(t.untyped_storage().nbytes() for t in held)
+
     def settle(self) -> None:
         """Wait for recorded steps that still run: their graphs must not go before."""
         if self.graphs:
@@ -235,21 +244,22 @@ class Engine:
 
     def product_tiled(
         self, a: Tensor, weight: Tensor, out: Tensor, transposed: bool, kind: int = -1, up: Tensor | None = None,
-        r: int = 0,
+        inner: Tensor | None = None, r: int = 0,
     ) -> None:  # fmt: skip
         """`product` by a kernel of ours.
 
         With an activation `kind`: GELU after it, or its slope at up (L, n, out), or at what is kept of position r of
-        the chunk.
+        the chunk; of that, GELU goes to inner (L, n, out).
         """
         L, rows, width = out.shape
         tile = self.tile(kind >= 0)
         bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
-        up = out if up is None else up
+        up, inner = (out if given is None else given for given in (up, inner))
         kernels.product_tiled[(triton.cdiv(width, bn), triton.cdiv(rows, bm), L)](
             self.table, TensorDescriptor.from_tensor(a, [1, bm, bk]),
             TensorDescriptor.from_tensor(weight, [1, bn, bk] if transposed else [1, bk, bn]),
-            out, self.w.up_bias, up, r, rows, out.stride(0), up.stride(0), **self.size, IN=a.shape[2], OUT=width,
+            out, self.w.up_bias, up, inner, r, rows, out.stride(0), up.stride(0), inner.stride(0), **self.size,
+            IN=a.shape[2], OUT=width,
             KIND=kind, BIAS=self.shape.config.mlp_bias and kind >= 0,
             KEEP=self.shape.inner and kind >= 0, BACKWARD=not transposed, **tile, **self.soon,
         )  # fmt: skip
@@ -399,7 +409,7 @@ class Engine:
             self.product_tiled(b["h"], w.up, b["inner"], True, self.kind, r=r)
         else:
             self.product(b["h"], w.up, b["up"])
-            self.activate(b["up"], b["inner"], r, B, keep=shape.inner)
+            self.activate(b["up"], b["inner"], r, B, shape.inner)
         self.product(b["inner"], w.down, b["branch"])
         kernels.finished_rows[(B, L)](
             self.table, b["branch"], w.down_bias, w.attention_norm, b["y"], b["h"], r, B, s, self.eps,
@@ -407,15 +417,15 @@ class Engine:
         )  # fmt: skip
         self.product(b["h"], w.kv, b["kv"])
 
-    def activate(self, up: Tensor, inner: Tensor, r: int, rows: int, keep: bool = False, kept: bool = False) -> None:
-        """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width), from position r of the chunk on.
+    def activate(self, up: Tensor, inner: Tensor, r: int, rows: int, keep: bool) -> None:
+        """inner (L, n, F) of up (L, n, U), both as buffers (L, ..., width), at position r of the chunk.
 
-        keep: keep up for the backward; kept: take what the forward has kept in its place.
+        keep: keep up for the backward.
         """
         F, FB = self.F, min(2048, triton.next_power_of_2(self.F))
         kernels.activate_rows[(rows, triton.cdiv(F, FB), self.shape.L)](
             self.table, up, self.w.up_bias, inner, r, rows, up.stride(0), inner.stride(0), self.shape.B, **self.size,
-            F=F, FB=FB, KIND=self.kind, BIAS=self.shape.config.mlp_bias, KEEP=keep, KEPT=kept,
+            F=F, FB=FB, KIND=self.kind, BIAS=self.shape.config.mlp_bias, KEEP=keep,
             num_warps=8 if FB > 1024 else 4, **self.soon,
         )  # fmt: skip
 
@@ -454,7 +464,7 @@ class Engine:
             "delta": chunk(H, f32),
             # and what is made of them
             "gq": chunk(H * K), "g_own": chunk(2 * H * K), "g_raw": chunk((H + 2 * G) * K),
-            "g_normed": chunk((H + 2 * G) * K), "g_hx": chunk(D),
+            "g_hx": chunk(D),
             "ring": self.fresh(L if L > 1 else 0, 2, C, B, D, dtype=f32),
         }  # fmt: skip
 
@@ -466,6 +476,8 @@ class Engine:
         found = {name: self.fresh(*getattr(w, name).shape, dtype=f32) for name in ("qkv", "kv", "o", "up", "down")}
         for name in ("attention_norm", "q_norm", "k_norm") if self.norm else ("attention_norm",):
             found[name] = self.fresh(L, self.parts, getattr(w, name).shape[1], dtype=f32)
+        if self.norm:
+            found["k_norm_z"] = self.fresh(*w.k_norm.shape, dtype=f32)
         for name in ("attention_norm_z", "mlp_norm"):
             found[name] = self.fresh(L, self.shape.B, self.D, dtype=f32)
         if config.attention_bias:
@@ -521,7 +533,6 @@ class Engine:
         )  # fmt: skip
         if not shape.inner:
             self.product(b["h_y"].flatten(1, 2), w.up, b["up"].flatten(1, 2))
-        self.activate(b["up"], b["inner"], 0, C * B, kept=shape.inner)
         self.keys_receive(0, 0, 0, C, True)
 
         # One by one, from the last: data gradients alone.
@@ -541,9 +552,10 @@ class Engine:
             self.table, b["ga"], b["tmp"], w.slopes, b["gq"], b["g_own"], B, self.K**-0.5, **self.size,
             **self.attention, **self.dots, BM=bm, BN=bn, num_warps=warps,
         )  # fmt: skip
-        kernels.heads_gradient[(B, C, L)](
-            self.table, b["gq"], b["g_own"], b["qkv"], w.qkv_bias, w.q_norm, w.k_norm, b["g_raw"], b["g_normed"], B,
-            self.eps, **self.size, H=self.H, **self.heads, HB=k["HB"], NORM=self.norm,
+        q_sums, k_sums = (self.gradients.get(name, self.gradients["attention_norm"]) for name in ("q_norm", "k_norm"))
+        kernels.heads_gradient[(self.parts, L)](
+            self.table, b["gq"], b["g_own"], b["qkv"], w.qkv_bias, w.q_norm, w.k_norm, b["g_raw"], q_sums, k_sums, B,
+            self.eps, **self.size, H=self.H, **self.heads, HB=k["HB"], PARTS=self.parts, NORM=self.norm,
         )  # fmt: skip
         self.product(b["g_raw"].flatten(1, 2), w.qkv, b["g_hx"].flatten(1, 2), transposed=False)
         kernels.input_gradient[(self.parts, L)](
@@ -575,12 +587,14 @@ class Engine:
         )  # fmt: skip
         if self.fused_activation:
             up = None if shape.inner else b["up"][:, r]
-            self.product_tiled(b["sgz"][:, r], w.down, b["g_up"][:, r], False, self.kind, up=up, r=r)
+            self.product_tiled(
+                b["sgz"][:, r], w.down, b["g_up"][:, r], False, self.kind, up=up, inner=b["inner"][:, r], r=r
+            )
         else:
             self.product(b["sgz"][:, r], w.down, b["g_inner"], transposed=False)
             FB = min(2048, triton.next_power_of_2(self.F))
             kernels.activation_gradient[(B, triton.cdiv(self.F, FB), L)](
-                self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], r, B, **self.size, F=self.F, FB=FB,
+                self.table, b["up"], w.up_bias, b["g_inner"], b["g_up"], b["inner"], r, B, **self.size, F=self.F, FB=FB,
                 KIND=self.kind, BIAS=config.mlp_bias, KEPT=shape.inner, num_warps=8 if FB > 1024 else 4, **self.soon,
             )  # fmt: skip
         self.product(b["g_up"][:, r], w.up, b["g_hy"], transposed=False)
@@ -592,9 +606,7 @@ class Engine:
 
     def weight_gradients(self) -> None:
         """Add a chunk's part to the gradients of all weights."""
-        b, w, g, shape = self.backward_buffers, self.w, self.gradients, self.shape
-        L, B, C = shape.L, shape.B, shape.C
-        HK = self.H * self.K
+        b, g = self.backward_buffers, self.gradients
         for name, out, inputs in (
             ("qkv", "g_raw", "h_x"), ("kv", "g_pair", "h_z"), ("o", "sgy", "a"), ("up", "g_up", "h_y"),
             ("down", "sgz", "inner"),
@@ -603,24 +615,8 @@ class Engine:
             if f"{name}_bias" in g:
                 g[f"{name}_bias"] += b[out].flatten(1, 2).sum(1, dtype=torch.float32)
 
-        def norm(name: str, x: Tensor, grad: Tensor, per_row: int, bias: Tensor | None = None) -> None:
-            W = g[name].shape[2]
-            WB = triton.next_power_of_2(W)
-            tile = max(1, 4096 // WB)
-            kernels.norm_weight_gradient[(self.parts, L)](
-                self.table, x, grad, w.qkv_bias if bias is None else bias, g[name], C * B, per_row, x.stride(2),
-                grad.stride(2), self.eps, **self.size, W=W, WB=WB, TILE=tile, PARTS=self.parts,
-                CENTRED=self.centred, BIAS=bias is not None, bias_stride=0 if bias is None else bias.stride(0),
-                num_warps=4,
-            )  # fmt: skip
-
-        if self.norm:
-            q_per, k_per = (1, 1) if self.norm == 2 else (self.H, self.G)
-            biased = shape.config.attention_bias
-            norm("q_norm", b["qkv"], b["g_normed"], q_per, w.qkv_bias if biased else None)
-            norm("k_norm", b["qkv"][..., HK:], b["g_normed"][..., HK:], k_per,
-                 w.qkv_bias[:, HK:] if biased else None)  # fmt: skip
-            norm("k_norm", b["k_raw"], b["g_key"], k_per, w.kv_bias if biased else None)
+        if self.norm:  # what the keys of persistent pairs add; the heads share a weight, or have one each
+            g["k_norm_z"] += b["g_key"].view(self.shape.L, -1, g["k_norm_z"].shape[1]).sum(1, dtype=torch.float32)
 
     def named_gradients(self, l: int) -> dict[str, Tensor]:
         """Gradients of layer l by the names of LayerMaths."""
@@ -634,6 +630,8 @@ class Engine:
             found["gate"] = g["up"][l, F:]
         found |= {name: g[name][l].sum(0) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm") if name in g}
         found["attention_norm"] += g["attention_norm_z"][l].sum(0)
+        if "k_norm" in found:
+            found["k_norm"] += g["k_norm_z"][l]
         if "qkv_bias" in g:
             pairs = g["qkv_bias"][l, HK:] + g["kv_bias"][l]
             found |= {"q_bias": g["qkv_bias"][l, :HK], "k_bias": pairs[:GK], "v_bias": pairs[GK:]}
@@ -650,13 +648,15 @@ _engines: OrderedDict[Any, Engine] = OrderedDict()
 
 
 def engine_of(shape: Shape) -> Engine:
-    """The engine of a shape and of the current stream, made when there is none; the least recently used one goes."""
+    """The engine of a shape and of the current stream, made when there is none; least recently used ones go."""
     stream = torch.cuda.current_stream(shape.device).cuda_stream if shape.device.type == "cuda" else 0
     key = (shape, stream)
     if key in _engines:
         _engines.move_to_end(key)
         return _engines[key]
-    while len(_engines) >= ENGINES:
+    on_gpu = shape.device.type == "cuda"
+    room = torch.cuda.get_device_properties(shape.device).total_memory // ENGINES_PART if on_gpu else None
+    while len(_engines) >= ENGINES or (room is not None and sum(e.bytes for e in _engines.values()) > room):
         _engines.popitem(last=False)[1].settle()
     engine = _engines[key] = Engine(shape)
     return engine

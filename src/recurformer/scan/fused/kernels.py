@@ -38,6 +38,8 @@ def await_kernel(EARLY: tl.constexpr):
     """What follows may read what the kernel before writes. EARLY: this one was started before that one had ended.
 
     Ahead of it, weights are read, and what kernels before that one have written. The next one may start from here on.
+    That those have ended follows from each kernel's waiting: programs that return early don't, so that of every kernel
+    some must not return. Nothing is written ahead of it.
     """
     if EARLY:
         gdc_wait()
@@ -259,7 +261,7 @@ def shaped_gradient(
     table, raw, bias, weight, g1, g2, b, i, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr,
     eps, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Back through `shaped`: gradients of the raw heads, and of the norm's output (for its weight)."""
+    """Back through `shaped`: gradients of the raw heads, and this row's part of those of the norm's weight."""
     if ROPE:
         cos, sin = angles(table, b, i, K, KB)
         g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
@@ -276,6 +278,7 @@ def shaped_gradient(
         width: tl.constexpr = heads * K if NORM == 2 else K
         u1, u2, rstd = normalised_heads(u1, u2, m1, m2, width, eps, NORM == 2, CENTRED)
         w1, w2 = head_weights(weight, h, heads, K, KB, NORM == 2)
+        n1, n2 = g1 * u1, g2 * u2
         g1, g2 = g1 * w1, g2 * w2
         along = head_sums(g1 * u1, g2 * u2, NORM == 2) / width
         mean = head_sums(g1, g2, NORM == 2) / width
@@ -637,29 +640,23 @@ def kept_inner(table, l, r, B, width, L: tl.constexpr, C: tl.constexpr, REVERSE:
 @triton.jit
 def activate_rows(
     table, up, bias, inner, r, rows, up_stride, inner_stride, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
-    FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr,
-    EARLY: tl.constexpr,
+    FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers.
 
-    KEEP: up is also kept, as that from position r on; KEPT: it has been, and is read there.
+    KEEP: up is also kept, as that from position r on.
     """
     row, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * FB + tl.arange(0, FB)
     mask = c < F
     width: tl.constexpr = 2 * F if KIND == 2 else F
     dtype = inner.dtype.element_ty
-    if KEPT:
-        at, active = kept_inner(table, l, r, B, width, L, C, True, dtype)
-        known = mask & active
-    else:
-        at, known = up + l * up_stride, mask
-    at += row * width + c
+    at = up + l * up_stride + row * width + c
     await_kernel(EARLY)
-    u = tl.load(at, mask=known, other=0.0)
+    u = tl.load(at, mask=mask, other=0.0)
     gate = u
     if KIND == 2:
-        gate = tl.load(at + F, mask=known, other=0.0)
+        gate = tl.load(at + F, mask=mask, other=0.0)
     if KEEP:
         to, active = kept_inner(table, l, r, B, width, L, C, False, dtype)
         tl.store(to + row * width + c, u, mask=mask & active)
@@ -676,16 +673,17 @@ def activate_rows(
 
 @triton.jit
 def product_tiled(
-    table, a, weight, out, bias, up, r, B, out_stride, up_stride, L: tl.constexpr, C: tl.constexpr, IN: tl.constexpr,
-    OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr,
-    BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr, EARLY: tl.constexpr,
+    table, a, weight, out, bias, up, inner, r, B, out_stride, up_stride, inner_stride, L: tl.constexpr,
+    C: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A product, and what follows it, in one: out (L, B, OUT) = a W^T, or BACKWARD, a W.
 
-    KIND as for `activated`, or -1 for nothing: GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W), up (L, B,
-    OUT). KEEP: what GELU is taken of is kept, as that of position r, or BACKWARD, has been, and is read there, not from
-    up. a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are descriptors of tensors with blocks
-    (1, BM, BK) and (1, BN, BK) or (1, BK, BN): beyond their edges they read zeros. Strides are those between layers.
+    KIND as for `activated`, or -1 for nothing: GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W), and GELU(up +
+    bias) to inner; up and inner (L, B, OUT). KEEP: what GELU is taken of is kept, as that of position r, or BACKWARD,
+    has been, and is read there, not from up. a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are
+    descriptors of tensors with blocks (1, BM, BK) and (1, BN, BK) or (1, BK, BN): beyond their edges they read zeros.
+    Strides are those between layers.
     """
     row, column, layer = tl.program_id(1) * BM, tl.program_id(0) * BN, tl.program_id(2)
     acc = tl.zeros([BM, BN], tl.float32)
@@ -714,6 +712,7 @@ def product_tiled(
         if BIAS:
             u += tl.load(bias + l * OUT + f, mask=f < OUT, other=0.0)[None, :]
         if BACKWARD:
+            tl.store(inner + l * inner_stride + at, activated(u, u, KIND, dtype).to(dtype), mask=mask)
             acc = acc * activation_slope(u, KIND)
         else:
             acc = activated(u, u, KIND, dtype)
@@ -895,7 +894,10 @@ def pair_gradient(
     K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
     ROPE: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients of pair r back to those of the products K h and V h; all buffers (L, C, B, ...)."""
+    """From the gradients of pair r back to those of the products K h and V h; all buffers (L, C, B, ...).
+
+    g_key holds this row's part of the gradient of the key norm's weight.
+    """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
     place = (l * C + r) * B + b
@@ -979,12 +981,13 @@ def attended_gradient(
 
 @triton.jit
 def activation_gradient(
-    table, up, bias, g_inner, g_up, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
-    KIND: tl.constexpr, BIAS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
+    table, up, bias, g_inner, g_up, inner, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
+    FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F).
 
-    KEPT: the inner values are read where the forward has kept them, not from up.
+    Also those values activated, inner (L, C, B, F), for the gradient of down. KEPT: the inner values are read where the
+    forward has kept them, not from up.
     """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
@@ -998,14 +1001,18 @@ def activation_gradient(
     else:
         up_at = up + at
     u = tl.load(up_at, mask=mask & active, other=0.0).to(tl.float32)
-    await_kernel(EARLY)
-    g = tl.load(g_inner + (l * B + b) * F + c, mask=mask & active, other=0.0).to(tl.float32)
-    if BIAS:
-        u += tl.load(bias + l * width + c, mask=mask, other=0.0)
+    gate = u
     if KIND == 2:
         gate = tl.load(up_at + F, mask=mask & active, other=0.0).to(tl.float32)
-        if BIAS:
+    if BIAS:
+        u += tl.load(bias + l * width + c, mask=mask, other=0.0)
+        if KIND == 2:
             gate += tl.load(bias + l * width + F + c, mask=mask, other=0.0)
+    dtype = inner.dtype.element_ty
+    tl.store(inner + ((l * C + r) * B + b) * F + c, activated(u, gate, KIND, dtype).to(dtype), mask=mask)
+    await_kernel(EARLY)
+    g = tl.load(g_inner + (l * B + b) * F + c, mask=mask & active, other=0.0).to(tl.float32)
+    if KIND == 2:
         sigmoid = tl.sigmoid(gate)
         g_gate = g * u * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         tl.store(g_up + at + F, g_gate.to(g_up.dtype.element_ty), mask=mask)
@@ -1085,59 +1092,75 @@ def query_gradient(
 
 @triton.jit
 def heads_gradient(
-    table, gq, g_own, raw, bias, q_weight, k_weight, g_raw, g_normed, B, eps, L: tl.constexpr, C: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr,
-    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
+    table, gq, g_own, raw, bias, q_weight, k_weight, g_raw, q_partial, k_partial, B, eps, L: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr,
+    KB: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """From gradients of a chunk's queries and temporary pairs back to those of the products; (L, C, B, (H + 2 G) K).
 
-    g_normed holds the gradients of what the QK-norms put out, for their weights.
+    Those of the QK-norms' weights are added to partials (L, PARTS, width) on the way.
     """
-    b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
-    place = (l * C + r) * B + b
-    i = tl.where(active, start + r, 0)
     dtype = g_raw.dtype.element_ty
-    at, to, seen = place * ((H + 2 * G) * K), g_raw + place * ((H + 2 * G) * K), g_normed + place * ((H + 2 * G) * K)
     b_at = bias + l * ((H + 2 * G) * K)
-    p1, p2, m1, m2 = two_halves(gq + place * (H * K), tl.arange(0, HB), H, K, KB)
-    g1 = tl.load(p1, mask=m1 & active, other=0.0).to(tl.float32)
-    g2 = tl.load(p2, mask=m2 & active, other=0.0).to(tl.float32)
-    q_w = q_weight + l * (H * K if NORM == 2 else K)
-    g1, g2, n1, n2 = shaped_gradient(table, raw + at, b_at, q_w, g1, g2, b, i, H, K, HB, KB, eps, NORM, CENTRED, ROPE,
-                                     BIAS)  # fmt: skip
-    t1, t2, _, _ = two_halves(to, tl.arange(0, HB), H, K, KB)
-    tl.store(t1, g1.to(dtype), mask=m1)
-    tl.store(t2, g2.to(dtype), mask=m2)
-    if NORM > 0:
-        t1, t2, _, _ = two_halves(seen, tl.arange(0, HB), H, K, KB)
-        tl.store(t1, n1.to(dtype), mask=m1)
-        tl.store(t2, n2.to(dtype), mask=m2)
-
-    # The heads of a group share a pair.
-    _, _, m1, m2 = two_halves(gq, tl.arange(0, GB), G, K, KB)
-    g, c = tl.arange(0, GB)[:, None], tl.arange(0, KB)[None, :]
+    q_w, k_w = q_weight + l * (H * K if NORM == 2 else K), k_weight + l * (G * K if NORM == 2 else K)
+    h, g, c = tl.arange(0, HB), tl.arange(0, GB)[:, None], tl.arange(0, KB)[None, :]
     half: tl.constexpr = (K + 1) // 2
-    k1 = tl.zeros([GB, KB], tl.float32)
-    k2, v1, v2 = k1, k1, k1
-    for head in range(H // G):
-        own = g_own + place * (2 * H * K) + (g * (H // G) + head) * K + c
-        k1 += tl.load(own, mask=m1 & active, other=0.0).to(tl.float32)
-        k2 += tl.load(own + half, mask=m2 & active, other=0.0).to(tl.float32)
-        v1 += tl.load(own + H * K, mask=m1 & active, other=0.0).to(tl.float32)
-        v2 += tl.load(own + H * K + half, mask=m2 & active, other=0.0).to(tl.float32)
-    k_w = k_weight + l * (G * K if NORM == 2 else K)
-    k1, k2, n1, n2 = shaped_gradient(table, raw + at + H * K, b_at + H * K, k_w, k1, k2, b, i, G, K, GB, KB, eps, NORM,
-                                     CENTRED, ROPE, BIAS)  # fmt: skip
-    t1, t2, _, _ = two_halves(to + H * K, tl.arange(0, GB), G, K, KB)
-    tl.store(t1, k1.to(dtype), mask=m1)
-    tl.store(t2, k2.to(dtype), mask=m2)
-    tl.store(t1 + G * K, v1.to(dtype), mask=m1)
-    tl.store(t2 + G * K, v2.to(dtype), mask=m2)
+    q_m1, q_m2 = half_masks(h, H, K, KB)
+    m1, m2 = half_masks(tl.arange(0, GB), G, K, KB)
+    q_total1 = tl.zeros([HB, KB], tl.float32)
+    k_total1 = tl.zeros([GB, KB], tl.float32)
+    q_total2, k_total2 = q_total1, k_total1
+    for row in range(part, C * B, PARTS):
+        r, b = (row // B).to(tl.int64), (row % B).to(tl.int64)
+        place = (l * C + r) * B + b
+        i = tl.where(active, start + r, 0)
+        at, to = raw + place * ((H + 2 * G) * K), g_raw + place * ((H + 2 * G) * K)
+        p1, p2 = halves_at(gq + place * (H * K), h, K, KB)
+        g1 = tl.load(p1, mask=q_m1 & active, other=0.0).to(tl.float32)
+        g2 = tl.load(p2, mask=q_m2 & active, other=0.0).to(tl.float32)
+        g1, g2, n1, n2 = shaped_gradient(table, at, b_at, q_w, g1, g2, b, i, H, K, HB, KB, eps, NORM, CENTRED, ROPE,
+                                         BIAS)  # fmt: skip
+        store_halves(to, g1.to(dtype), g2.to(dtype), h, H, K, KB)
+        q_total1 += n1
+        q_total2 += n2
+
+        # The heads of a group share a pair.
+        k1 = tl.zeros([GB, KB], tl.float32)
+        k2, v1, v2 = k1, k1, k1
+        for head in range(H // G):
+            own = g_own + place * (2 * H * K) + (g * (H // G) + head) * K + c
+            k1 += tl.load(own, mask=m1 & active, other=0.0).to(tl.float32)
+            k2 += tl.load(own + half, mask=m2 & active, other=0.0).to(tl.float32)
+            v1 += tl.load(own + H * K, mask=m1 & active, other=0.0).to(tl.float32)
+            v2 += tl.load(own + H * K + half, mask=m2 & active, other=0.0).to(tl.float32)
+        k1, k2, n1, n2 = shaped_gradient(table, at + H * K, b_at + H * K, k_w, k1, k2, b, i, G, K, GB, KB, eps, NORM,
+                                         CENTRED, ROPE, BIAS)  # fmt: skip
+        store_halves(to + H * K, k1.to(dtype), k2.to(dtype), tl.arange(0, GB), G, K, KB)
+        store_halves(to + (H + G) * K, v1.to(dtype), v2.to(dtype), tl.arange(0, GB), G, K, KB)
+        k_total1 += n1
+        k_total2 += n2
     if NORM > 0:
-        t1, t2, _, _ = two_halves(seen + H * K, tl.arange(0, GB), G, K, KB)
-        tl.store(t1, n1.to(dtype), mask=m1)
-        tl.store(t2, n2.to(dtype), mask=m2)
+        q_at = q_partial + (l * PARTS + part) * (H * K if NORM == 2 else K)
+        k_at = k_partial + (l * PARTS + part) * (G * K if NORM == 2 else K)
+        add_to_norm(q_at, q_total1, q_total2, H, K, HB, KB, NORM)
+        add_to_norm(k_at, k_total1, k_total2, G, K, GB, KB, NORM)
+
+
+@triton.jit
+def add_to_norm(
+    at, total1, total2, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Add both halves of all heads to the gradient of a QK-norm's weight, which the heads share unless NORM is 2."""
+    if NORM == 1:
+        total1, total2 = tl.sum(total1, 0)[None, :], tl.sum(total2, 0)[None, :]
+        p1, p2, m1, m2 = two_halves(at, tl.arange(0, 1), 1, K, KB)
+    else:
+        p1, p2, m1, m2 = two_halves(at, tl.arange(0, HB), heads, K, KB)
+    tl.store(p1, tl.load(p1, mask=m1, other=0.0) + total1, mask=m1)
+    tl.store(p2, tl.load(p2, mask=m2, other=0.0) + total2, mask=m2)
 
 
 @triton.jit
@@ -1172,36 +1195,3 @@ def input_gradient(
         tl.store(gx + (b * n + i) * D + c, out, mask=mask & (l == 0))
     to = partial + (l * PARTS + part) * D + c
     tl.store(to, tl.load(to, mask=c < D, other=0.0) + total, mask=c < D)
-
-
-@triton.jit
-def norm_weight_gradient(
-    table, x, g, bias, partial, rows, per_row, x_stride, g_stride, eps, L: tl.constexpr, C: tl.constexpr,
-    W: tl.constexpr, WB: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
-    CENTRED: tl.constexpr, BIAS: tl.constexpr, bias_stride,
-):  # fmt: skip
-    """Add to partial (L, PARTS, W) the sums over a chunk's rows of g times the normalised x, for the QK-norms.
-
-    A row of the chunk's buffers x and g holds per_row vectors of width W.
-    """
-    part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _, _, active = chunk_of(table, l, L, C, True)
-    if not active:
-        return
-    c = tl.arange(0, WB)
-    total = tl.zeros([WB], tl.float32)
-    for first in range(part * TILE, rows * per_row, PARTS * TILE):
-        vector = first + tl.arange(0, TILE)
-        row, sub = (vector // per_row).to(tl.int64), vector % per_row
-        mask = (vector < rows * per_row)[:, None] & (c < W)[None, :]
-        at = x + (l * rows + row)[:, None] * x_stride + (sub * W)[:, None] + c[None, :]
-        u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        if BIAS:
-            u += tl.load(bias + l * bias_stride + (sub * W)[:, None] + c[None, :], mask=mask, other=0.0)
-        if CENTRED:
-            u = tl.where(mask, u - (tl.sum(u, 1) / W)[:, None], 0.0)
-        u = u * tl.rsqrt(tl.sum(u * u, 1) / W + eps)[:, None]
-        g_at = g + (l * rows + row)[:, None] * g_stride + (sub * W)[:, None] + c[None, :]
-        total += tl.sum(u * tl.load(g_at, mask=mask, other=0.0).to(tl.float32), 0)
-    to = partial + (l * PARTS + part) * W + c
-    tl.store(to, tl.load(to, mask=c < W, other=0.0) + total, mask=c < W)
