@@ -44,6 +44,7 @@ endif
 	$(BIN)/python docs/figures/recurrence.py
 	$(BIN)/python docs/figures/decode.py
 	$(BIN)/python docs/figures/retrofit.py
+	$(BIN)/python runs/results/report.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -316,6 +317,53 @@ def test_seconds_leave_compilation_out() -> None:
     seconds, median = results.step_seconds(records)
     assert median == 1.0
     assert seconds == [1.0, 1.0, 1.0, 1.0, 2.0]
+
+
+def test_seconds_of_runs_that_shared_a_gpu(tmp_path: Path, place: Path) -> None:
+    """Steps 3 and 4 were made alone: they time all, and a run without such steps is timed by its own."""
+    records = [record(1, 30.0), record(2, 32.0), record(3, 33.0), record(4, 34.2), record(6, 40.2)]
+    seconds, median = results.step_seconds(records, [[3, 3], [4, 4]])
+    assert median == pytest.approx(1.1)
+    assert seconds == pytest.approx([1.1, 1.1, 1.1, 1.1, 2.2])
+
+    shutil.copytree(place / "out" / "main" / "slow", tmp_path / "main" / "slow")
+    shutil.copytree(place / "out" / "main" / "slow", tmp_path / "main" / "other")
+    (tmp_path / "main" / "alone.json").write_text('{"slow": [[2, 3]]}')
+    other, slow = results.extract(tmp_path)["main"]
+    assert slow["alone"] == [{"steps": [2, 3], "step_s": slow["step_s"]}]
+    assert slow["gpu_s"] == pytest.approx(4 * slow["step_s"])
+    assert [point["gpu_s"] for point in slow["validation"]] == pytest.approx(
+        [n * slow["step_s"] for n in (0, 2, 4)], abs=1e-3
+    )
+    assert (slow["start_s"], other["alone"]) == (None, [])
+    assert other["start_s"] is not None
+
+
+def test_a_run_that_was_stopped_early_has_no_norms() -> None:
+    found = results.stability(
+        [record(1, 1.0), record(2, 2.0)], 1.0, {"steps": 10, "warmup_fraction": 0.4, "warmup_steps": 0}
+    )
+    assert (found["norm_median"], found["norm_max"], found["clipped"]) == (None, None, None)
+    assert results.training([record(n + 1, n, loss=n) for n in range(50)]) == [{"tokens": 4000, "loss": 19.5}]
+
+
+def test_the_page_says_what_was_measured() -> None:
+    docs = RUNS.parent / "docs"
+    page = (docs / "results.md").read_text()
+    assert "(figures/results.png)" in page
+    found = json.loads((docs / "figures" / "gpu" / "results.json").read_text())
+    parts = [part.splitlines() for part in results.tables(found).strip().split("\n\n")]
+    (runs,) = [part for part in parts if "params" in part[0]]
+    others = [part for part in parts if part is not runs]
+    for rows in others:
+        for row in rows[2:]:
+            assert row in page, row
+    for row in runs[2:]:
+        name, _, _, _, speed, seconds, _, _, *scores = (cell.strip() for cell in row.strip("| ").split("|"))
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {name.split()[0]} |") and speed in line]
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        assert all(score in cells for score in scores if score != "-"), row
+        assert "timed only" in line or seconds in cells, row
 
 
 def test_spikes_and_norms() -> None:

@@ -7,6 +7,9 @@ docs/results.md. Without OUT it draws and prints from the extract; with --table 
 GPU seconds are seconds of training steps. A step that took over three times the median (compilation, graph capture, the
 first ones after a resume) counts as the median; what was taken off is in the column "start". Evaluation and saving are
 not in it.
+
+Runs that shared a GPU have no such times, unless each had it for itself for a while: OUT/GRID/alone.json says during
+which steps, {"RUN": [[first, last], ...]}. Every step then counts as the median of these.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ GRIDS = ("lr", "main", "equal-time", "seeds")
 SLOW = 3.0  # times the median: a step that did not only train
 WINDOW = 100  # steps before one, with which its loss is compared
 SPIKE = 0.5  # nats above their median: a spike
+TIMES = ("tokens_per_second", "step_s", "gpu_s", "start_s", "alone")
+BLOCK = 40  # steps whose training losses are averaged for the picture
+BASE = "transformer-8"  # with which the picture compares training losses
 
 
 def extract(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -39,7 +45,11 @@ def extract(out: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for grid in GRIDS:
         folders = sorted(path.parent for path in (out / grid).glob("*/metrics.jsonl"))
-        runs = [describe(run) for run in load_runs(folders)] if folders else []
+        file = out / grid / "alone.json"
+        alone = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        runs = [describe(run, alone.get(run.folder.name, [])) for run in load_runs(folders)] if folders else []
+        if grid == "lr":  # runs that are not timed, since they share the device
+            runs = [run and {name: value for name, value in run.items() if name not in TIMES} for run in runs]
         if runs:
             found[grid] = [run for run in runs if run is not None]
     if not found:
@@ -47,13 +57,17 @@ def extract(out: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def describe(run: Run) -> dict[str, Any] | None:
-    """One run; None before its first record."""
+def describe(run: Run, alone: Sequence[tuple[int, int]] = ()) -> dict[str, Any] | None:
+    """One run; None before its first record.
+
+    Args:
+        alone: first and last steps during which it had the device for itself, if it shared it otherwise.
+    """
     records, evaluations = run.events("train"), run.events("evaluation")
     if not records:
         return None
     schedule, model = run.config["schedule"], run.model
-    seconds, median = step_seconds(records)
+    seconds, median = step_seconds(records, alone)
     at = dict(zip([0, *(record["step"] for record in records)], [0.0, *itertools.accumulate(seconds)], strict=True))
     final = run.folder / "evaluation.json"
     starts = run.events("start") + run.events("resume")
@@ -74,41 +88,60 @@ def describe(run: Run) -> dict[str, Any] | None:
         "tokens_per_second": records[-1]["tokens"] / records[-1]["step"] / median,
         "step_s": median,
         "gpu_s": sum(seconds),
-        "start_s": records[-1]["seconds"] - sum(seconds),
+        "start_s": None if alone else records[-1]["seconds"] - sum(seconds),
+        "alone": [{"steps": list(window), "step_s": step_seconds(records, [window])[1]} for window in alone],
         "validation": [
             {"tokens": e["tokens"], "gpu_s": round(at[e["step"]], 3), "loss": e["validation_loss"]}
             for e in evaluations
             if e["step"] in at
         ],
+        "training": training(records),
         **stability(records, run.config["optimizer"]["grad_clip"], schedule),
         "final": json.loads(final.read_text(encoding="utf-8")) if final.is_file() else None,
     }
 
 
-def step_seconds(records: Sequence[dict[str, Any]]) -> tuple[list[float], float]:
-    """Seconds between the records of training, those of slow steps replaced, and the median of a step."""
+def step_seconds(records: Sequence[dict[str, Any]], alone: Sequence[Sequence[int]] = ()) -> tuple[list[float], float]:
+    """Seconds between the records of training, those of slow steps replaced, and the median of a step; with `alone`
+    the median of these steps, for all."""
     counts, times = [], []
     for before, record in itertools.pairwise([{"step": 0, "seconds": 0.0}, *records]):
         counts.append(record["step"] - before["step"])
         times.append((record["seconds"] - before["seconds"]) / counts[-1])
+    if alone:
+        pairs = zip(times, records, strict=True)
+        median = statistics.median(t for t, r in pairs if any(a <= r["step"] <= b for a, b in alone))
+        return [n * median for n in counts], median
     median = statistics.median(times)
     return [n * (t if t <= SLOW * median else median) for n, t in zip(counts, times, strict=True)], median
+
+
+def training(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Mean training losses of whole blocks of steps, and the tokens at their ends."""
+    by: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        by.setdefault((record["step"] - 1) // BLOCK, []).append(record)
+    return [
+        {"tokens": block[-1]["tokens"], "loss": round(statistics.fmean(r["loss"] for r in block), 5)}
+        for block in by.values()
+        if len(block) == BLOCK
+    ]
 
 
 def stability(records: Sequence[dict[str, Any]], grad_clip: float | None, schedule: dict[str, Any]) -> dict[str, Any]:
     """Statistics of gradient norms after the warm-up, and of losses that stand out."""
     first = schedule["warmup_steps"] or round(schedule["warmup_fraction"] * schedule["steps"])
-    norms = sorted(r["grad_norm"] for r in records if r["step"] > first) or [math.nan]
+    norms = sorted(r["grad_norm"] for r in records if r["step"] > first)
     losses, spikes, highest = [r["loss"] for r in records], 0, 0.0
     for n in range(WINDOW, len(losses)):
         above = losses[n] - statistics.median(losses[n - WINDOW : n])
         spikes += above > SPIKE
         highest = max(highest, above)
     return {
-        "norm_median": statistics.median(norms),
-        "norm_99": norms[min(len(norms) - 1, int(0.99 * len(norms)))],
-        "norm_max": norms[-1],
-        "clipped": sum(norm > (grad_clip or math.inf) for norm in norms) / len(norms),
+        "norm_median": statistics.median(norms) if norms else None,
+        "norm_99": norms[min(len(norms) - 1, int(0.99 * len(norms)))] if norms else None,
+        "norm_max": norms[-1] if norms else None,
+        "clipped": sum(norm > (grad_clip or math.inf) for norm in norms) / len(norms) if norms else None,
         "spikes": spikes,
         "largest_rise": highest,
     }
@@ -136,8 +169,17 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
         parts.append([grid, "params", "lr", "tokens", "tokens/s", "GPU s", "start s", "loss", "all", "C4", "bits/byte"])
         parts += [row(run) for run in found[grid]]
         parts.append([])
+        tokens = sorted({p["tokens"] for run in found[grid] for p in run["validation"] if p["tokens"]})
+        parts.append(["loss after", *map(short_number, tokens)])
+        for run in found[grid]:
+            at = {p["tokens"]: f"{p['loss']:.4f}" for p in run["validation"] if p["tokens"]}
+            if at:
+                parts.append([run["name"], *(at.get(n, "-") for n in tokens)])
+        parts.append([])
         parts.append([grid, "norm median", "99 %", "largest", "clipped", "spikes", "largest rise"])
         for run in found[grid]:
+            if run["norm_median"] is None:  # stopped while warming up
+                continue
             numbers = [f"{run[name]:.2f}" for name in ("norm_median", "norm_99", "norm_max")]
             parts.append([
                 run["name"], *numbers, f"{100 * run['clipped']:.1f} %", str(run["spikes"]), f"{run['largest_rise']:.2f}"
@@ -170,8 +212,8 @@ def row(run: dict[str, Any]) -> list[str]:
         short_number(run["tokens"]),
         f"{run['tokens_per_second']:,.0f}",
         f"{run['gpu_s']:.0f}",
-        f"{run['start_s']:.0f}",
-        f"{loss_of(run):.4f}",
+        "-" if run["start_s"] is None else f"{run['start_s']:.0f}",
+        "-" if math.isnan(loss_of(run)) else f"{loss_of(run):.4f}",
         *(f"{values['loss']:.4f}" if values else "-" for values in of.values()),
         f"{of['validation']['bits_per_byte']:.4f}" if of["validation"] else "-",
     ]
@@ -186,53 +228,71 @@ def groups(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def loss_of(run: dict[str, Any]) -> float:
-    """The last validation loss while training."""
-    return run["validation"][-1]["loss"] if run["validation"] else math.nan
+    """The last validation loss while training; nan where only the fresh model was evaluated."""
+    trained = [point["loss"] for point in run["validation"] if point["tokens"]]
+    return trained[-1] if trained else math.nan
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------
 
 
 def draw(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Validation loss against tokens and against GPU seconds; runs of the grid "equal-time" are dashed."""
+    """Validation loss against tokens; training loss less that of BASE, on the same batches; validation loss against GPU
+    seconds. Runs of the grid "equal-time" are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    by_tokens, differences, by_time = figure.subplots(1, 3)
+    by_time.sharey(by_tokens)
     looks: dict[str, tuple[str, str]] = {}
+    base = next((run["training"] for run in found.get("main", []) if run["name"] == BASE), [])
     for grid, line in (("main", "-"), ("equal-time", "--")):
         for model, runs in groups(found.get(grid, [])).items():
-            colour, marker = looks.setdefault(model, (COLOURS[len(looks) % 7], MARKERS[len(looks) % 7]))
             for n, run in enumerate(runs):
                 points = [p for p in run["validation"] if p["tokens"]]
-                label = f"{model}  {loss_of(run):.3f}" if grid == "main" else f"{model}, longer" if n == 0 else None
-                for panel, (axis, scale) in zip(axes, (("tokens", 1e-6), ("gpu_s", 1.0)), strict=True):
+                if not points:
+                    continue
+                colour, marker = looks.setdefault(model, (COLOURS[len(looks) % 7], MARKERS[len(looks) % 7]))
+                stopped = "" if run["step"] == run["steps"] else f", stopped at {short_number(run['tokens'])}"
+                label = f"{model}{stopped}" if grid == "main" else f"{model}, longer" if n == 0 else None
+                for panel, axis, scale in ((by_tokens, "tokens", 1e-6), (by_time, "gpu_s", 1.0)):
                     panel.plot(
                         [scale * p[axis] for p in points], [p["loss"] for p in points], line, color=colour,
                         marker=marker, markersize=4, linewidth=1.4, label=label,
                     )  # fmt: skip
+                if grid == "main" and base:
+                    pairs = list(zip(run["training"], base, strict=False))
+                    differences.plot(
+                        [1e-6 * a["tokens"] for a, _ in pairs], [a["loss"] - b["loss"] for a, b in pairs],
+                        color=colour, linewidth=1.4,
+                    )  # fmt: skip
     for run in found.get("seeds", []):
-        colour, marker = looks.setdefault(f"{run['kind']}, {run['layers']} x {run['width']}", ("#777777", "x"))
-        for panel, (axis, scale) in zip(axes, (("tokens", 1e-6), ("gpu_s", 1.0)), strict=True):
-            if axis == "tokens" and run["validation"]:
-                last = run["validation"][-1]
-                panel.plot(scale * last[axis], last["loss"], marker, color=colour, markersize=7, fillstyle="none")
-    shown = [p["loss"] for grid in ("main", "equal-time") for run in found.get(grid, []) for p in run["validation"][3:]]
+        colour, marker = looks.get(f"{run['kind']}, {run['layers']} x {run['width']}", ("#777777", "x"))
+        if points := [p for p in run["validation"] if p["tokens"]]:
+            by_tokens.plot(
+                1e-6 * points[-1]["tokens"], points[-1]["loss"], marker, color=colour, markersize=7, fillstyle="none"
+            )
+    shown = [p["loss"] for grid in ("main", "equal-time") for run in found.get(grid, []) for p in run["validation"][2:]]
     if shown:
         margin = 0.05 * (max(shown) - min(shown)) + 1e-3
-        axes[0].set_ylim(min(shown) - margin, max(shown) + margin)
-    for panel, label in zip(axes, ("training tokens, millions", "GPU seconds of training"), strict=True):
-        panel.set_xlabel(label)
+        by_tokens.set_ylim(min(shown) - margin, max(shown) + margin)
+    panels = (
+        (by_tokens, "training tokens, millions", "validation loss, nats a token"),
+        (differences, "training tokens, millions", f"training loss less that of {BASE}, nats"),
+        (by_time, "GPU seconds of training", "validation loss, nats a token"),
+    )
+    for panel, across, up in panels:
+        panel.set_xlabel(across)
+        panel.set_ylabel(up)
         panel.set_xlim(left=0)
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("validation loss, nats a token")
-    axes[0].legend(frameon=False, fontsize=8)
+    by_tokens.legend(frameon=False, fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.table:
             if given.out is not None:
                 stored.parent.mkdir(parents=True, exist_ok=True)
-                stored.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                stored.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             draw(found, given.docs / "figures" / "results.png")
         print(tables(found), end="")
     except (ValueError, OSError) as error:
