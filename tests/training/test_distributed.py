@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ import pytest
 import torch
 from helpers import relative_rms
 
-from recurformer import load
+from recurformer import LanguageModel, ModelConfig, load
 from recurformer.data import prepare
-from recurformer.training import TrainConfig, read_metrics, train
+from recurformer.training import TrainConfig, TrainingError, read_metrics, train
 from recurformer.training import distributed as parallel
-from recurformer.training.checkpoint import list_checkpoints, newest_checkpoint
+from recurformer.training.checkpoint import TrainingState, list_checkpoints, newest_checkpoint
+from recurformer.training.config import OptimizerConfig
+from recurformer.training.loop import save
+from recurformer.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker, or the pair would start in each
 
@@ -150,6 +154,7 @@ def pair(folder: Path) -> str:
     add(two, "nan", settings(folder), resume=True)
     add(two, "clock", settings(folder), fault="clock_jumps")
     add(two, "clock", settings(folder), error="is not empty; --resume continues a run")
+    add(two, "apart", settings(folder), fault="apart", error="put it on a file system that all machines see")
     add(two, "killed", settings(folder), fault="killed")  # the last one
     processes = start(1, write_jobs(folder / "one.json", one)) + start(2, write_jobs(folder / "two.json", two))
     codes, said = finish(processes, 200)
@@ -305,6 +310,32 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(folder):
 
 
 @pytest.mark.usefixtures("pair")
+def test_folders_that_are_not_shared_are_refused_before_anything_is_written(folder):
+    for rank in range(2):
+        assert [p.name for p in (folder / f"apart-{rank}" / "run").iterdir()] == [".lock"]
+
+
+def test_an_end_in_a_save_is_no_error_of_the_disk(tmp_path):
+    """Such as a connection that breaks, or a save that takes longer than the others wait."""
+
+    class Away(parallel.World):
+        def together(self, work: Callable[[], Any], *, alone: bool = False) -> Any:
+            return None
+
+    class Lost(parallel.World):
+        def together(self, work: Callable[[], Any], *, alone: bool = False) -> Any:
+            work()
+            raise TrainingError("process 0 waited in vain")
+
+    model = LanguageModel(ModelConfig(vocab_size=8, d_model=8, n_heads=1, n_layers=1))
+    optimizer = make_optimizer(model, OptimizerConfig())
+    with pytest.raises(TrainingError, match="^process 0 waited in vain$"):
+        save(tmp_path, TrainingState(step=3, dataset=""), model, optimizer, None, None, Lost())
+    with pytest.raises(TrainingError, match="MiB free.*There is none yet"):  # a folder that is no more
+        save(tmp_path / "gone" / "gone", TrainingState(step=3, dataset=""), model, optimizer, None, None, Away())
+
+
+@pytest.mark.usefixtures("pair")
 def test_a_clock_that_goes_backwards_changes_nothing(folder):
     assert distance(folder / "clock", folder / "whole") < CLOSE
     for run in ("clock", "whole"):
@@ -342,16 +373,26 @@ def test_when_one_process_fails_by_itself_the_other_stops(folder):
 # --- the command, refusals ------------------------------------------------------------------------------------------
 
 
-def test_torchrun_starts_the_command(folder, tmp_path):
-    (file := tmp_path / "config.json").write_text(json.dumps(settings(folder, schedule={"steps": 3})))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    train_it = ["recurformer", "train", "--config", str(file), "--out", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.run([*command, *train_it], env=environment, capture_output=True, text=True, timeout=120)
-    assert first.returncode == 0, first.stderr
-    assert first.stderr.count("step 3/3") == 1  # said by one process
-    assert [r["step"] for r in read_metrics(tmp_path / "run") if r["event"] == "train"] == [1, 2, 3]
-    assert (tmp_path / "run" / "plots" / "curves.png").is_file()
+def test_torchrun_starts_the_command_again_when_a_process_dies_in_a_save(folder, pair, tmp_path):
+    """The checkpoint that was being written is finished, and no error of the disk is made up."""
+    (file := tmp_path / "config.json").write_text(json.dumps(settings(folder)))
+    run = tmp_path / "run"
+    job = {"out": str(run), "fault": "killed_while_saving"}
+    job["command"] = ["train", "--config", str(file), "--out", str(run), "--resume"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "1", str(SCRIPT), str(write_jobs(tmp_path / "job.json", [job]))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"process (1 of 2 has gone|0 waited in vain).* whole; continue with --resume\n", done.stderr)
+    assert "could not be written" not in done.stderr
+    assert "from checkpoint step-00000010" in done.stderr
+    assert done.stderr.count("step 12/12") == 1  # said by one process
+    assert steps_of(run) == [5, 10, 12]
+    assert both(run) == windows(folder / "whole", "one")
+    assert distance(run, folder / "whole") < CLOSE
+    assert (run / "plots" / "curves.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Timeout = Annotated[float, Field(gt=0, le=31_536_000)]  # a year
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -199,7 +200,7 @@ class TrainConfig(_Section):
         'How the processes that torchrun starts share a run: "ddp" (each has the whole model) or "fsdp" (weights, '
         "gradients and optimizer state are split over them).",
     )
-    timeout: Positive = setting(600.0, "Seconds after which a process gives up waiting for the others.")
+    timeout: Timeout = setting(600.0, "Seconds after which a process gives up waiting for the others.")
     seed: Seed = setting(0, "Seed of the initial weights.")
     init_from: str | None = setting(
         None,

@@ -34,7 +34,7 @@ from recurformer.training.checkpoint import (
     write_shared_checkpoint,
 )
 from recurformer.training.config import TrainConfig, open_tokens
-from recurformer.training.distributed import EndedElsewhereError, World, pick_device, processes
+from recurformer.training.distributed import World, pick_device, processes
 from recurformer.training.logging import Metrics, NoMetrics, Screen, import_logger, machine, say_on_stderr
 from recurformer.training.optimizer import (
     clip_gradients,
@@ -43,7 +43,7 @@ from recurformer.training.optimizer import (
     optimizer_tensors,
     set_rates,
 )
-from recurformer.training.run import TrainingError, check_resumable, lock, write_run_config
+from recurformer.training.run import TrainingError, check_resumable, check_shared, lock, write_run_config
 
 if TYPE_CHECKING:
     from recurformer.data import Batch, TokenDataset, TrainingWindows
@@ -120,7 +120,9 @@ def train(
 
         data, held_out, tokenizer, windows = world.together(read_data)
         changes = world.together(lambda: check_resumable(config, out, resume, allow_change), alone=True)
-        world.together(lambda: stack.enter_context(lock(out)), alone=True)
+        held = world.together(lambda: stack.enter_context(lock(out)), alone=True)
+        mark = world.first(held or 0)
+        world.together(lambda: check_shared(out, mark))
         folder = out / "checkpoints"
         resumed = checkpoint = find_checkpoint(folder, say, world) if resume else None
 
@@ -445,10 +447,10 @@ def save(
         else:
             made = world.together(write, alone=True)
         return made or checkpoint_at(folder, state.step)
-    except EndedElsewhereError:
+    except TrainingError:  # the others' end, or that they are gone: the disk has nothing to do with it
         raise
     except Exception as error:  # safetensors has an error type of its own for a full disk
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         raise TrainingError(
             f"the checkpoint of step {state.step} could not be written to {folder} ({error}; {free / 2**20:,.0f} MiB "
             f"free). {f'{previous.path.name} is intact' if previous else 'There is none yet'}; make room and --resume"
