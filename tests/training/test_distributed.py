@@ -1,10 +1,12 @@
 """Two processes train as one does, on CPUs over gloo; and what happens when one of them, or their disk, fails.
 
-Most runs are made by one pair of processes (`pair`), for starting it takes longer than a run.
+Most runs are made by one pair of processes (`pair`), for starting it takes longer than a run. All processes are started
+at once (`begun`), for most of the time one waits for another.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def start(size: int, file: Path, **more: str) -> list[subprocess.Popen[str]]:
+def start(size: int, file: Path) -> list[subprocess.Popen[str]]:
     """The processes of a job file, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if size > 1:
         environment |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
@@ -121,8 +123,9 @@ def write_jobs(file: Path, jobs: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(folder: Path) -> str:
-    """What two processes said that did everything below, one job after the other, while one process did its part."""
+def begun(folder: Path) -> Iterator[dict[str, list[subprocess.Popen[str]]]]:
+    """Two processes that do everything below, one job after the other, and one that does its part; and what needs
+    processes of its own."""
     one: list[dict[str, Any]] = []
     two: list[dict[str, Any]] = []
 
@@ -156,8 +159,33 @@ def pair(folder: Path) -> str:
     add(two, "clock", settings(folder), error="is not empty; --resume continues a run")
     add(two, "apart", settings(folder), fault="apart", error="put it on a file system that all machines see")
     add(two, "killed", settings(folder), fault="killed")  # the last one
-    processes = start(1, write_jobs(folder / "one.json", one)) + start(2, write_jobs(folder / "two.json", two))
-    codes, said = finish(processes, 200)
+    failing = {"config": settings(folder, parallel="fsdp"), "out": str(folder / "failing"), "fault": "failing"}
+    (file := folder / "restarted.json").write_text(json.dumps(settings(folder)))
+    restarted: dict[str, Any] = {"out": str(folder / "restarted"), "fault": "killed_while_saving"}
+    restarted["command"] = ["train", "--config", str(file), "--out", restarted["out"], "--resume"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    started = {
+        "pair": start(1, write_jobs(folder / "one.json", one)) + start(2, write_jobs(folder / "two.json", two)),
+        "failing": start(2, write_jobs(folder / "failing.json", [failing])),
+        "torchrun": [
+            subprocess.Popen(
+                [*torchrun, str(SCRIPT), str(write_jobs(folder / "torchrun.json", [restarted]))],
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        ],
+    }  # fmt: skip
+    yield started
+    for process in itertools.chain(*started.values()):
+        process.terminate()  # torchrun passes it on
+        process.wait(60)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def pair(begun: dict[str, list[subprocess.Popen[str]]]) -> str:
+    """What the first of two processes said in all of their jobs."""
+    codes, said = finish(begun["pair"], 200)
     assert codes == [0, 2, -signal.SIGKILL], "\n\n".join(said)
     return said[1]
 
@@ -360,9 +388,8 @@ def test_when_one_process_is_killed_the_other_says_so_and_stops(folder, pair):
 
 
 @pytest.mark.usefixtures("pair")
-def test_when_one_process_fails_by_itself_the_other_stops(folder):
-    job = {"config": settings(folder, parallel="fsdp"), "out": str(folder / "failing"), "fault": "failing"}
-    codes, said = finish(start(2, write_jobs(folder / "failing.json", [job])), 60)
+def test_when_one_process_fails_by_itself_the_other_stops(folder, begun):
+    codes, said = finish(begun["failing"], 60)
     assert codes == [2, 2], said
     assert "KeyError: 'a mistake in the code'" in said[1]
     assert "process 1 of 2 failed" in said[1]
@@ -373,22 +400,15 @@ def test_when_one_process_fails_by_itself_the_other_stops(folder):
 # --- the command, refusals ------------------------------------------------------------------------------------------
 
 
-def test_torchrun_starts_the_command_again_when_a_process_dies_in_a_save(folder, pair, tmp_path):
+def test_torchrun_starts_the_command_again_when_a_process_dies_in_a_save(folder, pair, begun):
     """The checkpoint that was being written is finished, and no error of the disk is made up."""
-    (file := tmp_path / "config.json").write_text(json.dumps(settings(folder)))
-    run = tmp_path / "run"
-    job = {"out": str(run), "fault": "killed_while_saving"}
-    job["command"] = ["train", "--config", str(file), "--out", str(run), "--resume"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "--max-restarts", "1", str(SCRIPT), str(write_jobs(tmp_path / "job.json", [job]))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"process (1 of 2 has gone|0 waited in vain).* whole; continue with --resume\n", done.stderr)
-    assert "could not be written" not in done.stderr
-    assert "from checkpoint step-00000010" in done.stderr
-    assert done.stderr.count("step 12/12") == 1  # said by one process
+    codes, (said,) = finish(begun["torchrun"], 120)
+    assert codes == [0], said
+    assert re.search(r"process (1 of 2 has gone|0 waited in vain).* whole; continue with --resume\n", said)
+    assert "could not be written" not in said
+    assert "from checkpoint step-00000010" in said
+    assert said.count("step 12/12") == 1  # said by one process
+    run = folder / "restarted"
     assert steps_of(run) == [5, 10, 12]
     assert both(run) == windows(folder / "whole", "one")
     assert distance(run, folder / "whole") < CLOSE
