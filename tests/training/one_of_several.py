@@ -84,7 +84,7 @@ def killed(out: str) -> None:
 
 
 def killed_while_saving(out: str) -> None:
-    """Process 1 dies when process 0 has begun to write the checkpoint of step 10; not when torchrun has restarted it."""
+    """Process 1 dies when process 0 has begun to write the checkpoint of step 10; once, if torchrun restarts it."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         return
     begun = Path(f"{out}.saving")

@@ -24,11 +24,10 @@ from helpers import relative_rms
 
 from recurformer import LanguageModel, ModelConfig, load
 from recurformer.data import prepare
-from recurformer.training import TrainConfig, TrainingError, read_metrics, train
+from recurformer.training import TrainConfig, TrainingError, loop, read_metrics, train
 from recurformer.training import distributed as parallel
 from recurformer.training.checkpoint import TrainingState, list_checkpoints, newest_checkpoint
-from recurformer.training.config import OptimizerConfig
-from recurformer.training.loop import save
+from recurformer.training.config import EvaluationConfig, OptimizerConfig
 from recurformer.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker, or the pair would start in each
@@ -155,7 +154,7 @@ def begun(folder: Path) -> Iterator[dict[str, list[subprocess.Popen[str]]]]:
     add(two, "terminated", settings(folder), resume=True)
     add(two, "nan", settings(folder), fault="nan", error="step 9: loss nan")
     add(two, "nan", settings(folder), resume=True)
-    add(two, "clock", settings(folder), fault="clock_jumps")
+    add(two, "clock", settings(folder, micro_batch_size=4), fault="clock_jumps")
     add(two, "clock", settings(folder), error="is not empty; --resume continues a run")
     add(two, "apart", settings(folder), fault="apart", error="put it on a file system that all machines see")
     add(two, "killed", settings(folder), fault="killed")  # the last one
@@ -267,8 +266,6 @@ def test_one_process_writes(folder, way):
 @pytest.mark.usefixtures("pair")
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_one_process_goes_on_where_two_stopped(folder, way, monkeypatch):
-    from recurformer.training import loop
-
     run, seen, original = folder / f"two-one-{way}", [], loop.gradient_step
 
     def noted(*arguments: Any) -> Any:
@@ -357,10 +354,46 @@ def test_an_end_in_a_save_is_no_error_of_the_disk(tmp_path):
 
     model = LanguageModel(ModelConfig(vocab_size=8, d_model=8, n_heads=1, n_layers=1))
     optimizer = make_optimizer(model, OptimizerConfig())
-    with pytest.raises(TrainingError, match="^process 0 waited in vain$"):
-        save(tmp_path, TrainingState(step=3, dataset=""), model, optimizer, None, None, Lost())
-    with pytest.raises(TrainingError, match="MiB free.*There is none yet"):  # a folder that is no more
-        save(tmp_path / "gone" / "gone", TrainingState(step=3, dataset=""), model, optimizer, None, None, Away())
+    with pytest.raises(TrainingError, match=r"^process 0 waited in vain$"):
+        loop.save(tmp_path, TrainingState(step=3, dataset=""), model, optimizer, None, None, Lost())
+    with pytest.raises(TrainingError, match=r"MiB free.*There is none yet"):  # a folder that is no more
+        loop.save(tmp_path / "gone" / "gone", TrainingState(step=3, dataset=""), model, optimizer, None, None, Away())
+
+
+@pytest.mark.usefixtures("pair")
+def test_micro_batches_that_are_larger_than_a_share_are_said(folder, pair):
+    assert "micro_batch_size is 4, but each of 2 processes has only 2 of a step's 4 sequences, and takes 2" in pair
+    sizes = {}
+    for run in ("clock", "hybrid-ddp", "whole"):
+        (beginning,) = [r for r in read_metrics(folder / run) if r["event"] == "start"]
+        sizes[run] = beginning["micro_batch_size"], beginning["recurrent_micro_batch_size"]
+    assert sizes == {"clock": (2, None), "hybrid-ddp": (1, 2), "whole": (4, None)}
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "micro", "batch", "expected"),
+    [
+        (None, None, 32, (4, 24)),
+        (None, 16, 32, (4, 12)),
+        (None, 12, 40, (4, 9)),
+        (None, 2, 32, (2, 3)),
+        (6, 2, 32, (6, 3)),
+    ],
+)
+def test_an_evaluation_takes_no_more_at_once_than_a_step(monkeypatch, evaluated, micro, batch, expected):
+    """And as many sequences as on one process, of which each has an eighth of a step's."""
+    world = parallel.World()
+    world.size = 8
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(loop, "evaluate", lambda model, data, **options: seen.update(options))
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=8), evaluation=EvaluationConfig(batch_size=evaluated, batches=3),
+        micro_batch_size=micro, batch_size=batch,
+    )  # fmt: skip
+    nothing: Any = None
+    loop.evaluate_model(nothing, nothing, config, torch.device("cpu"), world)
+    assert (seen["batch_size"], seen["max_batches"]) == expected
+    assert seen["batch_size"] * seen["max_batches"] == 3 * (evaluated or micro or batch)
 
 
 @pytest.mark.usefixtures("pair")

@@ -167,13 +167,10 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[World]:
         TrainingError: when they do not find each other.
     """
     rank, size, _ = environment()
+    config.share(size)
     if size == 1:
         yield World()
         return
-    if config.batch_size % size:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not divisible by {size} processes; it counts the sequences of all"
-        )
     world = Processes(rank, size, device, config)
     try:
         yield world

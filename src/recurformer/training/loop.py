@@ -161,6 +161,13 @@ def train(
             metrics = Metrics(out, config, state if checkpoint else None)
             stack.callback(metrics.close)
         about = {**machine(device), "processes": world.size, "parallel": config.parallel if world.size > 1 else None}
+        mine = config.share(world.size)
+        at_once = {name: getattr(mine, name) for name in ("micro_batch_size", "recurrent_micro_batch_size")}
+        for name, size in at_once.items():
+            if size != getattr(config, name):
+                say(f"{name} is {getattr(config, name)}, but each of {world.size} processes has only {mine.batch_size} "
+                    f"of a step's {config.batch_size} sequences, and takes {size} at once")  # fmt: skip
+        about |= {**at_once, "micro_batch_size": mine.micro_batch_size or mine.batch_size}
         metrics.write("resume" if checkpoint else "start", state.step, changes=changes, **about)
         parameters = model.num_parameters(embedding=True)
         where = f"{device}" if world.size == 1 else f"{world.size} processes ({config.parallel}, {device.type})"
@@ -355,9 +362,11 @@ def evaluate_model(
     model: LanguageModel, dataset: TokenDataset, config: TrainConfig, device: torch.device, world: World
 ) -> Any:
     """Loss on held-out data, in the precision of the training."""
-    size, batches = config.evaluation.batch_size or config.micro_batch_size, config.evaluation.batches
-    if size is None:  # of a step's sequences each process has room for its own; together they are as many as ever
-        size, batches = config.batch_size // world.size, batches and batches * world.size
+    size, batches = config.evaluation.batch_size, config.evaluation.batches
+    if size is None:  # each process has room for its share of a step; together they are as many as ever
+        whole, share = config.micro_batch_size or config.batch_size, config.batch_size // world.size
+        parts = next(n for n in range(1, whole + 1) if whole % n == 0 and whole <= n * share)
+        size, batches = whole // parts, batches and batches * parts
     with autocast(config, device):
         return evaluate(
             model,
