@@ -225,14 +225,15 @@ def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> 
         if run not in waiting:
             print(f"{run.name}: finished before", flush=True)
     working: dict[Run, subprocess.Popen[bytes]] = {}
-    begun: dict[Run, str] = {}  # with which checkpoint
+    asked: dict[Run, str] = {}  # to stop, when this was the newest checkpoint
 
     def stop(*_: object) -> None:
         nonlocal stopped
         if not stopped:
             stopped = True
             print("stopping: each run saves after its step; the same command goes on", flush=True)
-            for process in working.values():
+            for run, process in working.items():
+                asked[run] = run.newest
                 process.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -247,16 +248,13 @@ def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> 
                 if jobs > 1:
                     run.folder.parent.mkdir(parents=True, exist_ok=True)
                     log = files.enter_context(run.folder.with_name(f"{run.name}.log").open("ab"))
-                begun[run] = run.newest
                 # A group of its own: Ctrl-C is for the launcher, which passes it on once.
                 working[run] = subprocess.Popen(run.command(gpus), stdout=log, stderr=log, process_group=0)
             for run, process in list(working.items()):
                 if process.poll() is not None:
                     del working[run]
-                    print(
-                        f"{run.name}: {_ending(process.returncode, stopped and run.newest > begun[run])}, {_clock(began)}",
-                        flush=True,
-                    )
+                    saved = run in asked and run.newest > asked[run]
+                    print(f"{run.name}: {_ending(process.returncode, saved)}, {_clock(began)}", flush=True)
             time.sleep(0.2)
     for number, handler in before.items():
         signal.signal(number, handler)
