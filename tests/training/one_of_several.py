@@ -129,8 +129,13 @@ def failing(out: str) -> None:
 
 
 def terminated(out: str) -> None:
-    """Process 1 is asked to stop in step 7."""
-    at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    """Process 1 is asked to stop in step 7, twice, as by SLURM and by torchrun."""
+
+    def ask() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(7, ask)
 
 
 def full_disk(out: str) -> None:

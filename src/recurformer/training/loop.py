@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from recurformer.data.tokenizer import Tokenizer
 
 
+ECHO = 5.0  # seconds in which a signal may come again: to all processes, and from torchrun that passes it on
+
+
 class NonFiniteError(TrainingError):
     """Loss or gradient norm was NaN or infinite. No weight was touched by that step."""
 
@@ -172,7 +175,7 @@ def train(
         parameters = model.num_parameters(embedding=True)
         where = f"{device}" if world.size == 1 else f"{world.size} processes ({config.parallel}, {device.type})"
         say(f"{parameters:,} parameters, {data.n_tokens:,} training tokens, {steps} steps on {where}")
-        stop = stack.enter_context(stop_signals(quiet))
+        stop = stack.enter_context(stop_signals(quiet, ECHO if world.size > 1 else 0.0))
         screen = stack.enter_context(Screen(steps, state.step, quiet))
         batches = step_batches(windows, config, state.position, world)
         loss = asked = None  # asked: the signal that ends the call
@@ -477,12 +480,13 @@ class StopRequest:
     """Which signal asked to stop; None while none did."""
 
     requested: int | None = None
+    when = 0.0  # on the monotonic clock
 
 
 @contextmanager
-def stop_signals(quiet: bool) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; the second one has its usual effect. Outside the main thread
-    Python handles no signals, and nothing is changed."""
+def stop_signals(quiet: bool, echo: float) -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; one that comes over `echo` seconds later has its usual effect.
+    Outside the main thread Python handles no signals, and nothing is changed."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -490,10 +494,12 @@ def stop_signals(quiet: bool) -> Iterator[StopRequest]:
 
     def handle(number: int, _: Any) -> None:
         if request.requested is not None:
+            if time.monotonic() - request.when < echo:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        request.requested = number
+        request.requested, request.when = number, time.monotonic()
         if not quiet:  # not print: the signal may have come in the middle of another one
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more to abort\n".encode())
 
