@@ -72,6 +72,11 @@ class Run:
         return [*python, "recurformer", *self.arguments("--resume")]
 
     @property
+    def newest(self) -> str:
+        """The name of its last checkpoint, "" before there is one."""
+        return max((path.name for path in (self.folder / "checkpoints").glob("step-*")), default="")
+
+    @property
     def finished(self) -> Finished | None:
         """What it has recorded, once its last step is made."""
         if not all((self.folder / name).is_file() for name in (CONFIG, METRICS)):
@@ -220,13 +225,15 @@ def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> 
         if run not in waiting:
             print(f"{run.name}: finished before", flush=True)
     working: dict[Run, subprocess.Popen[bytes]] = {}
+    asked: dict[Run, str] = {}  # to stop, when this was the newest checkpoint
 
     def stop(*_: object) -> None:
         nonlocal stopped
         if not stopped:
             stopped = True
             print("stopping: each run saves after its step; the same command goes on", flush=True)
-            for process in working.values():
+            for run, process in working.items():
+                asked[run] = run.newest
                 process.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -246,14 +253,18 @@ def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> 
             for run, process in list(working.items()):
                 if process.poll() is not None:
                     del working[run]
-                    print(f"{run.name}: {_ending(process.returncode)}, {_clock(began)}", flush=True)
+                    saved = run in asked and run.newest > asked[run]
+                    print(f"{run.name}: {_ending(process.returncode, saved)}, {_clock(began)}", flush=True)
             time.sleep(0.2)
     for number, handler in before.items():
         signal.signal(number, handler)
     return not stopped
 
 
-def _ending(code: int) -> str:
+def _ending(code: int, saved: bool) -> str:
+    """What became of a run; of several processes torchrun says 1 whatever they say, so what they saved counts."""
+    if saved and code:
+        return "stopped and saved"
     return {0: "finished", 143: "stopped and saved", -15: "stopped before its first step"}.get(code, f"failed ({code})")
 
 
@@ -285,7 +296,7 @@ ARRAY = """#!/bin/bash
 #SBATCH --signal=TERM@120
 {options}
 # Line n of commands.txt is run n. Two minutes before the time is up SLURM sends SIGTERM: the run saves and ends with
-# 143, and `sbatch` of this same file goes on with what is not finished.
+# {code}, and `sbatch` of this same file goes on with what is not finished.
 cd {here}
 srun bash -c "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {folder}/commands.txt)"
 """
@@ -298,6 +309,7 @@ def write_array(runs: Sequence[Run], name: str, folder: Path, gpus: int, at_once
     (folder / "commands.txt").write_text("".join(shlex.join(run.command(gpus)) + "\n" for run in runs))
     text = ARRAY.format(
         name=f"recurformer-{name}", count=len(runs), limit=f"%{at_once}" if at_once else "", gpus=gpus,
+        code="143" if gpus == 1 else "1, torchrun's code for every such end",
         folder=folder, here=shlex.quote(os.getcwd()),
         options="".join(f"#SBATCH {option}\n" for option in shlex.split(options)),
     )  # fmt: skip
@@ -336,10 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(shlex.join(["recurformer", *run.arguments("--resume")]))
             return 0
         if given.dry_run:
+            options = ["--dry-run", "--processes", str(given.gpus)]
             return max(
-                subprocess.run(
-                    [sys.executable, "-m", "recurformer", *run.arguments("--dry-run")], check=False
-                ).returncode
+                subprocess.run([sys.executable, "-m", "recurformer", *run.arguments(*options)], check=False).returncode
                 for run in runs
             )
         if given.slurm or given.submit:

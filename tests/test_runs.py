@@ -283,6 +283,8 @@ def test_launching_goes_on_where_it_was_and_evaluates(place: Path, capfd: pytest
 def test_time_that_is_up_saves_and_goes_on(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Two processes, for which torchrun ends with 1."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     more = ["--set", "schedule.steps=100000", "--set", "evaluation.every=100000", "--set", "log.every=1"]
     arguments = [str(place / "grids" / "main.toml"), "--out", str(place / "other"), "--only", "transformer-2", *more]
     (place / "other").mkdir()
@@ -294,15 +296,47 @@ def test_time_that_is_up_saves_and_goes_on(
         return 1e6 if metrics.is_file() and '"train"' in metrics.read_text() else 0.0
 
     monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
-    assert launcher.main([*arguments, "--minutes", "1"]) == 1
+    assert launcher.main([*arguments, "--minutes", "1", "--gpus", "2"]) == 1
     shown = capfd.readouterr()
-    assert "stopped and saved" in shown.out, shown
+    assert "transformer-2: stopped and saved" in shown.out, shown
+    assert "on 2 processes" in shown.err
     assert "0 of 1 runs are finished" in shown.out
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     steps = int(checkpoint.name.removeprefix("step-"))
     end = [f"schedule.steps={steps + 1}", f"evaluation.every={steps + 1}"]
     config = load_config(run / "config.json", end)
     assert train(config, run, resume=True, allow_change=["schedule.steps"], quiet=True).step == steps + 1
+
+
+@pytest.mark.parametrize(
+    ("code", "saved", "said"),
+    [
+        (0, False, "finished"),
+        (0, True, "finished"),
+        (143, True, "stopped and saved"),
+        (1, True, "stopped and saved"),
+        (1, False, "failed (1)"),
+        (-15, False, "stopped before its first step"),
+    ],
+)
+def test_how_a_run_ended(code: int, saved: bool, said: str) -> None:
+    assert launcher._ending(code, saved) == said
+
+
+def test_a_dry_run_is_that_of_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        seen.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(launcher.subprocess, "run", run)
+    grid = str(RUNS / "grids" / "table1.toml")
+    assert (
+        launcher.main([grid, "--out", str(tmp_path), "--only", "300m-6-recurrent-*", "--gpus", "8", "--dry-run"]) == 0
+    )
+    assert seen
+    assert all(command[-3:] == ["--dry-run", "--processes", "8"] for command in seen)
 
 
 # --- the numbers of the extract --------------------------------------------------------------------------------------

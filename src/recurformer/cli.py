@@ -115,6 +115,8 @@ class _DocumentsSettings(click.Command):
 @click.option("--stop-at", type=click.IntRange(min=0), metavar="STEP", help="Save and stop at this step.")
 @click.option("--dry-run", is_flag=True, help="Print what the run will cost here (parameters, memory, time, disk), and "
               "write nothing. The data may be missing.")  # fmt: skip
+@click.option("--processes", type=click.IntRange(min=1), metavar="N", help="With --dry-run: as many as torchrun would "
+              "start, a GPU each.  [default: those that it has started]")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Show nothing but errors.")
 def train(
     config_file: str | None,
@@ -125,6 +127,7 @@ def train(
     allow_change: tuple[str, ...],
     stop_at: int | None,
     dry_run: bool,
+    processes: int | None,
     quiet: bool,
 ) -> int:
     """Train a model into RUN: config.json, metrics.jsonl, checkpoints/ and, at the end, plots/.
@@ -143,6 +146,8 @@ def train(
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'; only --dry-run goes without.")
+    if processes is not None and not dry_run:
+        raise click.UsageError("--processes is for --dry-run; torchrun --nproc-per-node starts several.")
     own = Path(out or ".") / "config.json"
     file = str(own) if out and resume and config_file is None and own.is_file() else config_file
     if dry_run:
@@ -150,7 +155,10 @@ def train(
 
         from recurformer.training import estimate
 
-        estimate.show(estimate.estimate(training.load_config(file, settings)), Console(width=80))
+        rank, started, _ = environment()
+        if rank == 0:
+            found = estimate.estimate(training.load_config(file, settings), processes or started)
+            estimate.show(found, Console(width=80))
         return 0
     assert out is not None
     try:

@@ -3,7 +3,8 @@
     RANK=0 WORLD_SIZE=2 ... python one_of_several.py JOBS.json
 
 A job is {"config": nested settings, "out": folder} and optionally "resume", "stop_at", "fault" (the name of a function
-here) and "error": what the job must end with in one of the processes, a part of its message.
+here) and "error": what the job must end with in one of the processes, a part of its message. With "command", arguments
+of `recurformer` that do the same, it is the last one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from recurformer import LanguageModel
+from recurformer import LanguageModel, cli
 from recurformer.training import EndedElsewhereError, TrainConfig, TrainingError, checkpoint, loop, train
 from recurformer.training.distributed import Processes
 
@@ -29,6 +30,7 @@ leave, sum_gradients = os._exit, Processes.sum_gradients
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 gradient_step, step_batches, forward = loop.gradient_step, loop.step_batches, LanguageModel.forward
 save_tensors, write_data, clock = checkpoint._save_tensors, HuggingFaceStorageWriter.write_data, time.time
+save = loop.save
 
 
 def at_step(step: int, act: Callable[[], None]) -> None:
@@ -48,6 +50,7 @@ def no_fault(out: str) -> None:
     """Everything as it was."""
     loop.gradient_step, loop.step_batches, LanguageModel.forward = gradient_step, step_batches, forward
     checkpoint._save_tensors, HuggingFaceStorageWriter.write_data, time.time = save_tensors, write_data, clock
+    loop.save = save
 
 
 def no_targets(out: str) -> None:
@@ -80,6 +83,36 @@ def killed(out: str) -> None:
     Processes.sum_gradients = summed
 
 
+def killed_while_saving(out: str) -> None:
+    """Process 1 dies when process 0 has begun to write the checkpoint of step 10; once, if torchrun restarts it."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return
+    begun = Path(f"{out}.saving")
+
+    def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "00000010" in str(path):
+            begun.touch()
+            time.sleep(0.3)
+        save_tensors(tensors, path)
+
+    def die(folder: Path, state: Any, *arguments: Any) -> Any:
+        while state.step == 10 and RANK == 1:
+            time.sleep(0.01)
+            if begun.exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+        return save(folder, state, *arguments)
+
+    checkpoint._save_tensors, loop.save = write, die
+
+
+def apart(out: str) -> None:
+    """Each process is in a folder of its own; in that of process 1, too, there was a run."""
+    Path(folder := f"{out}-{RANK}").mkdir()
+    os.chdir(folder)
+    Path("run").mkdir()
+    Path("run", ".lock").touch()
+
+
 def waiting(out: str) -> None:
     """Begin when the process that is by itself is done."""
     while not Path(f"{out}.done").exists():
@@ -96,8 +129,13 @@ def failing(out: str) -> None:
 
 
 def terminated(out: str) -> None:
-    """Process 1 is asked to stop in step 7."""
-    at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    """Process 1 is asked to stop in step 7, twice, as by SLURM and by torchrun."""
+
+    def ask() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(7, ask)
 
 
 def full_disk(out: str) -> None:
@@ -164,10 +202,12 @@ def run(job: dict[str, Any]) -> None:
         return inner(*arguments)
 
     loop.gradient_step = noted
+    if "command" in job:
+        cli.main(job["command"])
     options = {name: job[name] for name in ("resume", "stop_at") if name in job}
     message = None
     try:
-        train(TrainConfig.from_dict(job["config"]), job["out"], **options)
+        train(TrainConfig.from_dict(job["config"]), "run" if job.get("fault") == "apart" else job["out"], **options)
     except EndedElsewhereError:
         message = job.get("error")
     except (TrainingError, ValueError) as error:

@@ -92,7 +92,8 @@ def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
         ("precision=fp8", "precision is 'fp8'; it must be 'fp32', 'bf16' or 'fp64'"),
         ("log.loggers=[\"wand\"]", "log.loggers is ('wand',); it must be 'tensorboard' or 'wandb'"),
         ("micro_batch_size=64", "micro_batch_size is 64; it must not exceed batch_size 32"),
-        ("recurrent_micro_batch_size=64", "recurrent_micro_batch_size is 64; it must be from micro_batch_size 32 to"),
+        ("recurrent_micro_batch_size=64", "recurrent_micro_batch_size is 64; it must be at most batch_size 32"),
+        ("timeout=1e14", "timeout is 100000000000000.0; it must be less than or equal to 31536000"),
         ("model.d_model=130", "model.d_model 130 is not divisible by n_heads 4"),
         ("model.preset=nanoo", "model.preset is 'nanoo'; choose one of nano"),
         ("batch_size", "--set 'batch_size' has no '='"),
@@ -102,6 +103,26 @@ def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
 def test_a_bad_setting_is_named_with_its_value(setting, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(None, ["model.vocab_size=256", setting])
+
+
+def test_the_share_of_a_process():
+    config = load_config(None, ["model.vocab_size=256", "model.layers=first:1", "batch_size=32", "micro_batch_size=8",
+                                "recurrent_micro_batch_size=16"])  # fmt: skip
+
+    def sizes(config):
+        return config.batch_size, config.micro_batch_size, config.recurrent_micro_batch_size
+
+    assert config.share(1) == config
+    assert sizes(config.share(2)) == (16, 8, 16)
+    assert sizes(config.share(8)) == (4, 4, 4)
+    with pytest.raises(ValueError, match="batch_size 32 is not divisible by 3 processes"):
+        config.share(3)
+    whole = dataclasses.replace(config, micro_batch_size=None)  # each process takes its share at once
+    assert sizes(whole.share(2)) == (16, None, 16)
+    with pytest.raises(ValueError, match="recurrent_micro_batch_size is 16, less than the 32 sequences"):
+        whole.share(1)
+    with pytest.raises(ValueError, match="it must be at least micro_batch_size 8 and at most batch_size 32"):
+        dataclasses.replace(config, recurrent_micro_batch_size=4)
 
 
 @pytest.mark.parametrize(

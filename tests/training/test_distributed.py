@@ -1,10 +1,12 @@
 """Two processes train as one does, on CPUs over gloo; and what happens when one of them, or their disk, fails.
 
-Most runs are made by one pair of processes (`pair`), for starting it takes longer than a run.
+Most runs are made by one pair of processes (`pair`), for starting it takes longer than a run. All processes are started
+at once (`begun`), for most of the time one waits for another.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ import pytest
 import torch
 from helpers import relative_rms
 
-from recurformer import load
+from recurformer import LanguageModel, ModelConfig, load
 from recurformer.data import prepare
-from recurformer.training import TrainConfig, read_metrics, train
+from recurformer.training import TrainConfig, TrainingError, loop, read_metrics, train
 from recurformer.training import distributed as parallel
-from recurformer.training.checkpoint import list_checkpoints, newest_checkpoint
+from recurformer.training.checkpoint import TrainingState, list_checkpoints, newest_checkpoint
+from recurformer.training.config import EvaluationConfig, OptimizerConfig
+from recurformer.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker, or the pair would start in each
 
@@ -82,12 +87,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def start(size: int, file: Path, **more: str) -> list[subprocess.Popen[str]]:
+def start(size: int, file: Path) -> list[subprocess.Popen[str]]:
     """The processes of a job file, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if size > 1:
         environment |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
@@ -117,8 +122,9 @@ def write_jobs(file: Path, jobs: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(folder: Path) -> str:
-    """What two processes said that did everything below, one job after the other, while one process did its part."""
+def begun(folder: Path) -> Iterator[dict[str, list[subprocess.Popen[str]]]]:
+    """Two processes that do everything below, one job after the other, and one that does its part; and what needs
+    processes of its own."""
     one: list[dict[str, Any]] = []
     two: list[dict[str, Any]] = []
 
@@ -148,11 +154,37 @@ def pair(folder: Path) -> str:
     add(two, "terminated", settings(folder), resume=True)
     add(two, "nan", settings(folder), fault="nan", error="step 9: loss nan")
     add(two, "nan", settings(folder), resume=True)
-    add(two, "clock", settings(folder), fault="clock_jumps")
+    add(two, "clock", settings(folder, micro_batch_size=4), fault="clock_jumps")
     add(two, "clock", settings(folder), error="is not empty; --resume continues a run")
+    add(two, "apart", settings(folder), fault="apart", error="put it on a file system that all machines see")
     add(two, "killed", settings(folder), fault="killed")  # the last one
-    processes = start(1, write_jobs(folder / "one.json", one)) + start(2, write_jobs(folder / "two.json", two))
-    codes, said = finish(processes, 200)
+    failing = {"config": settings(folder, parallel="fsdp"), "out": str(folder / "failing"), "fault": "failing"}
+    (file := folder / "restarted.json").write_text(json.dumps(settings(folder)))
+    restarted: dict[str, Any] = {"out": str(folder / "restarted"), "fault": "killed_while_saving"}
+    restarted["command"] = ["train", "--config", str(file), "--out", restarted["out"], "--resume"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    started = {
+        "pair": start(1, write_jobs(folder / "one.json", one)) + start(2, write_jobs(folder / "two.json", two)),
+        "failing": start(2, write_jobs(folder / "failing.json", [failing])),
+        "torchrun": [
+            subprocess.Popen(
+                [*torchrun, str(SCRIPT), str(write_jobs(folder / "torchrun.json", [restarted]))],
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        ],
+    }  # fmt: skip
+    yield started
+    for process in itertools.chain(*started.values()):
+        process.terminate()  # torchrun passes it on
+        process.wait(60)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def pair(begun: dict[str, list[subprocess.Popen[str]]]) -> str:
+    """What the first of two processes said in all of their jobs."""
+    codes, said = finish(begun["pair"], 200)
     assert codes == [0, 2, -signal.SIGKILL], "\n\n".join(said)
     return said[1]
 
@@ -234,8 +266,6 @@ def test_one_process_writes(folder, way):
 @pytest.mark.usefixtures("pair")
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_one_process_goes_on_where_two_stopped(folder, way, monkeypatch):
-    from recurformer.training import loop
-
     run, seen, original = folder / f"two-one-{way}", [], loop.gradient_step
 
     def noted(*arguments: Any) -> Any:
@@ -305,6 +335,68 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(folder):
 
 
 @pytest.mark.usefixtures("pair")
+def test_folders_that_are_not_shared_are_refused_before_anything_is_written(folder):
+    for rank in range(2):
+        assert [p.name for p in (folder / f"apart-{rank}" / "run").iterdir()] == [".lock"]
+
+
+def test_an_end_in_a_save_is_no_error_of_the_disk(tmp_path):
+    """Such as a connection that breaks, or a save that takes longer than the others wait."""
+
+    class Away(parallel.World):
+        def together(self, work: Callable[[], Any], *, alone: bool = False) -> Any:
+            return None
+
+    class Lost(parallel.World):
+        def together(self, work: Callable[[], Any], *, alone: bool = False) -> Any:
+            work()
+            raise TrainingError("process 0 waited in vain")
+
+    model = LanguageModel(ModelConfig(vocab_size=8, d_model=8, n_heads=1, n_layers=1))
+    optimizer = make_optimizer(model, OptimizerConfig())
+    with pytest.raises(TrainingError, match=r"^process 0 waited in vain$"):
+        loop.save(tmp_path, TrainingState(step=3, dataset=""), model, optimizer, None, None, Lost())
+    with pytest.raises(TrainingError, match=r"MiB free.*There is none yet"):  # a folder that is no more
+        loop.save(tmp_path / "gone" / "gone", TrainingState(step=3, dataset=""), model, optimizer, None, None, Away())
+
+
+@pytest.mark.usefixtures("pair")
+def test_micro_batches_that_are_larger_than_a_share_are_said(folder, pair):
+    assert "micro_batch_size is 4, but each of 2 processes has only 2 of a step's 4 sequences, and takes 2" in pair
+    sizes = {}
+    for run in ("clock", "hybrid-ddp", "whole"):
+        (beginning,) = [r for r in read_metrics(folder / run) if r["event"] == "start"]
+        sizes[run] = beginning["micro_batch_size"], beginning["recurrent_micro_batch_size"]
+    assert sizes == {"clock": (2, None), "hybrid-ddp": (1, 2), "whole": (4, None)}
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "micro", "batch", "expected"),
+    [
+        (None, None, 32, (4, 24)),
+        (None, 16, 32, (4, 12)),
+        (None, 12, 40, (4, 9)),
+        (None, 2, 32, (2, 3)),
+        (6, 2, 32, (6, 3)),
+    ],
+)
+def test_an_evaluation_takes_no_more_at_once_than_a_step(monkeypatch, evaluated, micro, batch, expected):
+    """And as many sequences as on one process, of which each has an eighth of a step's."""
+    world = parallel.World()
+    world.size = 8
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(loop, "evaluate", lambda model, data, **options: seen.update(options))
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=8), evaluation=EvaluationConfig(batch_size=evaluated, batches=3),
+        micro_batch_size=micro, batch_size=batch,
+    )  # fmt: skip
+    nothing: Any = None
+    loop.evaluate_model(nothing, nothing, config, torch.device("cpu"), world)
+    assert (seen["batch_size"], seen["max_batches"]) == expected
+    assert seen["batch_size"] * seen["max_batches"] == 3 * (evaluated or micro or batch)
+
+
+@pytest.mark.usefixtures("pair")
 def test_a_clock_that_goes_backwards_changes_nothing(folder):
     assert distance(folder / "clock", folder / "whole") < CLOSE
     for run in ("clock", "whole"):
@@ -329,9 +421,8 @@ def test_when_one_process_is_killed_the_other_says_so_and_stops(folder, pair):
 
 
 @pytest.mark.usefixtures("pair")
-def test_when_one_process_fails_by_itself_the_other_stops(folder):
-    job = {"config": settings(folder, parallel="fsdp"), "out": str(folder / "failing"), "fault": "failing"}
-    codes, said = finish(start(2, write_jobs(folder / "failing.json", [job])), 60)
+def test_when_one_process_fails_by_itself_the_other_stops(folder, begun):
+    codes, said = finish(begun["failing"], 60)
     assert codes == [2, 2], said
     assert "KeyError: 'a mistake in the code'" in said[1]
     assert "process 1 of 2 failed" in said[1]
@@ -342,16 +433,19 @@ def test_when_one_process_fails_by_itself_the_other_stops(folder):
 # --- the command, refusals ------------------------------------------------------------------------------------------
 
 
-def test_torchrun_starts_the_command(folder, tmp_path):
-    (file := tmp_path / "config.json").write_text(json.dumps(settings(folder, schedule={"steps": 3})))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    train_it = ["recurformer", "train", "--config", str(file), "--out", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.run([*command, *train_it], env=environment, capture_output=True, text=True, timeout=120)
-    assert first.returncode == 0, first.stderr
-    assert first.stderr.count("step 3/3") == 1  # said by one process
-    assert [r["step"] for r in read_metrics(tmp_path / "run") if r["event"] == "train"] == [1, 2, 3]
-    assert (tmp_path / "run" / "plots" / "curves.png").is_file()
+def test_torchrun_starts_the_command_again_when_a_process_dies_in_a_save(folder, pair, begun):
+    """The checkpoint that was being written is finished, and no error of the disk is made up."""
+    codes, (said,) = finish(begun["torchrun"], 120)
+    assert codes == [0], said
+    assert re.search(r"process (1 of 2 has gone|0 waited in vain).* whole; continue with --resume\n", said)
+    assert "could not be written" not in said
+    assert "from checkpoint step-00000010" in said
+    assert said.count("step 12/12") == 1  # said by one process
+    run = folder / "restarted"
+    assert steps_of(run) == [5, 10, 12]
+    assert both(run) == windows(folder / "whole", "one")
+    assert distance(run, folder / "whole") < CLOSE
+    assert (run / "plots" / "curves.png").is_file()
 
 
 @pytest.mark.parametrize(

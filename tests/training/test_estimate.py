@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +19,15 @@ from recurformer.bench.memory import LiveTensors
 from recurformer.bench.model import random_batches
 from recurformer.config import ModelConfig
 from recurformer.report import parameters
-from recurformer.training import estimate
+from recurformer.scan.fused import HAS_TRITON, affordable
+from recurformer.training import estimate, load_config, loop
 from recurformer.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from recurformer.training.loop import World, gradient_step, make_model
 from recurformer.training.optimizer import make_optimizer, set_rates
 
 GPU = Path(__file__).parents[2] / "docs" / "figures" / "gpu"
+RUNS = Path(__file__).parents[2] / "runs"
+GIB = 2**30
 CPU = torch.device("cpu")
 OFFICIAL = {"norm": "layer", "qk_norm": "full"}
 FACTOR = 1.3  # by which a measured peak and its estimate may differ
@@ -97,6 +102,67 @@ def test_memory_is_that_of_the_benchmarks() -> None:
             assert expected == pytest.approx(row["peak_bytes"], rel=0.1), row
 
 
+def test_memory_of_layers_side_by_side_is_that_of_the_benchmark() -> None:
+    """A stack of 12 at a batch of 64, without an optimizer; within a tenth."""
+    text = (GPU / "layer-stack.txt").read_text()
+    assert "B 64, N 512, D 1024, H 16, stack of 12, bf16" in text
+    found = re.search(r"wavefront .* ([0-9.]+) GiB", text)
+    assert found
+    model = {"n_layers": 12, "d_model": 1024, "n_heads": 16, "layers": "recurrent", "vocab_size": 256}
+    config = run_of(512, model, batch_size=64, precision="bf16")
+    scan = estimate.h100_scan(config)
+    assert scan == "wavefront"
+    memory = estimate.estimate_memory(config, gpu=True, scan=scan, device_bytes=estimate.H100_BYTES)
+    assert (memory.total - memory.optimizer) / GIB == pytest.approx(float(found[1]), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "together", "scan"),
+    [
+        (["micro_batch_size=128"], True, "wavefront"),
+        (["micro_batch_size=128"], False, "fused"),
+        (["micro_batch_size=256"], True, "fused"),
+        (["micro_batch_size=128", "recompute=true"], True, "fused"),
+        (["micro_batch_size=128", "scan=tiled"], True, "tiled"),
+        (["micro_batch_size=128", "model.layers=first:1"], True, "fused"),
+        (["micro_batch_size=128", "model.layers=standard"], True, "none"),
+    ],
+    ids=str,
+)
+def test_an_h100_that_is_not_here_takes_the_scan_that_one_takes(settings: list[str], together: bool, scan: str) -> None:
+    config = load_config(RUNS / "300m-24-recurrent.toml", settings)
+    assert estimate.h100_scan(config, together) == scan
+    if (
+        config.scan == "auto" and HAS_TRITON and not torch.cuda.is_available()
+    ):  # with which the device needs not be here
+        assert estimate.scan_of(config, torch.device("cuda"), together) == scan
+
+
+@pytest.mark.parametrize(("run", "free", "expected"), [("300m-6-recurrent", 60, 55.5), ("150m-12-recurrent", 40, 45.8)])
+def test_what_the_fused_scan_keeps_depends_on_all_of_the_memory(
+    run: str, free: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks `affordable`, which does not know what is free; and a step that finds no room is not timed."""
+
+    def no_room(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(estimate, "scan_of", lambda *_, **__: "fused")
+    monkeypatch.setattr(estimate, "total_memory", lambda _: estimate.H100_BYTES)
+    monkeypatch.setattr(estimate, "product_rate", lambda *_: 1e15)
+    monkeypatch.setattr(estimate, "time_steps", no_room)
+    config = load_config(RUNS / f"{run}.toml")
+    m, rows = config.model, config.batch_size * config.data.window
+    assert affordable(m, 2 * rows, torch.device("cuda"), estimate.H100_BYTES) == "pairs"
+    assert affordable(m, 2 * rows, torch.device("cuda"), free * GIB) == "minimal"
+    for there in (free, 79.0):
+        monkeypatch.setattr(estimate, "available_bytes", lambda _, there=there: there * GIB)
+        e = estimate.estimate(config)
+        assert e.memory.total / GIB == pytest.approx(expected, abs=0.1)
+        assert e.time.how.startswith("no memory to time it")
+
+
 def test_the_rate_of_an_h100_is_that_of_the_benchmarks() -> None:
     """Each kind of layers at the micro-batches that suit it."""
     rows = [(c, row) for c, row in stored() if row.get("fastest")]
@@ -140,6 +206,32 @@ def test_the_numbers_of_a_table() -> None:
     assert "more memory than is free" not in text
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_several_processes_share_each_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "time_steps", lambda config, _: 0.5 * config.batch_size)
+    config = run_of(
+        16, {"n_layers": 2, "d_model": 32, "vocab_size": 100, "layers": "first:1"},
+        batch_size=16, micro_batch_size=8, recurrent_micro_batch_size=16, parallel=way,
+    )  # fmt: skip
+    one, four = estimate.estimate(config), estimate.estimate(config, 4)
+    assert (one.time.step, four.time.step) == (8.0, 2.0)
+    assert four.tokens == one.tokens
+    assert four.seconds == one.seconds / 4
+    alone = estimate.estimate(config.share(4)).memory
+    assert (four.memory.standard, four.memory.recurrent) == (alone.standard, alone.recurrent)
+    assert four.memory.standard == one.memory.standard / 2
+    assert four.memory.optimizer == one.memory.optimizer // (4 if way == "fsdp" else 1)
+    assert four.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, abs=4)
+    text = " ".join(table(four).split())
+    assert max(map(len, table(four).splitlines())) <= 80
+    assert f"processes 4 {way}, 4 sequences of a step each" in text
+    assert "kept at 4 sequences; attention" in text
+    assert "what processes exchange" in text
+    assert ("split over 4" in text) == (way == "fsdp")
+    with pytest.raises(ValueError, match="batch_size 16 is not divisible by 3 processes"):
+        estimate.estimate(config, 3)
+
+
 def test_what_is_too_large_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "time_steps", lambda *_: pytest.fail("it was timed"))
     monkeypatch.setattr(estimate, "product_rate", lambda *_: 1e12)
@@ -152,8 +244,10 @@ def test_what_is_too_large_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
     assert e.time.step == pytest.approx(operations / (1e12 * estimate.RATE_SHARE), rel=1e-6)
     text = " ".join(table(e).split())
     assert "no memory to time it: from 1e+03 GFLOP/s of a product here, at 40 %" in text
-    assert "This is more memory than is free here" in text
+    assert text.endswith("This is more memory than is free here: lower micro_batch_size.")  # nothing to recompute
     assert "one H100" in text
+    hybrid = dataclasses.replace(config, model=ModelConfig.preset("300m-6", layers="first:1"))
+    assert table(estimate.estimate(hybrid)).rstrip().endswith("lower micro_batch_size, or set recompute.")
 
 
 def test_timing_leaves_the_random_state_alone() -> None:
@@ -176,6 +270,15 @@ def test_the_command_writes_nothing(
     out, err = capsys.readouterr()
     assert "data/train is missing" in out
     assert not err
+    monkeypatch.setattr(estimate, "time_steps", lambda *_: 1.0)
+    for rank, said in (("0", True), ("1", False)):  # one process speaks for all
+        several = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        for name, value in several.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", "--dry-run", *small])
+        assert stop.value.code == 0
+        assert ("ddp, 1 sequences of a step each" in capsys.readouterr().out) == said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,8 +290,10 @@ def test_the_command_writes_nothing(
         (["train", "--dry-run", "--set", "model.vocab_size=64", "--set", "scan=fused"], "fused"),
         (["train", "--dry-run", "--set", "model.vocab_size=64", "--set", "device=cuda:99"], "cuda:99"),
         (["train", "--dry-run", "--set", "model.vocab_size=64", "--set", "batch_sise=4"], "batch_size"),
+        (["train", "--dry-run", "--set", "model.vocab_size=64", "--processes", "5"], "not divisible by 5 processes"),
+        (["train", "--out", "run", "--processes", "2"], "torchrun --nproc-per-node"),
     ],
-    ids=["no out", "no vocabulary", "scan", "device", "setting"],
+    ids=["no out", "no vocabulary", "scan", "device", "setting", "share", "processes"],
 )
 def test_what_cannot_be_is_one_line(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -77,17 +77,9 @@ def choose_scan(
         if kernels and obstacle is not None:
             raise ValueError(f"model.scan is {requested!r}, which can't run: {obstacle}")
         return requested, "as asked"
-    runs = [len(list(run)) for kind, run in groupby(config.layer_kinds) if kind == "recurrent"]
-    stack = max(runs, default=0) if together else 1  # recurrent layers that could work side by side
+    stack = longest_stack(config) if together else 1
     if device.type == "cuda" and obstacle is None:
-        if length is not None and length <= SHORT:
-            return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
-        chunks = -(-(length or sys.maxsize) // STACK_CHUNK)
-        at_work = chunks / (chunks + stack - 1)
-        if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS and at_work >= WAVEFRONT_AT_WORK:
-            return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
-        aside = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""
-        return "fused", f"Triton kernels and CUDA graphs, one layer after the other{aside}"
+        return gpu_scan(stack, batch_size, length)
     if device.type not in ("cpu", "cuda", "meta") or torch.version.hip:
         warn_unknown_device("AMD GPU" if torch.version.hip and device.type == "cuda" else device.type)
     if device.type == "cpu" and stack > 1 and not interpreted():  # the interpreter would run the GPU's wavefront
@@ -97,6 +89,24 @@ def choose_scan(
             return "wavefront", why if batch_size is not None else f"{why}, up to a batch of {limit}"
     why = "exact tiling with a hand-written backward, in PyTorch operations on any device"
     return "tiled", why if device.type != "cuda" else f"{why}; not fused: {obstacle}"
+
+
+def longest_stack(config: ModelConfig) -> int:
+    """Recurrent layers that could work side by side."""
+    runs = [len(list(run)) for kind, run in groupby(config.layer_kinds) if kind == "recurrent"]
+    return max(runs, default=0)
+
+
+def gpu_scan(stack: int, batch_size: int | None, length: int | None) -> tuple[str, str]:
+    """The scan of a GPU that runs the kernels, and why; arguments as of `choose_scan`."""
+    if length is not None and length <= SHORT:
+        return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
+    chunks = -(-(length or sys.maxsize) // STACK_CHUNK)
+    at_work = chunks / (chunks + stack - 1)
+    if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS and at_work >= WAVEFRONT_AT_WORK:
+        return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
+    aside = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""
+    return "fused", f"Triton kernels and CUDA graphs, one layer after the other{aside}"
 
 
 def wavefront_batch(config: ModelConfig, stack: int, length: int | None, past: int, dtype: torch.dtype | None) -> int:

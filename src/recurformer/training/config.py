@@ -27,6 +27,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Timeout = Annotated[float, Field(gt=0, le=31_536_000)]  # a year
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -199,7 +200,7 @@ class TrainConfig(_Section):
         'How the processes that torchrun starts share a run: "ddp" (each has the whole model) or "fsdp" (weights, '
         "gradients and optimizer state are split over them).",
     )
-    timeout: Positive = setting(600.0, "Seconds after which a process gives up waiting for the others.")
+    timeout: Timeout = setting(600.0, "Seconds after which a process gives up waiting for the others.")
     seed: Seed = setting(0, "Seed of the initial weights.")
     init_from: str | None = setting(
         None,
@@ -219,11 +220,10 @@ class TrainConfig(_Section):
             )
         wide = self.recurrent_micro_batch_size
         if wide is not None:
-            narrow = self.micro_batch_size or self.batch_size
-            if not narrow <= wide <= self.batch_size:
+            if not (self.micro_batch_size or 1) <= wide <= self.batch_size:
+                least = f"at least micro_batch_size {self.micro_batch_size} and " if self.micro_batch_size else ""
                 raise ValueError(
-                    f"recurrent_micro_batch_size is {wide}; it must be from micro_batch_size {narrow} to batch_size "
-                    f"{self.batch_size}"
+                    f"recurrent_micro_batch_size is {wide}; it must be {least}at most batch_size {self.batch_size}"
                 )
             if self.model.recurrent_depth == 0:
                 raise ValueError(
@@ -233,6 +233,31 @@ class TrainConfig(_Section):
             raise ValueError(
                 "trained is 'recurrent', but the model has no recurrent layer; set model.layers or drop it"
             )
+
+    def share(self, processes: int) -> TrainConfig:
+        """The part of one of several processes: its sequences of each step, and micro-batches of no more than these.
+
+        Raises:
+            ValueError: where a step's sequences do not split evenly, or recurrent layers would take fewer at once than
+                the others.
+        """
+        if self.batch_size % processes:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by {processes} processes; it counts the sequences of "
+                "all, so change either"
+            )
+        mine, wide = self.batch_size // processes, self.recurrent_micro_batch_size
+        if self.micro_batch_size is None and wide is not None and wide < mine:
+            raise ValueError(
+                f"recurrent_micro_batch_size is {wide}, less than the {mine} sequences that a process has of a step; "
+                "raise it, or set micro_batch_size to at most as many"
+            )
+        return dataclasses.replace(
+            self,
+            batch_size=mine,
+            micro_batch_size=self.micro_batch_size and min(self.micro_batch_size, mine),
+            recurrent_micro_batch_size=wide and min(wide, mine),
+        )
 
     @property
     def checkpoint_every(self) -> int:

@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -166,13 +167,10 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[World]:
         TrainingError: when they do not find each other.
     """
     rank, size, _ = environment()
+    config.share(size)
     if size == 1:
         yield World()
         return
-    if config.batch_size % size:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not divisible by {size} processes; it counts the sequences of all"
-        )
     world = Processes(rank, size, device, config)
     try:
         yield world
@@ -200,15 +198,16 @@ class Processes(World):
         self.sharded = config.parallel == "fsdp"
         self.agreed = False
         self._ending = threading.RLock()  # held while a checkpoint is written, and by the thread that ends the process
-        backend = "gloo"
+        backend, timeout = "gloo", timedelta(seconds=config.timeout)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
         self._owner = not dist.is_initialized()
         try:
             if self._owner:
-                dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
-            self._numbers: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
+                store = meet(rank, size, timeout)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            self._numbers: Any = dist.new_group(backend="gloo", timeout=timeout)
             self._watch: Any = dist.new_group(backend="gloo", timeout=FOREVER)
         except RuntimeError as error:
             raise TrainingError(f"process {rank} of {size} did not find the others ({_line(error)})") from error
@@ -323,6 +322,36 @@ class Processes(World):
         else:
             dist.destroy_process_group(self._numbers)
             dist.destroy_process_group(self._watch)
+
+
+def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """A store that these processes alone have.
+
+    With --max-restarts, torchrun hands the store of the dead processes, and their addresses in it, to those that it
+    starts after them. How often it has done so is no name for what they share, for machines count apart. So the first
+    process names a part of it after itself, and each other one waits until the first has seen it there.
+
+    Raises:
+        RuntimeError: when they do not meet in time.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set("first", me)
+        store.set(f"{me}/all", " ".join(store.get(f"{me}/{other}").decode() for other in range(1, size)))
+        return dist.PrefixStore(me, store)
+    while time.monotonic() < deadline:
+        first = store.get("first").decode()  # it may be one that has died
+        store.set(f"{first}/{rank}", me)
+        with suppress(RuntimeError):
+            store.wait([f"{first}/all"], timedelta(seconds=1))
+            if me in store.get(f"{first}/all").decode().split():
+                return dist.PrefixStore(first, store)
+        time.sleep(0.05)
+    raise RuntimeError(f"no sign of process 0 in {timeout.total_seconds():g} s")
 
 
 def _line(error: Exception) -> str:

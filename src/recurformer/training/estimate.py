@@ -3,10 +3,13 @@
 Memory is arithmetic on the configuration. Time is measured: a few real steps on this device with random tokens, scaled
 to the run; where even one sequence takes too long or too much memory, it is arithmetic divided by the measured rate of
 a matrix product, and the table says so.
+
+Of several processes, all of it is that of one, with its share of each step; what they tell each other is not counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -20,7 +23,8 @@ from recurformer.bench.common import bytes_text
 from recurformer.config import ModelConfig
 from recurformer.info import chosen_attention, chosen_loss
 from recurformer.report import kind_of, parameters
-from recurformer.scan import choose_scan
+from recurformer.scan import choose_scan, gpu_scan, longest_stack
+from recurformer.scan.fused import affordable, total_memory
 from recurformer.training.config import DataConfig, TrainConfig, open_tokens
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ H100_BYTES, H100_RATE = 79.1 * 2**30, 790e12  # memory that is free on one, and 
 # The part of that rate that training of "150m-12" was measured to reach (docs/benchmarks.md), by the kind of layers; an
 # output layer goes with standard ones.
 H100_SHARES = {"standard": 0.50, "recurrent": 0.23}
+KERNELS = ("none", "fused", "wavefront")  # scans beside which a GPU runs fused kernels only
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied to find the rate
 
 
@@ -55,16 +60,17 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.standard + self.recurrent + self.working
 
 
-def estimate_memory(config: TrainConfig, *, gpu: bool, scan: str, device_bytes: float = math.inf) -> Memory:
+def estimate_memory(
+    config: TrainConfig, *, gpu: bool, scan: str, device_bytes: float = math.inf, parts: int = 1
+) -> Memory:
     """Peak memory of a step, from what the code is known to keep.
 
-    Measured peaks of small runs on a CPU and of the benchmarks on an H100 are within a factor of 1.2 of it.
-
     Args:
-        config: the run; one process is assumed.
+        config: the run; of several processes, the `share` of one.
         gpu: whether the fused kernels, compiled layers and the fused loss run, rather than plain operations.
         scan: that of recurrent layers, by its name.
-        device_bytes: memory of the device: the fused scan keeps more where there is much.
+        device_bytes: memory of the device, free or not: the fused scan keeps more where there is much.
+        parts: processes over which weights, gradients and optimizer state are split.
     """
     m = config.model
     full = 8 if config.precision == "fp64" else 4
@@ -92,11 +98,9 @@ def estimate_memory(config: TrainConfig, *, gpu: bool, scan: str, device_bytes: 
     count, recurrent, loop = kinds.count("recurrent"), 0, 0
     stack = count if scan == "wavefront" else 1  # layers at work at once
     if count and gpu:
-        from recurformer.scan.fused import KEEP_PART
-
-        lean, more = full * D + short * Q + 4 * m.n_heads, (short * (Q + 2 * P + inner), short * (Q + 2 * P), 0)
-        most = next(width for width in more if count * wide * width <= device_bytes / KEEP_PART)
-        recurrent = count * wide * (lean + most)
+        save = affordable(m, short * wide, torch.device("cuda"), device_bytes)
+        more = {"all": Q + 2 * P + inner, "pairs": Q + 2 * P, "minimal": 0}[save]
+        recurrent = count * wide * (full * D + short * Q + 4 * m.n_heads + short * more)
         loop = wide * (count * 14 if scan == "wavefront" else 24) * D
     elif count:
         from recurformer.scan.tiled import KEEP_BYTES, POSITION_BLOCK
@@ -116,10 +120,13 @@ def estimate_memory(config: TrainConfig, *, gpu: bool, scan: str, device_bytes: 
         "of recurrent layers in the backward": loop - freed,
     }
     moment = max(moments, key=lambda name: moments[name])
+    copies = short * everything if short < full else 0
+    # What is gathered: embedding and output layer, and the layer that runs.
+    gathered = 0 if parts == 1 else full * (everything - parameters(m) + parameters(m) // m.n_layers)
     return Memory(
-        weights=full * everything + (short * everything if short < full else 0),
-        gradients=full * learning,
-        optimizer=2 * full * learning,
+        weights=full * everything // parts + copies + gathered,
+        gradients=full * learning // parts + gathered,
+        optimizer=2 * full * learning // parts,
         standard=standard,
         recurrent=recurrent,
         working=moments[moment],
@@ -185,17 +192,22 @@ def estimate_time(config: TrainConfig, device: torch.device, free: float) -> Tim
     Args:
         free: bytes that may be used.
     """
+    gpu = device.type == "cuda"
     rate = product_rate(device, config.precision)
     sequence = sum(step_operations(config).values()) / config.batch_size / (RATE_SHARE * rate)
-    at_once = config.recurrent_micro_batch_size or config.micro_batch_size or config.batch_size
-    sequences = at_once if device.type == "cuda" else max(1, min(at_once, int(PATIENCE / 4 / sequence)))
+    at_once = rows_of(config)
+    sequences = at_once if gpu else max(1, min(at_once, int(PATIENCE / 4 / sequence)))
     part = smaller(config, sequences)
-    need = estimate_memory(part, gpu=device.type == "cuda", scan=scan_of(part, device), device_bytes=free).total
-    if sequence * sequences <= PATIENCE and need < 0.9 * free:
-        seconds = time_steps(part, device)
-        what = f"timed here: 2 steps of {sequences} sequence{'s' if sequences > 1 else ''}, random tokens"
-        return Time(seconds * config.batch_size / sequences, what)
-    why = "too slow to time" if need < 0.9 * free else "no memory to time it"
+    fits = memory_on(part, device, scan_of(part, device)).total < 0.9 * free
+    if fits and sequence * sequences <= PATIENCE:
+        try:
+            seconds = time_steps(part, device)
+        except torch.OutOfMemoryError:
+            fits = False
+        else:
+            what = f"timed here: 2 steps of {sequences} sequence{'s' if sequences > 1 else ''}, random tokens"
+            return Time(seconds * config.batch_size / sequences, what)
+    why = "too slow to time" if fits else "no memory to time it"
     return Time(
         sequence * config.batch_size,
         f"{why}: from {rate / 1e9:,.3g} GFLOP/s of a product here, at {100 * RATE_SHARE:.0f} %",
@@ -204,8 +216,6 @@ def estimate_time(config: TrainConfig, device: torch.device, free: float) -> Tim
 
 def smaller(config: TrainConfig, sequences: int) -> TrainConfig:
     """The run with steps of fewer sequences."""
-    import dataclasses
-
     narrow = min(config.micro_batch_size or sequences, sequences)
     wide = sequences if config.recurrent_micro_batch_size is not None else None
     return dataclasses.replace(
@@ -259,15 +269,40 @@ def product_rate(device: torch.device, precision: str) -> float:
     return 2 * n**3 / best
 
 
-def scan_of(config: TrainConfig, device: torch.device) -> str:
-    """The scan of the recurrent layers; "none" where there is none."""
+def scan_of(config: TrainConfig, device: torch.device, together: bool = True) -> str:
+    """The scan of the recurrent layers; "none" where there is none.
+
+    Args:
+        together: False where weights are split, which evaluates layers one by one.
+    """
     if "recurrent" not in config.model.layer_kinds:
         return "none"
     dtype = {"fp64": torch.float64, "bf16": torch.bfloat16}.get(config.precision, torch.float32)
-    size = config.recurrent_micro_batch_size or config.micro_batch_size or config.batch_size
     return choose_scan(
-        config.scan, config.model, device, batch_size=size, length=config.data.window, dtype=dtype
+        config.scan, config.model, device, batch_size=rows_of(config), length=config.data.window, dtype=dtype,
+        together=together and not config.recompute,
     )[0]  # fmt: skip
+
+
+def h100_scan(config: TrainConfig, together: bool = True) -> str:
+    """That of an H100 which is not here."""
+    if "recurrent" not in config.model.layer_kinds:
+        return "none"
+    if config.scan != "auto":
+        return config.scan
+    stack = longest_stack(config.model) if together and not config.recompute else 1
+    return gpu_scan(stack, rows_of(config), config.data.window)[0]
+
+
+def rows_of(config: TrainConfig) -> int:
+    """Sequences that recurrent layers take at once."""
+    return config.recurrent_micro_batch_size or config.micro_batch_size or config.batch_size
+
+
+def memory_on(config: TrainConfig, device: torch.device, scan: str, parts: int = 1) -> Memory:
+    """`estimate_memory` of a device that is here."""
+    gpu = device.type == "cuda" and scan in KERNELS
+    return estimate_memory(config, gpu=gpu, scan=scan, device_bytes=total_memory(device), parts=parts)
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
@@ -278,8 +313,10 @@ class Estimate:
     """What a run will cost on a device."""
 
     config: TrainConfig
+    mine: TrainConfig  # the share of one process
+    processes: int
     device: torch.device
-    memory: Memory
+    memory: Memory  # of one process
     time: Time
     free_bytes: float
     scan: str
@@ -297,29 +334,35 @@ class Estimate:
         return c.schedule.steps * c.batch_size * c.data.window
 
     @property
+    def parts(self) -> int:
+        """Over how many processes weights, gradients and optimizer state are split."""
+        return self.processes if self.config.parallel == "fsdp" else 1
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint: weights, and the optimizer's state."""
         full = 8 if self.config.precision == "fp64" else 4
-        return full * parameters(self.config.model, embedding=True) + self.memory.optimizer
+        return full * parameters(self.config.model, embedding=True) + self.memory.optimizer * self.parts
 
 
-def estimate(config: TrainConfig) -> Estimate:
-    """What a run would cost on the device it would run on. The data need not be there.
+def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
+    """What a run would cost on the device it would run on, or on so many like it. The data need not be there.
 
     Raises:
-        ValueError: for a device that is not here, or a scan that it does not have.
+        ValueError: for a device that is not here, a scan that it does not have, or a batch that does not split.
     """
     from recurformer.training.loop import pick_device
 
-    device = pick_device(config)
-    free, scan = available_bytes(device), scan_of(config, device)
-    gpu = device.type == "cuda" and scan in ("none", "fused", "wavefront")
-    memory = estimate_memory(config, gpu=gpu, scan=scan, device_bytes=free)
+    device, mine = pick_device(config), config.share(processes)
+    parts = processes if config.parallel == "fsdp" else 1
+    free, scan = available_bytes(device), scan_of(mine, device, together=parts == 1)
+    memory = memory_on(mine, device, scan, parts)
+    timed = mine if scan == "none" else dataclasses.replace(mine, scan=scan, init_from=None)
     tokens = config.schedule.steps * config.batch_size * config.data.window
     data = {"training": describe_data(config.data, config.data.train, tokens)}
     if config.data.validation is not None:
         data["validation"] = describe_data(config.data, config.data.validation)
-    return Estimate(config, device, memory, estimate_time(config, device, free), free, scan, data)
+    return Estimate(config, mine, processes, device, memory, estimate_time(timed, device, free), free, scan, data)
 
 
 def describe_data(data: DataConfig, source: str, tokens: int | None = None) -> str:
@@ -336,9 +379,8 @@ def show(e: Estimate, console: Console) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    c, m, memory = e.config, e.config.model, e.memory
-    micro = c.micro_batch_size or c.batch_size
-    wide = c.recurrent_micro_batch_size
+    c, m, memory, N = e.config, e.config.model, e.memory, e.processes
+    micro, wide = e.mine.micro_batch_size or e.mine.batch_size, rows_of(e.mine)
     keep = c.checkpoint.keep_last + 1
     attention, loss = chosen_attention(m, e.device).name, chosen_loss(m, e.device).name
     full = parameters(m, embedding=True)
@@ -351,13 +393,16 @@ def show(e: Estimate, console: Console) -> None:
         None,
         ("steps", f"{c.schedule.steps:,}", f"of {c.batch_size:,} sequences of {c.data.window:,} tokens"),
         ("tokens", f"{e.tokens:,}", f"{e.tokens / parameters(m):.1f} a parameter"),
+        *([("processes", f"{N:,}", f"{c.parallel}, {e.mine.batch_size:,} sequences of a step each")] if N > 1 else []),
         *(("data" if n == 0 else "", what, text) for n, (what, text) in enumerate(e.data.items())),
         None,
-        ("memory", bytes_text(memory.total), f"of {free} free; an estimate, to a fifth"),
+        ("memory", bytes_text(memory.total), f"of {free} free{'; of each process' if N > 1 else ''}; an estimate"),
         (
             "  weights",
             bytes_text(memory.weights),
-            c.precision + (", with a float32 copy" if c.precision == "bf16" else ""),
+            c.precision
+            + (", with a float32 copy" if c.precision == "bf16" else "")
+            + (f"; split over {N}, but for what is gathered" if e.parts > 1 else ""),
         ),
         ("  gradients", bytes_text(memory.gradients), ""),
         ("  optimizer", bytes_text(memory.optimizer), "AdamW's two means"),
@@ -365,13 +410,13 @@ def show(e: Estimate, console: Console) -> None:
     if "standard" in m.layer_kinds:
         rows.append(("  standard", bytes_text(memory.standard), f"kept at {micro} sequences; attention: {attention}"))
     if "recurrent" in m.layer_kinds:
-        rows.append(("  recurrent", bytes_text(memory.recurrent), f"kept at {wide or micro} sequences; scan: {e.scan}"))
+        rows.append(("  recurrent", bytes_text(memory.recurrent), f"kept at {wide} sequences; scan: {e.scan}"))
     rows += [
         ("  working", bytes_text(memory.working), f"{memory.moment}{f' ({loss})' if 'loss' in memory.moment else ''}"),
         None,
-        ("time", duration(e.seconds), f"{rate_text(e.tokens / e.seconds)} on {name}"),
+        ("time", duration(e.seconds), f"{rate_text(e.tokens / e.seconds)} on {f'{N} times ' if N > 1 else ''}{name}"),
         ("  a step", duration(e.time.step), e.time.how),
-        ("  not in it", "", "evaluation, checkpoints, compilation"),
+        ("  not in it", "", f"evaluation, checkpoints, compilation{', what processes exchange' if N > 1 else ''}"),
         None,
         (
             "disk",
@@ -380,13 +425,23 @@ def show(e: Estimate, console: Console) -> None:
         ),
     ]
     if e.device.type == "cpu" and c.precision == "bf16":
-        seconds = h100_seconds(c)
-        there = estimate_memory(c, gpu=True, scan=e.scan.replace("tiled", "fused"), device_bytes=H100_BYTES).total
+        seconds, scan = h100_seconds(e.mine), h100_scan(e.mine, together=e.parts == 1)
+        there = estimate_memory(
+            e.mine, gpu=scan in KERNELS, scan=scan, device_bytes=H100_BYTES, parts=e.parts
+        ).total  # fmt: skip
         rows += [
             None,
-            ("one H100", duration(seconds * c.schedule.steps), rate_text(e.tokens / c.schedule.steps / seconds)),
+            (
+                f"{N} H100s" if N > 1 else "one H100",
+                duration(seconds * c.schedule.steps),
+                rate_text(e.tokens / c.schedule.steps / seconds),
+            ),
             ("  a step", duration(seconds), "not timed: operations, at the rate measured for 150m-12"),
-            ("  memory", bytes_text(there), f"of {bytes_text(H100_BYTES)}"),
+            (
+                "  memory",
+                bytes_text(there),
+                f"of {bytes_text(H100_BYTES)}{'' if scan == 'none' else f'; scan: {scan}'}",
+            ),
         ]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=False)
     table.add_column(no_wrap=True)
@@ -399,7 +454,12 @@ def show(e: Estimate, console: Console) -> None:
             table.add_row(*row)
     console.print(table)
     if memory.total > e.free_bytes:
-        console.print("This is more memory than is free here: lower micro_batch_size, or set recompute.", markup=False)
+        remedy = "lower micro_batch_size"
+        if e.mine.recurrent_micro_batch_size is not None:
+            remedy += " and recurrent_micro_batch_size"
+        if "standard" in m.layer_kinds and not c.recompute:
+            remedy += ", or set recompute"
+        console.print(f"This is more memory than is free here: {remedy}.", markup=False, soft_wrap=True)
 
 
 def rate_text(tokens: float) -> str:

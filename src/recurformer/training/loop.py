@@ -34,7 +34,7 @@ from recurformer.training.checkpoint import (
     write_shared_checkpoint,
 )
 from recurformer.training.config import TrainConfig, open_tokens
-from recurformer.training.distributed import EndedElsewhereError, World, pick_device, processes
+from recurformer.training.distributed import World, pick_device, processes
 from recurformer.training.logging import Metrics, NoMetrics, Screen, import_logger, machine, say_on_stderr
 from recurformer.training.optimizer import (
     clip_gradients,
@@ -43,11 +43,14 @@ from recurformer.training.optimizer import (
     optimizer_tensors,
     set_rates,
 )
-from recurformer.training.run import TrainingError, check_resumable, lock, write_run_config
+from recurformer.training.run import TrainingError, check_resumable, check_shared, lock, write_run_config
 
 if TYPE_CHECKING:
     from recurformer.data import Batch, TokenDataset, TrainingWindows
     from recurformer.data.tokenizer import Tokenizer
+
+
+ECHO = 5.0  # seconds in which a signal may come again: to all processes, and from torchrun that passes it on
 
 
 class NonFiniteError(TrainingError):
@@ -120,7 +123,9 @@ def train(
 
         data, held_out, tokenizer, windows = world.together(read_data)
         changes = world.together(lambda: check_resumable(config, out, resume, allow_change), alone=True)
-        world.together(lambda: stack.enter_context(lock(out)), alone=True)
+        held = world.together(lambda: stack.enter_context(lock(out)), alone=True)
+        mark = world.first(held or 0)
+        world.together(lambda: check_shared(out, mark))
         folder = out / "checkpoints"
         resumed = checkpoint = find_checkpoint(folder, say, world) if resume else None
 
@@ -159,11 +164,18 @@ def train(
             metrics = Metrics(out, config, state if checkpoint else None)
             stack.callback(metrics.close)
         about = {**machine(device), "processes": world.size, "parallel": config.parallel if world.size > 1 else None}
+        mine = config.share(world.size)
+        at_once = {name: getattr(mine, name) for name in ("micro_batch_size", "recurrent_micro_batch_size")}
+        for name, size in at_once.items():
+            if size != getattr(config, name):
+                say(f"{name} is {getattr(config, name)}, but each of {world.size} processes has only {mine.batch_size} "
+                    f"of a step's {config.batch_size} sequences, and takes {size} at once")  # fmt: skip
+        about |= {**at_once, "micro_batch_size": mine.micro_batch_size or mine.batch_size}
         metrics.write("resume" if checkpoint else "start", state.step, changes=changes, **about)
         parameters = model.num_parameters(embedding=True)
         where = f"{device}" if world.size == 1 else f"{world.size} processes ({config.parallel}, {device.type})"
         say(f"{parameters:,} parameters, {data.n_tokens:,} training tokens, {steps} steps on {where}")
-        stop = stack.enter_context(stop_signals(quiet))
+        stop = stack.enter_context(stop_signals(quiet, ECHO if world.size > 1 else 0.0))
         screen = stack.enter_context(Screen(steps, state.step, quiet))
         batches = step_batches(windows, config, state.position, world)
         loss = asked = None  # asked: the signal that ends the call
@@ -353,9 +365,11 @@ def evaluate_model(
     model: LanguageModel, dataset: TokenDataset, config: TrainConfig, device: torch.device, world: World
 ) -> Any:
     """Loss on held-out data, in the precision of the training."""
-    size, batches = config.evaluation.batch_size or config.micro_batch_size, config.evaluation.batches
-    if size is None:  # of a step's sequences each process has room for its own; together they are as many as ever
-        size, batches = config.batch_size // world.size, batches and batches * world.size
+    size, batches = config.evaluation.batch_size, config.evaluation.batches
+    if size is None:  # each process has room for its share of a step; together they are as many as ever
+        whole, share = config.micro_batch_size or config.batch_size, config.batch_size // world.size
+        parts = next(n for n in range(1, whole + 1) if whole % n == 0 and whole <= n * share)
+        size, batches = whole // parts, batches and batches * parts
     with autocast(config, device):
         return evaluate(
             model,
@@ -445,10 +459,10 @@ def save(
         else:
             made = world.together(write, alone=True)
         return made or checkpoint_at(folder, state.step)
-    except EndedElsewhereError:
+    except TrainingError:  # the others' end, or that they are gone: the disk has nothing to do with it
         raise
     except Exception as error:  # safetensors has an error type of its own for a full disk
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         raise TrainingError(
             f"the checkpoint of step {state.step} could not be written to {folder} ({error}; {free / 2**20:,.0f} MiB "
             f"free). {f'{previous.path.name} is intact' if previous else 'There is none yet'}; make room and --resume"
@@ -466,12 +480,13 @@ class StopRequest:
     """Which signal asked to stop; None while none did."""
 
     requested: int | None = None
+    when = 0.0  # on the monotonic clock
 
 
 @contextmanager
-def stop_signals(quiet: bool) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; the second one has its usual effect. Outside the main thread
-    Python handles no signals, and nothing is changed."""
+def stop_signals(quiet: bool, echo: float) -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; one that comes over `echo` seconds later has its usual effect.
+    Outside the main thread Python handles no signals, and nothing is changed."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -479,10 +494,12 @@ def stop_signals(quiet: bool) -> Iterator[StopRequest]:
 
     def handle(number: int, _: Any) -> None:
         if request.requested is not None:
+            if time.monotonic() - request.when < echo:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        request.requested = number
+        request.requested, request.when = number, time.monotonic()
         if not quiet:  # not print: the signal may have come in the middle of another one
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more to abort\n".encode())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,17 +113,35 @@ def write_run_config(config: TrainConfig, out: Path) -> None:
 
 
 @contextmanager
-def lock(out: Path) -> Iterator[None]:
+def lock(out: Path) -> Iterator[int]:
     """Hold a run's folder (made if missing) for this process; the system lets go of it however the process ends.
+
+    Yields:
+        A number, new each time, by which `check_shared` knows the folder.
 
     Raises:
         ValueError: when another process trains into it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as file:
+    with (out / LOCK).open("a") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(f"another process is training into {out}; wait for it or stop it") from None
-        yield
+        mark = secrets.randbits(52)  # exact as a float, too
+        file.truncate(0)
+        file.write(str(mark))
+        file.flush()
+        os.fsync(file.fileno())  # or another machine would not see it
+        yield mark
+
+
+def check_shared(out: Path, mark: int) -> None:
+    """Raise ValueError where a run's folder is not the one that the first process holds."""
+    file = out / LOCK
+    if not file.is_file() or file.read_text() != str(mark):
+        raise ValueError(
+            f"the run's folder {out.absolute()} is not that of the first process; put it on a file system that all "
+            "machines see"
+        )

@@ -156,13 +156,19 @@ def stack_scan(
     return z, list(zip(keys, values, strict=True))
 
 
-def affordable(config: ModelConfig, row: int, device: torch.device) -> str:
+def total_memory(device: torch.device) -> int:
+    """Bytes of a device, free or not; where that is no GPU, those of a usual one."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**36
+
+
+def affordable(config: ModelConfig, row: int, device: torch.device, total: float | None = None) -> str:
     """The most that may be kept: what takes at most a part of the device's memory in all recurrent layers of a model.
 
     Args:
         row: bytes of one value at every position.
+        total: the memory of a device that is not here; None: `total_memory`.
     """
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**36
+    total = total_memory(device) if total is None else total
     pairs = (config.n_heads + 2 * config.kv_heads) * config.head_width
     inner = config.mlp_width * (2 if config.activation == "swiglu" else 1)
     layers = config.layer_kinds.count("recurrent")
