@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,7 +22,7 @@ import zstandard
 from recurformer.cli import main
 from recurformer.data import PrepareSummary, TokenDataset, Tokenizer, prepare, sources
 from recurformer.data.preparation import SHARD_TOKENS
-from recurformer.data.tokenizer import JsonTokenizer, load_tokenizer, train_bpe
+from recurformer.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 
 SHARED = Path(os.environ.get("RECURFORMER_TEST_DATA", Path(__file__).parents[3] / "shared"))
 DOCUMENTS = ["First document.\n", "Zweites, größeres: 🦊\r\nwith two lines", "third"]
@@ -423,6 +425,24 @@ def test_an_interrupted_run_leaves_nothing_under_the_final_name(
     if number != signal.SIGKILL:
         assert left == ["bpe", "in.jsonl"]
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_stop_that_is_lost_stops_all_the_same(number: signal.Signals, raised: type[BaseException], tmp_path: Path):
+    class Deaf(BytesTokenizer):
+        """As Python is while it runs a callback of its own: what is raised there is dropped."""
+
+        def encode_array(self, text: str) -> np.ndarray:
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                signal.raise_signal(number)
+            return super().encode_array(text)
+
+    (tmp_path / "a.txt").write_text("one")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(raised):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=Deaf())
+    assert left_behind(tmp_path) == ["a.txt"]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 MEASURE = """

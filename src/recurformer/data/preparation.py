@@ -15,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -99,7 +99,7 @@ def prepare(
     refuse_existing(out, overwrite)
     sources = find_sources(inputs, text_field, split)
     requested = type(tokenizer).__name__ if isinstance(tokenizer, Tokenizer) else str(tokenizer)
-    with _stopped_by_sigterm(), _Bar(sources, progress) as bar:
+    with _stopped_by_signals() as stop, _Bar(sources, progress) as bar:
         made = _tokenizer(tokenizer, sources, bar)
         if append_eos and made.eos_id is None:
             raise ValueError(f"tokenizer {requested} has no end-of-document token; prepare with --no-append-eos")
@@ -107,7 +107,7 @@ def prepare(
             small = sum(source.size for source in sources) < WORTH_A_POOL
             workers = 1 if small or isinstance(made, BytesTokenizer) else _cores()
         with appears_whole(out) as folder:
-            sidecar = _write(folder, sources, made, requested, shard_tokens, workers, append_eos, bar)
+            sidecar = _write(folder, sources, made, requested, shard_tokens, workers, append_eos, bar, stop)
     return PrepareSummary(
         folder=out,
         n_tokens=sidecar.n_tokens,
@@ -157,6 +157,7 @@ def _write(
     workers: int,
     append_eos: bool,
     bar: _Bar,
+    stop: _Stop,
 ) -> Sidecar:
     dtype = token_dtype(tokenizer.vocab_size)
     readings = [_Reading(source) for source in sources]
@@ -172,6 +173,7 @@ def _write(
                 if reading is not None and out.end_document():
                     reading.n_documents += 1
             bar.tokens(out.n_tokens)
+            stop.raise_again()
         out.finish()
     if not out.shards:
         raise ValueError(f"no text in {', '.join(source.name for source in sources)}; nothing to prepare")
@@ -322,21 +324,44 @@ def _cores() -> int:
 # --- around it --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that what is half made is removed."""
+class _Stop:
+    """The signal that asked to stop, if one did."""
 
-    def stop(signum: int, frame: object) -> None:
-        sys.exit(128 + signum)
+    number: int | None = None
+
+    def raise_again(self) -> None:
+        """Stop, where what a signal raised was lost: Python drops what is raised in callbacks of its own."""
+        if self.number is not None:
+            _unwind(self.number)
+
+
+def _unwind(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[_Stop]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that what is half made is removed, and remember either."""
+    stop = _Stop()
+
+    def handle(number: int, frame: object) -> None:
+        stop.number = number
+        _unwind(number)
 
     if threading.current_thread() is not threading.main_thread():  # only there can it be arranged
-        yield
+        yield stop
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    ours = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ours.append(signal.SIGINT)
+    before = {number: signal.signal(number, handle) for number in ours}
     try:
-        yield
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
