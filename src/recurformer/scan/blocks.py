@@ -49,9 +49,10 @@ class Attention:
 
     def fill(self, positions: slice, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Take over queries (B, H, n, K) and pairs (B, G, n, K) of a range of positions as a layer makes them."""
-        n = positions.stop - positions.start
-        torch.mul(q.to(self.q.dtype).reshape(-1, self.R, n, self.K), self.K**-0.5, out=self.q[:, :, positions])
-        self.k[:, positions], self.v[:, positions] = (t.reshape(-1, n, self.K) for t in (k, v))
+        to_q, to_k, to_v = (t.view(self.B, -1, self.N, self.K)[:, :, positions] for t in (self.q, self.k, self.v))
+        torch.mul(q.to(to_q.dtype), self.K**-0.5, out=to_q)
+        to_k.copy_(k)
+        to_v.copy_(v)
 
     def new_state(self, length: int) -> State:
         """The state of `length` queries that have met nothing."""

@@ -147,6 +147,16 @@ class Call:
     def leaves(self) -> list[LeafStep]:
         return list(self.schedule.leaves())
 
+    def rotation_of(self, wave: Wave, B: int) -> Rotation | None:
+        """The rotation of heads (layers, heads, n B, K)."""
+        rotation = self.layout.rotation
+        if rotation is None:
+            return None
+        shape = (B, 1, wave.length, -1)
+        each = [(r.cos.expand(shape), r.sin.expand(shape)) for r in (rotation[span] for span in wave.spans())]
+        cos, sin = (torch.stack(parts).permute(0, 2, 3, 1, 4).flatten(2, 3) for parts in zip(*each, strict=True))
+        return replace(rotation, cos=cos, sin=sin)
+
     def leaves_of(self, wave: Wave) -> list[list[LeafStep]]:
         """The steps of a wave, for each its leaves, one of every layer."""
         side = self.schedule.leaf
@@ -171,14 +181,17 @@ class TiledScan(torch.autograd.Function):
         stack = LayerMaths.stack(layers, by_column=True)
 
         for wave in call.waves:
-            for l, span in wave:
-                h = layers[l].attention_input(inputs[l][:, span])
-                turned = None if rotation is None else rotation[span]
-                attentions[l].fill(span, layers[l].queries(h, turned), *layers[l].pairs(h, turned))
+            small = stack[wave.layers.start : wave.layers.stop]
+            x_wave = inputs_beside(inputs, wave)
+            h, turned = small.attention_input(x_wave.flatten(1, 2)), call.rotation_of(wave, B)
+            made = (small.queries(h, turned), *small.pairs(h, turned))  # (layers, heads, n B, K)
+            by_batch = (t.unflatten(2, (-1, B)).permute(0, 3, 1, 2, 4) for t in made)
+            for (l, span), q, k, v in zip(wave, *by_batch, strict=True):
+                attentions[l].fill(span, q, k, v)
+            del h, made
             states = [attentions[l].new_state(wave.length) for l in wave.layers]
             leaf = Leaf(attentions[0], min(side, wave.length), len(states))
-            small = stack[wave.layers.start : wave.layers.stop]
-            x_rows = torch.stack([inputs[l][:, span].transpose(0, 1) for l, span in wave], dim=1).unbind(0)
+            x_rows = x_wave.unbind(1)
             z_rows = beside(z, wave).unbind(1)
             kept_rows = [] if kept is None else [beside(t, wave).unbind(1) for t in kept.by_position()]
             for steps in call.leaves_of(wave):
@@ -252,6 +265,11 @@ def beside(t: Tensor, wave: Wave) -> Tensor:
     first = t[wave.layers.start, wave.starts[0] : wave.starts[0] + wave.length]
     strides = (t.stride(0) - behind * t.stride(1), *first.stride())
     return t.as_strided((len(wave.layers), *first.shape), strides, first.storage_offset())
+
+
+def inputs_beside(inputs: Sequence[Tensor], wave: Wave) -> Tensor:
+    """Of each layer's inputs (B, N, D), those at its positions of a wave, (layers, n, B, D)."""
+    return torch.stack([inputs[l][:, span].transpose(0, 1) for l, span in wave])
 
 
 def turns_of(rotation: Rotation | None, spans: list[slice]) -> list[Rotation | None]:
@@ -456,7 +474,7 @@ class Backward:
         # In parallel: what the forward had at these positions.
         a = torch.stack([self.attend(l, span) for l, span in wave]) if self.kept is None else beside(self.kept.a, wave)
         a_inner = a.flatten(1, 2).to(self.dtype)
-        y = stack.attended(self.x_of(wave), a_inner)
+        y = stack.attended(inputs_beside(self.inputs, wave).flatten(1, 2), a_inner)
         if self.kept is None:
             up, gate = stack.mlp_inner(y)
         else:
@@ -551,7 +569,8 @@ class Backward:
         n, layers = wave.length, wave.layers
         one = self.attentions[0]
         B, G, K = one.B, one.G, one.K
-        inputs = Inputs(self.stack[layers.start : layers.stop], self.x_of(wave), self.turn_of(wave), self.wanted)
+        x, turn = inputs_beside(self.inputs, wave).flatten(1, 2), self.call.rotation_of(wave, B)
+        inputs = Inputs(self.stack[layers.start : layers.stop], x, turn, self.wanted)
         k_tmp, v_tmp = (  # (layers, E, 1, n, K)
             t.detach().to(self.acc).view(-1, G, n, B, K).permute(0, 3, 1, 2, 4).reshape(-1, B * G, 1, n, K)
             for t in (inputs.k, inputs.v)
@@ -572,20 +591,6 @@ class Backward:
                 self.add(name, layers, gradient.view(len(layers), *getattr(self.layers[0], name).shape))
         for span, gx_of_layer in zip(wave.spans(), gx.unflatten(1, (n, B)), strict=True):
             self.g[span] += gx_of_layer
-
-    def x_of(self, wave: Wave) -> Tensor:
-        """The inputs of each layer, (layers, n B, D)."""
-        return torch.stack([self.inputs[l][:, span].transpose(0, 1) for l, span in wave]).flatten(1, 2)
-
-    def turn_of(self, wave: Wave) -> Rotation | None:
-        """The rotation of heads (layers, heads, n B, K)."""
-        rotation = self.layout.rotation
-        if rotation is None:
-            return None
-        shape = (self.x.shape[0], 1, wave.length, -1)
-        each = [(r.cos.expand(shape), r.sin.expand(shape)) for r in (rotation[span] for span in wave.spans())]
-        cos, sin = (torch.stack(parts).permute(0, 2, 3, 1, 4).flatten(2, 3) for parts in zip(*each, strict=True))
-        return replace(rotation, cos=cos, sin=sin)
 
     def attend(self, l: int, block: slice) -> Tensor:
         """Attention outputs (n, B, H K) of a block's queries, all pairs being known; notes their log-sum-exps."""
