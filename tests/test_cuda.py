@@ -172,7 +172,7 @@ def test_more_numbers_than_32_bits_can_count() -> None:
     assert x.grad is not None
     assert not x.grad[:-1].any()
     for many, one in zip(*outcome, strict=True):
-        assert relative_rms(many, one) <= 5e-2  # both have been rounded
+        assert relative_rms(many, one) <= 4e-2  # either may be off by 2e-2
 
 
 def run_layers(model: LanguageModel, x: torch.Tensor) -> torch.Tensor:

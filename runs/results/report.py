@@ -176,6 +176,13 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
             if at:
                 parts.append([run["name"], *(at.get(n, "-") for n in tokens)])
         parts.append([])
+        apart = differences(found[grid])
+        if apart:
+            ends = sorted({max(blocks) for blocks in apart.values()})
+            parts.append([f"training loss less that of {BASE}, after", *map(short_number, ends)])
+            for name, blocks in apart.items():
+                parts.append([name, *(f"{blocks[n]:+.4f}" if n in blocks else "-" for n in ends)])
+            parts.append([])
         parts.append([grid, "norm median", "99 %", "largest", "clipped", "spikes", "largest rise"])
         for run in found[grid]:
             if run["norm_median"] is None:  # stopped while warming up
@@ -219,6 +226,16 @@ def row(run: dict[str, Any]) -> list[str]:
     ]
 
 
+def differences(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Of each run but BASE, its mean training loss less that of BASE in the same block of steps, by tokens."""
+    base = next((run["training"] for run in runs if run["name"] == BASE), [])
+    return {
+        run["name"]: {a["tokens"]: a["loss"] - b["loss"] for a, b in zip(run["training"], base, strict=False)}
+        for run in runs
+        if run["name"] != BASE and run["training"] and base
+    }
+
+
 def groups(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Runs by their model."""
     by: dict[str, list[dict[str, Any]]] = {}
@@ -245,10 +262,10 @@ def draw(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.6), layout="constrained")
-    by_tokens, differences, by_time = figure.subplots(1, 3)
+    by_tokens, by_block, by_time = figure.subplots(1, 3)
     by_time.sharey(by_tokens)
     looks: dict[str, tuple[str, str]] = {}
-    base = next((run["training"] for run in found.get("main", []) if run["name"] == BASE), [])
+    apart = differences(found.get("main", []))
     for grid, line in (("main", "-"), ("equal-time", "--")):
         for model, runs in groups(found.get(grid, [])).items():
             for n, run in enumerate(runs):
@@ -263,12 +280,8 @@ def draw(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
                         [scale * p[axis] for p in points], [p["loss"] for p in points], line, color=colour,
                         marker=marker, markersize=4, linewidth=1.4, label=label,
                     )  # fmt: skip
-                if grid == "main" and base:
-                    pairs = list(zip(run["training"], base, strict=False))
-                    differences.plot(
-                        [1e-6 * a["tokens"] for a, _ in pairs], [a["loss"] - b["loss"] for a, b in pairs],
-                        color=colour, linewidth=1.4,
-                    )  # fmt: skip
+                blocks = apart.get(run["name"], {}) if grid == "main" else {}
+                by_block.plot([1e-6 * n for n in blocks], list(blocks.values()), color=colour, linewidth=1.4)
     for run in found.get("seeds", []):
         colour, marker = looks.get(f"{run['kind']}, {run['layers']} x {run['width']}", ("#777777", "x"))
         if points := [p for p in run["validation"] if p["tokens"]]:
@@ -281,9 +294,10 @@ def draw(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
         by_tokens.set_ylim(min(shown) - margin, max(shown) + margin)
     panels = (
         (by_tokens, "training tokens, millions", "validation loss, nats a token"),
-        (differences, "training tokens, millions", f"training loss less that of {BASE}, nats"),
+        (by_block, "training tokens, millions", f"training loss less that of {BASE}, nats"),
         (by_time, "GPU seconds of training", "validation loss, nats a token"),
     )
+    by_block.axhline(0.0, color="#777777", linewidth=0.8)
     for panel, across, up in panels:
         panel.set_xlabel(across)
         panel.set_ylabel(up)

@@ -241,7 +241,7 @@ def test_what_one_call_leaves_harms_no_other(interpreted: None) -> None:
 
 
 @interpreter
-def test_engines_know_the_memory_that_they_hold(interpreted: None) -> None:
+def test_engines_are_bounded_by_the_memory_that_they_hold(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from recurformer.scan.fused import engine
 
     compare(small(), 3, 1e-5, chunk=2, leaf=2)
@@ -253,8 +253,11 @@ def test_engines_know_the_memory_that_they_hold(interpreted: None) -> None:
         for t in group.values()
     )
     compare(small(), 3, 1e-5, batch=2, chunk=2, leaf=2)
-    assert len(engine._engines) == 2
+    assert [*engine._engines.values()] != [made]
     assert [*engine._engines.values()][1].bytes > before
+    monkeypatch.setattr(engine, "ENGINES_PART", 2**40)  # no room beside the one that runs
+    compare(small(), 3, 1e-5, batch=3, chunk=2, leaf=2)
+    assert [shape.B for shape, _ in engine._engines] == [3]
 
 
 @interpreter

@@ -5,7 +5,6 @@ Every scan has the signature of `reference_scan` and answers to it in tests.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -101,8 +100,8 @@ def gpu_scan(stack: int, batch_size: int | None, length: int | None) -> tuple[st
     """The scan of a GPU that runs the kernels, and why; arguments as of `choose_scan`."""
     if length is not None and length <= SHORT:
         return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
-    chunks = -(-(length or sys.maxsize) // STACK_CHUNK)
-    at_work = chunks / (chunks + stack - 1)
+    chunks = None if length is None else -(-length // STACK_CHUNK)
+    at_work = 1.0 if chunks is None else chunks / (chunks + stack - 1)
     if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS and at_work >= WAVEFRONT_AT_WORK:
         return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
     aside = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""

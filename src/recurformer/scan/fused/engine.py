@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from recurformer.config import ModelConfig
-from recurformer.scan.fused import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS
+from recurformer.scan.fused import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS, total_memory
 from recurformer.scan.fused import kernels as triton_kernels
 from recurformer.scan.schedule import Schedule
 
@@ -654,9 +654,8 @@ def engine_of(shape: Shape) -> Engine:
     if key in _engines:
         _engines.move_to_end(key)
         return _engines[key]
-    on_gpu = shape.device.type == "cuda"
-    room = torch.cuda.get_device_properties(shape.device).total_memory // ENGINES_PART if on_gpu else None
-    while len(_engines) >= ENGINES or (room is not None and sum(e.bytes for e in _engines.values()) > room):
+    room = total_memory(shape.device) // ENGINES_PART
+    while len(_engines) >= ENGINES or sum(held.bytes for held in _engines.values()) > room:
         _engines.popitem(last=False)[1].settle()
     engine = _engines[key] = Engine(shape)
     return engine
