@@ -137,7 +137,7 @@ def test_library_products_of_many_rows_in_bf16(
     check(scan, options, 40, 71, True, masked, exact="cuda")
 
 
-@pytest.mark.parametrize("save", ["minimal", "pairs", "all"])
+@pytest.mark.parametrize("save", ["minimal", "pairs", "inner", "all"])
 @pytest.mark.parametrize("scan", ["fused", "wavefront"])
 def test_whatever_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch, scan: str, save: str) -> None:
     """With biases, which kernels that start early read too."""

@@ -63,7 +63,7 @@ def main(wanted: list[str]) -> None:
 
     JITFunction.__getitem__ = launcher  # pyright: ignore[reportAttributeAccessIssue]
     config = ModelConfig(vocab_size=1, d_model=1024, n_layers=1, n_heads=16)
-    shape = Shape(config, 1, 32, 32, 8, 16, torch.bfloat16, torch.device("meta"), False, True, True, 1.0)
+    shape = Shape(config, 1, 32, 32, 8, 16, torch.bfloat16, torch.device("meta"), False, True, True, True, 1.0)
     engine = Engine(shape)
     engine.early = True  # as on an H100
     engine.forward()

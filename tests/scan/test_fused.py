@@ -143,10 +143,11 @@ def test_a_stack_of_layers_equals_one_after_the_other(interpreted: None) -> None
 
 
 @interpreter
-@pytest.mark.parametrize("save", ["minimal", "pairs", "all"])
+@pytest.mark.parametrize("save", ["minimal", "pairs", "inner", "all"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_whatever_is_kept_for_the_backward(interpreted: None, activation: str, save: str) -> None:
-    compare(small(activation=activation, mlp_bias=True), 3, 1e-5, chunk=2, leaf=2, save=save)
+    several = {"n_layers": 2, "position": "rope"} if activation == "gelu" else {"attention_bias": True}
+    compare(small(activation=activation, mlp_bias=True, **several), 3, 1e-5, chunk=2, leaf=2, save=save)
 
 
 @interpreter
@@ -155,8 +156,13 @@ def test_what_is_kept_is_bounded_by_the_memory_of_the_device(monkeypatch: pytest
 
     config = ModelConfig(d_model=64, n_heads=4, n_layers=3, layers="first:2", d_mlp=256)
     pairs, inner = 2 * 3 * 64, 2 * 256  # values a position, of the two recurrent layers
-    for rows, expected in ((1.0, "all"), (1.01 * (pairs + inner) / pairs, "minimal"), (1.001, "pairs")):
+    for rows, expected in ((1.0, "inner"), (1.01 * (pairs + inner) / pairs, "minimal"), (1.001, "pairs")):
         assert affordable(config, int(rows * 2**34 / (pairs + inner)), CPU) == expected
+
+    wide = ModelConfig(d_model=1408, n_heads=22, n_layers=1)
+    every = (5 + 4) * 1408  # what Q, K and V make of the inputs, pairs, the MLP's inner values
+    assert affordable(wide, 2**34 // every, CPU) == "all"
+    assert affordable(wide, 2**34 // every + 1, CPU) == "inner"
 
 
 @interpreter
@@ -166,13 +172,14 @@ def test_heads_in_several_programs(interpreted: None, norm: dict[str, Any]) -> N
 
 
 @interpreter
+@pytest.mark.parametrize("d_mlp", [24, 160])  # 160: programs make three quarters of a power of two
 def test_half_precision_with_the_activation_inside_the_products(
-    interpreted: None, request: pytest.FixtureRequest
+    interpreted: None, request: pytest.FixtureRequest, d_mlp: int
 ) -> None:
     # float16, for the interpreter multiplies bfloat16 matrices wrongly.
     ours = watched(request.getfixturevalue("monkeypatch"))
-    model = small(d_model=16, d_mlp=24, activation="gelu_tanh")
-    for save in ("pairs", "all"):
+    model = small(d_model=16, d_mlp=d_mlp, activation="gelu_tanh")
+    for save in ("pairs", "inner"):
         compare(model.float(), 3, 1e-2, dtype=torch.float16, chunk=4, leaf=4, save=save)
     assert {kind for kind, _ in ours} == {-1, 1}  # products alone, and with the activation
     assert {transposed for _, transposed in ours} == {True, False}

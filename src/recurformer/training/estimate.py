@@ -99,7 +99,7 @@ def estimate_memory(
     stack = count if scan == "wavefront" else 1  # layers at work at once
     if count and gpu:
         save = affordable(m, short * wide, torch.device("cuda"), device_bytes)
-        more = {"all": Q + 2 * P + inner, "pairs": Q + 2 * P, "minimal": 0}[save]
+        more = {"all": Q + 4 * P + inner, "inner": Q + 2 * P + inner, "pairs": Q + 2 * P, "minimal": 0}[save]
         recurrent = count * wide * (full * D + short * Q + 4 * m.n_heads + short * more)
         loop = wide * (count * 14 if scan == "wavefront" else 24) * D
     elif count:

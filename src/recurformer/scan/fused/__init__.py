@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 CHUNK = 64  # positions of a chunk up to N = 1024, twice as many behind that
 LEAF, LEAF_BACKWARD = 8, 16  # positions of a leaf
 KEEP_PART = 4  # save="auto" keeps what in a whole model takes at most this part of the memory
-SAVES = ("auto", "minimal", "pairs", "all")
+# D from which it keeps what Q, K and V make of the inputs: the time that a kept byte saves grows with D; at 1024 1.4
+# GB saved 1.4 ms of 105, at 1408 1.9 GB 3 ms of 161.
+KEEP_WIDTH = 1280
+SAVES = ("auto", "minimal", "pairs", "inner", "all")
 MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
 CAPABILITY = (8, 0)  # of the GPU, from Ampere on
 EARLY_CAPABILITY = (9, 0)  # from which a kernel can be started before the one ahead of it has ended
@@ -111,7 +114,8 @@ def stack_scan(
         chunk: C, a power of two: positions between two pulls, by which a layer is behind the one below; None: by N.
         leaf: S, a power of two up to C, positions that read each other directly; None: what was found to be fast.
         save: what the forward keeps for the backward besides inputs, outputs and attention outputs: "minimal"
-            (nothing), "pairs" (queries and pairs), "all" (and the MLP's inner values) or "auto", by memory.
+            (nothing), "pairs" (queries and pairs), "inner" (and the MLP's inner values), "all" (and what Q, K and V
+            make of the inputs, in place of queries) or "auto", by memory and width.
 
     Returns:
         z (B, N, D), and a pair of keys and values (B, G, N, K) for each layer.
@@ -144,7 +148,8 @@ def stack_scan(
     shape = Shape(
         replace(config, n_layers=1, layers="recurrent", vocab_size=1, vocab_multiple=1, residual_scale="none"),
         len(layers), B, chunk, S, R, first.compute_dtype, x.device, segmented, differentiable,
-        differentiable and save == "all", config.branch_scale, precision(x.device),
+        differentiable and save in ("inner", "all"), differentiable and save == "all", config.branch_scale,
+        precision(x.device),
     )  # fmt: skip
     call = Call(
         shape, layout, list(past) if past is not None else [None] * len(layers), save != "minimal", names, config
@@ -160,18 +165,20 @@ def total_memory(device: torch.device) -> int:
 
 
 def affordable(config: ModelConfig, row: int, device: torch.device, total: float | None = None) -> str:
-    """The most that may be kept: what takes at most a part of the device's memory in all recurrent layers of a model.
+    """The most that may be kept: what takes at most a part of the device's memory in all recurrent layers of a model,
+    and at widths where it is worth its memory.
 
     Args:
         row: bytes of one value at every position.
         total: the memory of a device that is not here; None: `total_memory`.
     """
     total = total_memory(device) if total is None else total
-    pairs = (config.n_heads + 2 * config.kv_heads) * config.head_width
+    queries, pairs = config.n_heads * config.head_width, 2 * config.kv_heads * config.head_width
     inner = config.mlp_width * (2 if config.activation == "swiglu" else 1)
     layers = config.layer_kinds.count("recurrent")
-    for save, width in (("all", pairs + inner), ("pairs", pairs)):
-        if layers * row * width <= total // KEEP_PART:
+    for save, width in (("all", queries + 2 * pairs + inner), ("inner", queries + pairs + inner),
+                        ("pairs", queries + pairs)):  # fmt: skip
+        if (save != "all" or config.d_model >= KEEP_WIDTH) and layers * row * width <= total // KEEP_PART:
             return save
     return "minimal"
 
@@ -228,9 +235,9 @@ class Call:
         return -(-self.layout.length // self.shape.C) * self.shape.C
 
     def empty(self, name: str) -> Tensor:
-        """An N-long tensor: q, a or ga (L, N, B, H K), kv (L, P + N, B, 2 G K), lse or delta (L, N, B, H), or up.
+        """An N-long tensor: q, a or ga (L, N, B, H K), kv (L, P + N, B, 2 G K), lse or delta (L, N, B, H), raw or up.
 
-        up is (L, N, B, U), U = F or 2 F.
+        raw is (L, N, B, (H + 2 G) K), up (L, N, B, U), U = F or 2 F.
         """
         shape, config, P = self.shape, self.config, self.layout.past
         H, G, K = config.n_heads, config.kv_heads, config.head_width
@@ -238,6 +245,7 @@ class Call:
             "q": (self.whole, H * K, shape.dtype), "a": (self.whole, H * K, shape.dtype),
             "ga": (self.whole, H * K, shape.dtype), "kv": (P + self.whole, 2 * G * K, shape.dtype),
             "lse": (self.whole, H, torch.float32), "delta": (self.whole, H, torch.float32),
+            "raw": (self.whole, (H + 2 * G) * K, shape.dtype),
             "up": (self.whole, config.mlp_width * (2 if config.activation == "swiglu" else 1), shape.dtype),
         }[name]  # fmt: skip
         return torch.empty(shape.L, length, shape.B, width, dtype=dtype, device=shape.device)
@@ -329,6 +337,8 @@ class StackScan(torch.autograd.Function):
         kept = {"A": call.empty("a"), "LSE": call.empty("lse")} if shape.keep else {}
         if shape.inner:
             kept["UP"] = call.empty("up")
+        if shape.raw:
+            kept["RAW"] = call.empty("raw")
         entries = Entries(call, x, Z=z, Q=q, KV=kv, **kept)
         with LOCK:
             engine = engine_of(shape)
@@ -341,8 +351,9 @@ class StackScan(torch.autograd.Function):
         keys, values = pairs.permute(3, 0, 2, 4, 1, 5)  # (L, B, G, N, K)
         if shape.keep:
             ctx.save_for_backward(
-                x, z, kept["A"], kept["LSE"], kept.get("UP"), *((q, kv) if call.keep else (None, None)), *tensors
-            )
+                x, z, kept["A"], kept["LSE"], kept.get("UP"), kept.get("RAW"),
+                q if call.keep and not shape.raw else None, kv if call.keep else None, *tensors,
+            )  # fmt: skip
         ctx.call = call
         ctx.mark_non_differentiable(keys, values)
         ctx.set_materialize_grads(False)
@@ -366,19 +377,19 @@ class StackScan(torch.autograd.Function):
         """What `backward` returns, given the gradient of the last layer's outputs."""
         from recurformer.scan.fused.engine import engine_of
 
-        x, z, a, lse, up, q, kv, *tensors = ctx.saved_tensors
+        x, z, a, lse, up, raw, q, kv, *tensors = ctx.saved_tensors
         shape, layout = call.shape, call.layout
         engine = engine_of(shape)
         engine.load(call.layers(tensors), layout.slopes)
         steps = call.whole // shape.C + shape.L - 1
-        entries = Entries(call, x, Z=z, A=a, LSE=lse, **({} if up is None else {"UP": up}))
+        entries = Entries(call, x, Z=z, A=a, LSE=lse)
+        entries.point(**{name: kept for name, kept in (("UP", up), ("RAW", raw)) if kept is not None})
         _ = engine.backward_buffers
-        if q is None:
-            q, kv = call.empty("q"), call.new_pairs()
-            entries.point(Q=q, KV=kv)
+        restore = kv is None
+        q, kv = call.empty("q") if q is None else q, call.new_pairs() if kv is None else kv
+        entries.point(Q=q, KV=kv)
+        if restore:
             engine.run("restore", engine.restore, steps, entries.values)
-        else:
-            entries.point(Q=q, KV=kv)
         gx = torch.empty_like(x)
         entries.point(GZ=aligned(gz), GX=gx, GA=call.empty("ga"), DELTA=call.empty("delta"))
         for total in engine.gradients.values():

@@ -31,6 +31,7 @@ RECEIVE = (2, 1, 2)  # heads, warps and rows at a time of the backward's kernel 
 ATTEND = (2, 1)  # key-value heads and warps of the forward's
 WIDE_TILE = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}  # products with the activation
 TILE = {"BM": 128, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 5}  # other products of one position
+SMALL_TILE = {"BM": 64, "BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}  # those that are too few blocks otherwise
 OWN_DEPTH = 1024  # inner dimension up to which our kernel, which starts early, is faster than the library's
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
 ROOMY = 140 * 1024  # bytes of shared memory a block from which tiles fit as they are
@@ -54,6 +55,7 @@ class Shape:
     segments: bool  # padding or documents
     keep: bool  # attention outputs and log-sum-exps, for a backward
     inner: bool  # and the MLP's inner values
+    raw: bool  # and what Q, K and V make of the inputs, ahead of their norms
     branch_scale: float
     products: tuple[Any, ...] = ()  # PyTorch's precision settings, which a recorded product keeps
 
@@ -222,7 +224,7 @@ class Engine:
                 BN=bn, BK=128, num_warps=4, num_stages=4,
             )  # fmt: skip
             return
-        if rows == self.shape.B and self.own_products and a.shape[2] <= OWN_DEPTH and out.shape[2] <= 2 * a.shape[2]:
+        if rows == self.shape.B and self.own(a.shape[2], out.shape[2]):
             self.product_tiled(a, weight, out, transposed)
             return
         weight = weight.transpose(1, 2) if transposed else weight
@@ -231,10 +233,10 @@ class Engine:
         else:
             torch.bmm(a, weight, out=out)
 
-    @property
-    def own_products(self) -> bool:
-        """Whether kernels of ours may pay for a position's products: from Hopper on, and where one sees them."""
-        return self.describable and (self.early or not self.on_gpu)
+    def own(self, width_in: int, width_out: int) -> bool:
+        """Whether a kernel of ours pays for a position's product: from Hopper on, and where one sees it."""
+        seen = self.describable and (self.early or not self.on_gpu)
+        return seen and width_in <= OWN_DEPTH and width_out <= 2 * width_in
 
     @property
     def describable(self) -> bool:
@@ -252,25 +254,42 @@ class Engine:
         the chunk; of that, GELU goes to inner (L, n, out).
         """
         L, rows, width = out.shape
-        tile = self.tile(kind >= 0)
-        bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
+        tile = self.tile(width, kind >= 0)
+        bm, bn, br, bk = (tile[name] for name in ("BM", "BN", "BR", "BK"))
         up, inner = (out if given is None else given for given in (up, inner))
-        kernels.product_tiled[(triton.cdiv(width, bn), triton.cdiv(rows, bm), L)](
+        kernels.product_tiled[(triton.cdiv(width, bn + br), triton.cdiv(rows, bm), L)](
             self.table, TensorDescriptor.from_tensor(a, [1, bm, bk]),
-            TensorDescriptor.from_tensor(weight, [1, bn, bk] if transposed else [1, bk, bn]),
+            *(TensorDescriptor.from_tensor(weight, [1, n, bk] if transposed else [1, bk, n]) for n in (bn, br or bn)),
             out, self.w.up_bias, up, inner, r, rows, out.stride(0), up.stride(0), inner.stride(0), **self.size,
             IN=a.shape[2], OUT=width,
             KIND=kind, BIAS=self.shape.config.mlp_bias and kind >= 0,
             KEEP=self.shape.inner and kind >= 0, BACKWARD=not transposed, **tile, **self.soon,
         )  # fmt: skip
 
-    def tile(self, wide: bool) -> dict[str, int]:
-        """Block sizes and the like of `product_tiled`."""
-        found = dict(WIDE_TILE if wide else TILE)
+    def tile(self, width: int, wide: bool) -> dict[str, int]:
+        """Block sizes and the like of `product_tiled` with outputs of some width.
+
+        wide: with the activation.
+        """
+        found = {**(WIDE_TILE if wide else TILE), "BR": 0}
+        if not wide and self.blocks_of(width, found) < FULL * self.multiprocessors:
+            found |= SMALL_TILE
         found["BM"] = min(found["BM"], max(16, triton.next_power_of_2(self.shape.B)))
         if not self.roomy:
             found["num_stages"] = 2
+        elif wide:  # one and a half times as many columns, where that takes less time
+            wider = {**found, "BR": found["BN"] // 2}
+            if 3 * self.rounds(width, wider) < 2 * self.rounds(width, found):
+                return wider
         return found
+
+    def blocks_of(self, width: int, tile: dict[str, int]) -> int:
+        """Programs of a product with outputs of some width."""
+        return self.shape.L * triton.cdiv(width, tile["BN"] + tile["BR"]) * triton.cdiv(self.shape.B, tile["BM"])
+
+    def rounds(self, width: int, tile: dict[str, int]) -> int:
+        """How many of them come to one of the GPU's processors."""
+        return triton.cdiv(self.blocks_of(width, tile), self.multiprocessors)
 
     def accumulate(self, total: Tensor, g: Tensor, h: Tensor) -> None:
         """total += g^T h in float32: g (L, n, out), h (L, n, in)."""
@@ -317,10 +336,13 @@ class Engine:
             self.table, h, w.attention_norm, B, self.eps, **self.size, D=self.D, DB=k["DB"], CENTRED=self.centred,
             OUTPUTS=False, REVERSE=reverse, num_warps=self.warps,
         )  # fmt: skip
-        self.product(h.flatten(1, 2), w.qkv, qkv.flatten(1, 2))
+        kept = self.shape.raw and reverse
+        if not kept:
+            self.product(h.flatten(1, 2), w.qkv, qkv.flatten(1, 2))
         kernels.inputs_to_heads[(B, C, L)](
             self.table, qkv, w.q_norm, w.k_norm, w.qkv_bias, tmp, B, self.eps, **self.size, H=self.H, **self.heads,
-            HB=k["HB"], NORM=self.norm, REVERSE=reverse, QUERIES=queries, TEMPORARY=temporary,
+            HB=k["HB"], WB=triton.next_power_of_2((self.H + 2 * self.G) * self.K), NORM=self.norm, REVERSE=reverse,
+            QUERIES=queries or kept, TEMPORARY=temporary, KEEP=self.shape.raw and not reverse, KEPT=kept,
         )  # fmt: skip
 
     @property
@@ -437,9 +459,8 @@ class Engine:
         """
         if self.kind == 2 or not self.describable:
             return False
-        tile = self.tile(True)
-        blocks = self.shape.L * triton.cdiv(self.F, tile["BN"]) * triton.cdiv(self.shape.B, tile["BM"])
-        rounds = triton.cdiv(blocks, self.multiprocessors)
+        tile = self.tile(self.F, True)
+        blocks, rounds = self.blocks_of(self.F, tile), self.rounds(self.F, tile)
         return rounds > 4 or blocks >= FULL * rounds * self.multiprocessors or self.shape.B <= THIN
 
     # --- backward ---
@@ -454,7 +475,8 @@ class Engine:
 
         return {
             # of the forward, made again
-            "h_x": chunk(D), "h_z": chunk(D), "h_y": chunk(D), "qkv": chunk((H + 2 * G) * K), "k_raw": chunk(G * K),
+            "h_x": chunk(D), "h_z": chunk(D), "h_y": chunk(D),
+            "qkv": self.fresh(L, C if not self.shape.raw else 0, B, (H + 2 * G) * K), "k_raw": chunk(G * K),
             "tmp": chunk(2 * G * K), "a": chunk(H * K), "branch": chunk(D), "y": chunk(D, f32),
             "up": self.fresh(L, C if not self.shape.inner else 0, B, U), "inner": chunk(F),
             # gradients that the loop makes
@@ -556,6 +578,7 @@ class Engine:
         kernels.heads_gradient[(self.parts, L)](
             self.table, b["gq"], b["g_own"], b["qkv"], w.qkv_bias, w.q_norm, w.k_norm, b["g_raw"], q_sums, k_sums, B,
             self.eps, **self.size, H=self.H, **self.heads, HB=k["HB"], PARTS=self.parts, NORM=self.norm,
+            KEPT=shape.raw,
         )  # fmt: skip
         self.product(b["g_raw"].flatten(1, 2), w.qkv, b["g_hx"].flatten(1, 2), transposed=False)
         kernels.input_gradient[(self.parts, L)](

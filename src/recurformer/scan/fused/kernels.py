@@ -8,9 +8,10 @@ itself is L = 1. What a call owns, inputs, outputs and N-long tensors, is reache
 in device memory, so that one CUDA graph of a chunk serves every chunk, every call and every N. What lives for a chunk
 lies in fixed buffers, (L, C, B, ...), r naming a position inside the chunk.
 
-Rows of activations are (position, batch): q, a and ga (L, N, B, H K), pairs (L, P + N, B, 2 G K) with keys first, the
-MLP's inner values where they are kept (L, N, B, U), x and z (B, N, D) float32. The slot of a pair holds its temporary
-pair until the position is reached. Norm statistics, softmax and sums are float32, offsets 64 bits.
+Rows of activations are (position, batch): q, a and ga (L, N, B, H K), pairs (L, P + N, B, 2 G K) with keys first, what
+Q, K and V make of the inputs and the MLP's inner values where they are kept, (L, N, B, (H + 2 G) K) and (L, N, B, U), x
+and z (B, N, D) float32. The slot of a pair holds its temporary pair until the position is reached. Norm statistics,
+softmax and sums are float32, offsets 64 bits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ STEP, LENGTH, PAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # w, N, 
 X, Z, Q, KV, A, LSE = (tl.constexpr(slot) for slot in range(3, 9))
 POSITIONS, QUERY_SEGMENTS, KEY_SEGMENTS, FIRST, LAST = (tl.constexpr(slot) for slot in range(9, 14))
 COS, SIN, ROTATION_STRIDE = tl.constexpr(14), tl.constexpr(15), tl.constexpr(16)
-GZ, GX, GA, DELTA, UP = (tl.constexpr(slot) for slot in range(17, 22))
-SLOTS = 22
+GZ, GX, GA, DELTA, UP, RAW = (tl.constexpr(slot) for slot in range(17, 23))
+SLOTS = 23
 
 NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, so that the state of nothing makes no NaN
 
@@ -335,15 +336,24 @@ def norm_chunk(
 
 
 @triton.jit
+def raw_row(table, raw, l, r, b, i, B, whole, width: tl.constexpr, C: tl.constexpr, KEPT: tl.constexpr):
+    """Address of what Q, K and V make of an input: in a chunk's buffer, or where the forward has kept it."""
+    if KEPT:
+        return pointer(table, RAW, raw.dtype.element_ty) + ((l * whole + i) * B + b) * width
+    return raw + ((l * C + r) * B + b) * width
+
+
+@triton.jit
 def inputs_to_heads(
     table, raw, q_weight, k_weight, bias, tmp, B, eps, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-    G: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr,
-    CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, QUERIES: tl.constexpr,
-    TEMPORARY: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, WB: tl.constexpr,
+    NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
+    QUERIES: tl.constexpr, TEMPORARY: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Queries (QUERIES) and temporary pairs of a chunk from raw (L, C, B, (H + 2 G) K).
 
-    TEMPORARY: where the pairs go, 0 nowhere, 1 into their slots, 2 into tmp (L, C, B, 2 G K).
+    TEMPORARY: where the pairs go, 0 nowhere, 1 into their slots, 2 into tmp (L, C, B, 2 G K). KEEP: raw is also kept
+    for the backward; KEPT: it has been, and is read there.
     """
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, REVERSE)
@@ -351,8 +361,13 @@ def inputs_to_heads(
         return
     i = start + r
     dtype = raw.dtype.element_ty
-    at = raw + ((l * C + r) * B + b) * ((H + 2 * G) * K)
-    b_at = bias + l * ((H + 2 * G) * K)
+    width: tl.constexpr = (H + 2 * G) * K
+    at = raw_row(table, raw, l, r, b, i, B, whole, width, C, KEPT)
+    if KEEP:
+        c = tl.arange(0, WB)
+        to = raw_row(table, raw, l, r, b, i, B, whole, width, C, True)
+        tl.store(to + c, tl.load(at + c, mask=c < width, other=0.0), mask=c < width)
+    b_at = bias + l * width
     if QUERIES:
         q_w = q_weight + l * (H * K if NORM == 2 else K)
         h = tl.arange(0, HB)
@@ -673,9 +688,10 @@ def activate_rows(
 
 @triton.jit
 def product_tiled(
-    table, a, weight, out, bias, up, inner, r, B, out_stride, up_stride, inner_stride, L: tl.constexpr,
-    C: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr, EARLY: tl.constexpr,
+    table, a, weight, rest, out, bias, up, inner, r, B, out_stride, up_stride, inner_stride, L: tl.constexpr,
+    C: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A product, and what follows it, in one: out (L, B, OUT) = a W^T, or BACKWARD, a W.
 
@@ -684,17 +700,45 @@ def product_tiled(
     has been, and is read there, not from up. a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are
     descriptors of tensors with blocks (1, BM, BK) and (1, BN, BK) or (1, BK, BN): beyond their edges they read zeros.
     Strides are those between layers.
+
+    A program makes BN columns and, of `rest`, the weight again with blocks of BR columns, BR more (0: none): sizes are
+    powers of two, and three quarters of one may fill the GPU better.
     """
-    row, column, layer = tl.program_id(1) * BM, tl.program_id(0) * BN, tl.program_id(2)
+    row, column, layer = tl.program_id(1) * BM, tl.program_id(0) * (BN + BR), tl.program_id(2)
+    m, l = row + tl.arange(0, BM), layer.to(tl.int64)
     acc = tl.zeros([BM, BN], tl.float32)
+    more = tl.zeros([BM, BR if BR > 0 else 1], tl.float32)
     await_kernel(EARLY)
     for k in range(0, IN, BK):
         left = a.load([layer, row, k]).reshape(BM, BK)
         if BACKWARD:
             acc = tl.dot(left, weight.load([layer, k, column]).reshape(BK, BN), acc)
+            if BR > 0:
+                more = tl.dot(left, rest.load([layer, k, column + BN]).reshape(BK, BR), more)
         else:
             acc = tl.dot(left, weight.load([layer, column, k]).reshape(BN, BK).T, acc)
-    m, f, l = row + tl.arange(0, BM), column + tl.arange(0, BN), layer.to(tl.int64)
+            if BR > 0:
+                more = tl.dot(left, rest.load([layer, column + BN, k]).reshape(BR, BK).T, more)
+    f = column + tl.arange(0, BN)
+    product_finished(
+        table, acc, m, f, l, out, bias, up, inner, r, B, out_stride, up_stride, inner_stride, L, C, OUT, KIND, BIAS,
+        KEEP, BACKWARD,
+    )  # fmt: skip
+    if BR > 0:
+        f = column + BN + tl.arange(0, BR)
+        product_finished(
+            table, more, m, f, l, out, bias, up, inner, r, B, out_stride, up_stride, inner_stride, L, C, OUT, KIND,
+            BIAS, KEEP, BACKWARD,
+        )  # fmt: skip
+
+
+@triton.jit
+def product_finished(
+    table, acc, m, f, l, out, bias, up, inner, r, B, out_stride, up_stride, inner_stride, L: tl.constexpr,
+    C: tl.constexpr, OUT: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """What follows the product in `product_tiled`, of rows m and columns f."""
     mask = (m < B)[:, None] & (f < OUT)[None, :]
     dtype = out.dtype.element_ty
     at = m.to(tl.int64)[:, None] * OUT + f[None, :]
@@ -1095,14 +1139,14 @@ def heads_gradient(
     table, gq, g_own, raw, bias, q_weight, k_weight, g_raw, q_partial, k_partial, B, eps, L: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr,
     KB: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr,
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """From gradients of a chunk's queries and temporary pairs back to those of the products; (L, C, B, (H + 2 G) K).
 
     Those of the QK-norms' weights are added to partials (L, PARTS, width) on the way.
     """
     part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start, _, active = chunk_of(table, l, L, C, True)
+    start, whole, active = chunk_of(table, l, L, C, True)
     dtype = g_raw.dtype.element_ty
     b_at = bias + l * ((H + 2 * G) * K)
     q_w, k_w = q_weight + l * (H * K if NORM == 2 else K), k_weight + l * (G * K if NORM == 2 else K)
@@ -1117,7 +1161,8 @@ def heads_gradient(
         r, b = (row // B).to(tl.int64), (row % B).to(tl.int64)
         place = (l * C + r) * B + b
         i = tl.where(active, start + r, 0)
-        at, to = raw + place * ((H + 2 * G) * K), g_raw + place * ((H + 2 * G) * K)
+        at = raw_row(table, raw, l, r, b, i, B, whole, (H + 2 * G) * K, C, KEPT)
+        to = g_raw + place * ((H + 2 * G) * K)
         p1, p2 = halves_at(gq + place * (H * K), h, K, KB)
         g1 = tl.load(p1, mask=q_m1 & active, other=0.0).to(tl.float32)
         g2 = tl.load(p2, mask=q_m2 & active, other=0.0).to(tl.float32)
