@@ -25,7 +25,7 @@ from recurformer.scan import SCANS
 
 def kernels_of(work: Work) -> dict[str, list[float]]:
     """Microseconds of every kernel, copy and fill that some work runs on the GPU, by its name."""
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         work()
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {}

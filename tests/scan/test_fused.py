@@ -357,6 +357,8 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(config, batch_size=8, length=64) == "wavefront"
     assert chosen(ModelConfig(layers="first:1"), batch_size=64, length=512) == "fused"
     assert chosen(config, batch_size=1, length=1) == "tiled"
+    for length in (9, 16, 17):  # a model that asks, and has no recurrent layer
+        assert chosen(ModelConfig(layers="standard"), batch_size=8, length=length) == "fused"
     name, why = choose_scan("auto", config, gpu, dtype=torch.float64)
     assert name == "tiled"
     assert "float64" in why

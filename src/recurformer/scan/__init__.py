@@ -101,7 +101,7 @@ def gpu_scan(stack: int, batch_size: int | None, length: int | None) -> tuple[st
     if length is not None and length <= SHORT:
         return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
     chunks = None if length is None else -(-length // STACK_CHUNK)
-    at_work = 1.0 if chunks is None else chunks / (chunks + stack - 1)
+    at_work = 1.0 if chunks is None or stack < 2 else chunks / (chunks + stack - 1)
     if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS and at_work >= WAVEFRONT_AT_WORK:
         return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
     aside = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""
