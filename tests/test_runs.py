@@ -23,6 +23,7 @@ from recurformer.training import load_config, train
 
 RUNS = Path(__file__).parents[1] / "runs"
 PAPER = sorted(RUNS.glob("*.toml"))
+BYTES = sorted((RUNS / "bytes").glob("*.toml"))
 RESULTS = sorted((RUNS / "results").glob("*.toml"))
 GRIDS = sorted(RUNS.rglob("grids/*.toml"))
 
@@ -60,6 +61,21 @@ def test_a_run_of_the_paper(file: Path) -> None:
     )  # fmt: skip
     o = config.optimizer
     assert (o.beta1, o.eps, o.weight_decay, o.grad_clip, config.precision) == (0.9, 1e-8, 0.0, 1.0, "bf16")
+
+
+def test_the_run_on_bytes_has_the_models_of_the_page() -> None:
+    (file,) = BYTES
+    config = load_config(file)
+    assert parameters(config.model) == pytest.approx(3.15e6, rel=0.005)
+    assert (config.schedule.steps, config.batch_size * config.data.window) == (1000, 8192)
+    found = json.loads((RUNS.parent / "docs" / "figures" / "gpu" / "bytes.json").read_text())["runs"]
+    page = (RUNS.parent / "docs" / "what-recurrence-buys.md").read_text()
+    for name, options in (("default", "default"), ("the paper's", "official")):
+        last = {r["layers"]: r["validation"][-1] for r in found if (r["options"], r["precision"]) == (options, "fp32")}
+        assert {point["step"] for point in last.values()} == {config.schedule.steps}
+        losses = [last[layers]["loss"] for layers in ("SSSS", "RSSS", "RRRR")]
+        cells = [*losses, losses[0] - losses[1], losses[0] - losses[2]]
+        assert f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |" in page
 
 
 def test_every_shape_of_the_paper_has_its_runs() -> None:
@@ -372,6 +388,11 @@ def test_seconds_of_runs_that_shared_a_gpu(tmp_path: Path, place: Path) -> None:
     assert (slow["start_s"], other["alone"]) == (None, [])
     assert other["start_s"] is not None
 
+    elsewhere = {"step_s": 0.25, "of": "the same model on another machine"}
+    (tmp_path / "main" / "alone.json").write_text(json.dumps({"slow": elsewhere}))
+    _, slow = results.extract(tmp_path)["main"]
+    assert (slow["alone"], slow["step_s"], slow["gpu_s"], slow["start_s"]) == ([elsewhere], 0.25, 1.0, None)
+
 
 def test_a_run_that_was_stopped_early_has_no_norms() -> None:
     found = results.stability(
@@ -387,12 +408,11 @@ def test_the_page_says_what_was_measured() -> None:
     assert "(figures/results.png)" in page
     found = json.loads((docs / "figures" / "gpu" / "results.json").read_text())
     parts = [part.splitlines() for part in results.tables(found).strip().split("\n\n")]
-    (runs,) = [part for part in parts if "params" in part[0]]
-    others = [part for part in parts if part is not runs]
-    for rows in others:
-        for row in rows[2:]:
+    runs = [part for part in parts if "params" in part[0]]
+    for rows in parts:
+        for row in rows[2:] if rows not in runs else []:
             assert row in page, row
-    for row in runs[2:]:
+    for row in [row for rows in runs for row in rows[2:]]:
         name, _, _, _, speed, seconds, _, _, *scores = (cell.strip() for cell in row.strip("| ").split("|"))
         (line,) = [line for line in page.splitlines() if line.startswith(f"| {name.split()[0]} |") and speed in line]
         cells = [cell.strip() for cell in line.strip("| ").split("|")]

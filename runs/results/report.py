@@ -9,7 +9,8 @@ first ones after a resume) counts as the median; what was taken off is in the co
 not in it.
 
 Runs that shared a GPU have no such times, unless each had it for itself for a while: OUT/GRID/alone.json says during
-which steps, {"RUN": [[first, last], ...]}. Every step then counts as the median of these.
+which steps, {"RUN": [[first, last], ...]}. Every step then counts as the median of these. Or it says how long a step
+of the same model took in another run, {"RUN": {"step_s": SECONDS, "of": "which run"}}.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ TIMES = ("tokens_per_second", "step_s", "gpu_s", "start_s", "alone")
 BLOCK = 40  # steps whose training losses are averaged for the picture
 BASE = "transformer-8"  # with which the picture compares training losses
 
+Alone = Sequence[Sequence[int]] | dict[str, Any]  # of one run in alone.json
+
 
 def extract(out: Path) -> dict[str, list[dict[str, Any]]]:
     """Grid -> its runs, each as the page needs it, ready for JSON.
@@ -57,11 +60,12 @@ def extract(out: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def describe(run: Run, alone: Sequence[tuple[int, int]] = ()) -> dict[str, Any] | None:
+def describe(run: Run, alone: Alone = ()) -> dict[str, Any] | None:
     """One run; None before its first record.
 
     Args:
-        alone: first and last steps during which it had the device for itself, if it shared it otherwise.
+        alone: first and last steps during which it had the device for itself, if it shared it otherwise; or what
+            "alone.json" says of another run.
     """
     records, evaluations = run.events("train"), run.events("evaluation")
     if not records:
@@ -89,7 +93,9 @@ def describe(run: Run, alone: Sequence[tuple[int, int]] = ()) -> dict[str, Any] 
         "step_s": median,
         "gpu_s": sum(seconds),
         "start_s": None if alone else records[-1]["seconds"] - sum(seconds),
-        "alone": [{"steps": list(window), "step_s": step_seconds(records, [window])[1]} for window in alone],
+        "alone": [alone]
+        if isinstance(alone, dict)
+        else [{"steps": list(window), "step_s": step_seconds(records, [window])[1]} for window in alone],
         "validation": [
             {"tokens": e["tokens"], "gpu_s": round(at[e["step"]], 3), "loss": e["validation_loss"]}
             for e in evaluations
@@ -101,13 +107,15 @@ def describe(run: Run, alone: Sequence[tuple[int, int]] = ()) -> dict[str, Any] 
     }
 
 
-def step_seconds(records: Sequence[dict[str, Any]], alone: Sequence[Sequence[int]] = ()) -> tuple[list[float], float]:
+def step_seconds(records: Sequence[dict[str, Any]], alone: Alone = ()) -> tuple[list[float], float]:
     """Seconds between the records of training, those of slow steps replaced, and the median of a step; with `alone`
-    the median of these steps, for all."""
+    the median of these steps, or that of another run, for all."""
     counts, times = [], []
     for before, record in itertools.pairwise([{"step": 0, "seconds": 0.0}, *records]):
         counts.append(record["step"] - before["step"])
         times.append((record["seconds"] - before["seconds"]) / counts[-1])
+    if isinstance(alone, dict):
+        return [n * alone["step_s"] for n in counts], alone["step_s"]
     if alone:
         pairs = zip(times, records, strict=True)
         median = statistics.median(t for t, r in pairs if any(a <= r["step"] <= b for a, b in alone))
