@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,16 +103,16 @@ def test_memory_is_that_of_the_benchmarks() -> None:
 
 def test_memory_of_layers_side_by_side_is_that_of_the_benchmark() -> None:
     """A stack of 12 at a batch of 64, without an optimizer; within a tenth."""
-    text = (GPU / "layer-stack.txt").read_text()
-    assert "B 64, N 512, D 1024, H 16, stack of 12, bf16" in text
-    found = re.search(r"wavefront .* ([0-9.]+) GiB", text)
-    assert found
+    (found,) = [f for f in json.loads((GPU / "layer.json").read_text()) if f["settings"]["stack"] == 12]
+    s = found["settings"]
+    assert (s["batch_size"], s["length"], s["d_model"], s["n_heads"], s["dtype"]) == (64, 512, 1024, 16, "bf16")
+    (measured,) = [row["both_peak_bytes"] for row in found["rows"] if row["path"] == "wavefront"]
     model = {"n_layers": 12, "d_model": 1024, "n_heads": 16, "layers": "recurrent", "vocab_size": 256}
     config = run_of(512, model, batch_size=64, precision="bf16")
     scan = estimate.h100_scan(config)
     assert scan == "wavefront"
     memory = estimate.estimate_memory(config, gpu=True, scan=scan, device_bytes=estimate.H100_BYTES)
-    assert (memory.total - memory.optimizer) / GIB == pytest.approx(float(found[1]), rel=0.1)
+    assert (memory.total - memory.optimizer) / GIB == pytest.approx(measured / GIB, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -244,7 +245,9 @@ def draw_measured(results: dict[str, Any]) -> bytes:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(in_words(results["machine"]), fontsize=7)
+    s = results["settings"]
+    shape = f"B {s['batch_size']}, H {s['n_heads']}, K {s['head_dim']}; scan {s['scan']}"
+    figure.suptitle(textwrap.fill(f"{shape}; {in_words(results['machine'])}", 90), fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
     plt.close(figure)

@@ -101,7 +101,7 @@ def estimate_memory(
         save = affordable(m, short * wide, torch.device("cuda"), device_bytes)
         more = {"all": Q + 4 * P + inner, "inner": Q + 2 * P + inner, "pairs": Q + 2 * P, "minimal": 0}[save]
         recurrent = count * wide * (full * D + short * Q + 4 * m.n_heads + short * more)
-        loop = wide * (count * 14 if scan == "wavefront" else 24) * D
+        loop = wide * (count * 10 if scan == "wavefront" else 24) * D
     elif count:
         from recurformer.scan.tiled import KEEP_BYTES, POSITION_BLOCK
 
