@@ -142,7 +142,20 @@ def test_library_products_of_many_rows_in_bf16(
 def test_whatever_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch, scan: str, save: str) -> None:
     """With biases, which kernels that start early read too."""
     monkeypatch.setattr(fused, "affordable", lambda *_: save)
-    check(scan, {**WIDE, "attention_bias": True, "mlp_bias": True}, 40, 71, True, False, exact="cuda")
+    check(scan, {**WIDE, "attention_bias": True, "mlp_bias": True}, 40, 71, True, True, exact="cuda")
+
+
+def test_blocks_of_three_quarters_of_a_power_of_two() -> None:
+    """198 of 128 columns would come to some processors twice, 132 of 192 once; the last of these has a part alone."""
+    from recurformer.scan.fused import engine, release
+
+    if torch.cuda.get_device_properties(0).multi_processor_count != 132:
+        pytest.skip("for GPUs with 132 processors")
+    release()
+    check("fused", {**WIDE, "d_mlp": 12600, "mlp_bias": True}, 200, 20, True, False, exact="cuda")
+    tiles = [made.tile(made.F, True) for made in engine._engines.values() if made.F == 12600]
+    assert tiles
+    assert all((tile["BN"], tile["BR"]) == (128, 64) for tile in tiles)
 
 
 @pytest.mark.parametrize("width", [8, 10, 60, 96, 128, 256])

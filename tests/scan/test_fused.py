@@ -151,6 +151,25 @@ def test_whatever_is_kept_for_the_backward(interpreted: None, activation: str, s
 
 
 @interpreter
+def test_what_is_kept_changes_no_bit(interpreted: None, request: pytest.FixtureRequest) -> None:
+    """Whether what Q, K and V make of the inputs is kept or made again, with pads, documents and shared heads."""
+    request.getfixturevalue("poisoned_memory")
+    model = small(n_layers=2, n_kv_heads=1, norm="layer", attention_bias=True, mlp_bias=True)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    layout = model._layout(2, 3, mask, torch.tensor([[0, 0, 0], [1, 2, 2]]), None)
+    x = torch.randn(2, 3, model.config.d_model, requires_grad=True)
+
+    def gradients(save: str) -> list[Tensor]:
+        maths = [layer_of(model, l).maths() for l in range(2)]
+        z, _ = stack_scan(x, maths, layout, chunk=2, leaf=2, save=save)
+        return [z[mask], *torch.autograd.grad((z * z)[mask].sum(), [x, *model.layers.parameters()])]
+
+    for kept, again in zip(gradients("all"), gradients("inner"), strict=True):
+        assert kept.isfinite().all()
+        assert torch.equal(kept, again)
+
+
+@interpreter
 def test_what_is_kept_is_bounded_by_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from recurformer.scan.fused import affordable
 
@@ -183,6 +202,19 @@ def test_half_precision_with_the_activation_inside_the_products(
         compare(model.float(), 3, 1e-2, dtype=torch.float16, chunk=4, leaf=4, save=save)
     assert {kind for kind, _ in ours} == {-1, 1}  # products alone, and with the activation
     assert {transposed for _, transposed in ours} == {True, False}
+
+
+@interpreter
+def test_half_precision_with_blocks_that_are_small(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where others would be too few; here of 16 rows, for a batch of 17."""
+    from recurformer.scan.fused import engine
+
+    monkeypatch.setattr(engine, "THIN", 1)
+    monkeypatch.setattr(engine, "BUSY", 1e9)
+    monkeypatch.setattr(engine, "SMALL_TILE", {**engine.SMALL_TILE, "BM": 16})
+    compare(small(d_model=16, d_mlp=24), 1, 1e-2, batch=17, dtype=torch.float16, chunk=2, leaf=2)
+    (made,) = engine._engines.values()
+    assert (made.tile(16, False)["BM"], made.tile(16, False)["BK"]) == (16, 128)
 
 
 @interpreter
@@ -227,13 +259,14 @@ def test_a_model_runs_it_and_fills_its_cache(interpreted: None) -> None:
 
 @interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which computes here, about the NaN
-def test_what_one_call_leaves_harms_no_other(interpreted: None) -> None:
+@pytest.mark.parametrize("save", ["inner", "all"])
+def test_what_one_call_leaves_harms_no_other(interpreted: None, save: str) -> None:
     """Neither a call under inference_mode nor one full of NaN."""
     model = small(n_layers=2)
     layout = model._layout(1, 2, None, None, None)
 
     def gradients(x: Tensor) -> list[Tensor]:
-        z, _ = stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2)
+        z, _ = stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2, save=save)
         return list(torch.autograd.grad(z.sum(), list(model.layers.parameters())))
 
     x = torch.randn(1, 2, 8)

@@ -115,6 +115,17 @@ def test_memory_of_layers_side_by_side_is_that_of_the_benchmark() -> None:
     assert (memory.total - memory.optimizer) / GIB == pytest.approx(measured / GIB, rel=0.1)
 
 
+def test_memory_of_a_wide_layer_is_that_of_the_benchmark() -> None:
+    """D 1408, where more is kept; without an optimizer, within a tenth."""
+    (found,) = [f for f in json.loads((GPU / "layer.json").read_text()) if f["settings"]["d_model"] == 1408]
+    s = found["settings"]
+    assert (s["batch_size"], s["length"], s["n_heads"], s["stack"], s["dtype"]) == (512, 512, 22, 1, "bf16")
+    model = {"n_layers": 1, "d_model": 1408, "n_heads": 22, "layers": "recurrent", "vocab_size": 256}
+    config = run_of(512, model, batch_size=512, precision="bf16")
+    memory = estimate.estimate_memory(config, gpu=True, scan="fused", device_bytes=estimate.H100_BYTES)
+    assert memory.total - memory.optimizer == pytest.approx(found["rows"][0]["both_peak_bytes"], rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("settings", "together", "scan"),
     [

@@ -102,6 +102,8 @@ def estimate_memory(
         more = {"all": Q + 4 * P + inner, "inner": Q + 2 * P + inner, "pairs": Q + 2 * P, "minimal": 0}[save]
         recurrent = count * wide * (full * D + short * Q + 4 * m.n_heads + short * more)
         loop = wide * (count * 10 if scan == "wavefront" else 24) * D
+        if save == "all":  # queries are made again
+            loop += short * wide * stack * Q
     elif count:
         from recurformer.scan.tiled import KEEP_BYTES, POSITION_BLOCK
 

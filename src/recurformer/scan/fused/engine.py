@@ -34,8 +34,9 @@ TILE = {"BM": 128, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 5}  # other
 SMALL_TILE = {"BM": 64, "BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}  # those that are too few blocks otherwise
 OWN_DEPTH = 1024  # inner dimension up to which our kernel, which starts early, is faster than the library's
 PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of what is looped over, and warps
-ROOMY = 140 * 1024  # bytes of shared memory a block from which tiles fit as they are
+ROOMY = 161 * 1024  # bytes of shared memory a block from which tiles fit as they are
 FULL = 0.7  # of the GPU's processors at work, on average over a few waves of blocks, from which ours pay
+BUSY = 0.7  # of them with a block of `TILE` below which `SMALL_TILE` is taken
 THIN = 16  # rows up to which a product is bound by reading its weights
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
@@ -234,7 +235,7 @@ class Engine:
             torch.bmm(a, weight, out=out)
 
     def own(self, width_in: int, width_out: int) -> bool:
-        """Whether a kernel of ours pays for a position's product: from Hopper on, and where one sees it."""
+        """Whether a kernel of ours pays for a position's product: from Hopper on, where descriptors can describe it."""
         seen = self.describable and (self.early or not self.on_gpu)
         return seen and width_in <= OWN_DEPTH and width_out <= 2 * width_in
 
@@ -272,12 +273,13 @@ class Engine:
         wide: with the activation.
         """
         found = {**(WIDE_TILE if wide else TILE), "BR": 0}
-        if not wide and self.blocks_of(width, found) < FULL * self.multiprocessors:
+        few = self.blocks_of(width, found) < BUSY * self.multiprocessors
+        if not wide and few and SMALL_TILE["BM"] < self.shape.B:  # else they would not be more
             found |= SMALL_TILE
         found["BM"] = min(found["BM"], max(16, triton.next_power_of_2(self.shape.B)))
         if not self.roomy:
             found["num_stages"] = 2
-        elif wide:  # one and a half times as many columns, where that takes less time
+        elif wide and found["BM"] == WIDE_TILE["BM"]:  # half as many columns again, where that takes less time
             wider = {**found, "BR": found["BN"] // 2}
             if 3 * self.rounds(width, wider) < 2 * self.rounds(width, found):
                 return wider
