@@ -124,7 +124,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         records = read_metrics(folder)
-        Run(folder, "", config, records).model  # noqa: B018 (read to find out)
+        _ = Run(folder, "", config, records).model  # which refuses what is none
         well_formed = all(
             isinstance(record, dict) and needed <= record.keys()
             for record in records

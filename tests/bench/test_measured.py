@@ -187,3 +187,48 @@ def test_options_of_the_model_do_not_go_with_a_measurement(bench: Callable[..., 
     code, _, err = bench("traffic", "--measure", "--scan", "tiled", "--leaf", 4)
     assert (code, err.count("\n")) == (2, 1)
     assert "drop" in err
+
+
+# --- what the page says ----------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def stored(name: str) -> Any:
+    return json.loads((DOCS / "figures" / "gpu" / name).read_text())
+
+
+def test_the_page_has_the_layers_that_were_measured():
+    page = (DOCS / "benchmarks.md").read_text().splitlines()
+    shapes: set[tuple[int, ...]] = set()
+    for found in stored("layer.json"):
+        for row in found["rows"]:
+            layers = row["layers"]
+            cells = [
+                "{:.1f} ({:.1f} to {:.1f})".format(
+                    *(1e3 * row[f"{part}_{which}"] / layers for which in ("s", "fastest_s", "slowest_s"))
+                )
+                for part in ("forward", "both")
+            ]
+            wanted = f"{' | '.join(cells)} | {row['both_peak_bytes'] / 2**30:.1f} GiB"
+            assert any(wanted in line and row["path"] in line for line in page), wanted
+        shapes.add(tuple(found["settings"][name] for name in ("batch_size", "length", "d_model", "stack")))
+    assert shapes == {(512, 512, 1024, 1), (512, 512, 1408, 1), (128, 2048, 1024, 1), (64, 512, 1024, 12)}
+
+
+def test_the_page_has_the_traffic_that_was_measured():
+    page, found = (DOCS / "benchmarks.md").read_text(), stored("traffic.json")
+    assert "(figures/traffic-measured.png)" in page
+    for row in found["rows"]:
+        measured, modelled, off = row["measured_bytes"], row["modelled_bytes"], row["fitted_bytes"]
+        cells = (
+            row["length"],
+            measured / 1e6,
+            measured / row["length"] / 1e6,
+            modelled / 1e6,
+            100 * (off / measured - 1),
+        )
+        assert "| {} | {:,.0f} | {:.2f} | {:,.0f} | {:+.1f} % |".format(*cells) in page, cells
+    growth, square = (found["fits"][name]["residual"] for name in ("n_log_n", "n_squared"))
+    assert f"largest residual is {100 * growth:.1f} %" in page
+    assert f"fits them to {100 * square:.1f} %" in page

@@ -24,7 +24,7 @@ from recurformer.config import ModelConfig
 from recurformer.info import chosen_attention, chosen_loss
 from recurformer.report import kind_of, parameters
 from recurformer.scan import choose_scan, gpu_scan, longest_stack
-from recurformer.scan.fused import affordable, total_memory
+from recurformer.scan.fused import affordable, kept_values, total_memory
 from recurformer.training.config import DataConfig, TrainConfig, open_tokens
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def estimate_memory(
     stack = count if scan == "wavefront" else 1  # layers at work at once
     if count and gpu:
         save = affordable(m, short * wide, torch.device("cuda"), device_bytes)
-        more = {"all": Q + 4 * P + inner, "inner": Q + 2 * P + inner, "pairs": Q + 2 * P, "minimal": 0}[save]
-        recurrent = count * wide * (full * D + short * Q + 4 * m.n_heads + short * more)
+        recurrent = count * wide * (full * D + short * Q + 4 * m.n_heads + short * kept_values(m, save))
         loop = wide * (count * 10 if scan == "wavefront" else 24) * D
         if save == "all":  # queries are made again
             loop += short * wide * stack * Q

@@ -173,14 +173,21 @@ def affordable(config: ModelConfig, row: int, device: torch.device, total: float
         total: the memory of a device that is not here; None: `total_memory`.
     """
     total = total_memory(device) if total is None else total
-    queries, pairs = config.n_heads * config.head_width, 2 * config.kv_heads * config.head_width
-    inner = config.mlp_width * (2 if config.activation == "swiglu" else 1)
     layers = config.layer_kinds.count("recurrent")
-    for save, width in (("all", queries + 2 * pairs + inner), ("inner", queries + pairs + inner),
-                        ("pairs", queries + pairs)):  # fmt: skip
-        if (save != "all" or config.d_model >= KEEP_WIDTH) and layers * row * width <= total // KEEP_PART:
+    for save in ("all", "inner", "pairs") if config.d_model >= KEEP_WIDTH else ("inner", "pairs"):
+        if layers * row * kept_values(config, save) <= total // KEEP_PART:
             return save
     return "minimal"
+
+
+def kept_values(config: ModelConfig, save: str) -> int:
+    """Values a position that one layer keeps under `save`, which is not "auto", besides what it always keeps."""
+    queries, pairs = config.n_heads * config.head_width, 2 * config.kv_heads * config.head_width
+    inner = config.mlp_width * (2 if config.activation == "swiglu" else 1)
+    raw = queries + pairs
+    return {
+        "minimal": 0, "pairs": queries + pairs, "inner": queries + pairs + inner, "all": raw + pairs + inner,
+    }[save]  # fmt: skip
 
 
 def precision(device: torch.device) -> tuple[Any, ...]:
