@@ -82,6 +82,14 @@ def test_constants_are_finite_and_positive(name: str, value: Any):
         build(**{name: value})
 
 
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), True, "1"], ids=repr)
+def test_a_deviation_of_the_embedding_is_finite_and_positive_or_none(value: Any):
+    with pytest.raises(ValueError, match=f"embedding_std is {value!r}; it must be a finite number above 0"):
+        build(embedding_std=value)
+    assert build(embedding_std=1).embedding_std == 1.0
+    assert build(embedding_std=None).embedding_std is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -129,6 +137,7 @@ def test_the_defaults():
         "head_dim": None, "d_mlp": None, "activation": "gelu", "position": "alibi", "alibi_slopes": "geometric",
         "rope_theta": 10000.0, "norm": "rms", "norm_eps": 1e-5, "qk_norm": "head", "residual_scale": "depth",
         "tie_embeddings": False, "vocab_multiple": 1, "attention_bias": False, "mlp_bias": False, "init": "fan_in",
+        "embedding_std": None,
     }  # fmt: skip
 
 

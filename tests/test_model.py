@@ -95,17 +95,18 @@ def test_both_kinds_of_layer_have_the_same_parameters():
     assert {name: w.shape for name, w in recurrent.items()} == {name: w.shape for name, w in standard.items()}
 
 
+@pytest.mark.parametrize("embedding_std", [None, 0.5])
 @pytest.mark.parametrize("init", ["fan_in", "official"])
-def test_fresh_parameters_follow_the_table(init: Any):
+def test_fresh_parameters_follow_the_table(init: Any, embedding_std: float | None):
     torch.manual_seed(0)
     D, HK, F_ = 192, 4 * 96, 640
     model = LanguageModel(
         ModelConfig(
             vocab_size=512, d_model=D, n_layers=3, n_heads=4, head_dim=96, d_mlp=F_, activation="swiglu", init=init,
-            attention_bias=True, mlp_bias=True,
+            attention_bias=True, mlp_bias=True, embedding_std=embedding_std,
         )
     )  # fmt: skip
-    expected = {"embedding": D**-0.5, "head": D**-0.5}
+    expected = {"embedding": embedding_std or D**-0.5, "head": D**-0.5}
     for l in range(3):
         expected.update({f"layers.{l}.{name}_proj": D**-0.5 for name in ("q", "k", "v", "up", "gate")})
         expected[f"layers.{l}.o_proj"] = HK**-0.5 if init == "fan_in" else (2 * D * (l + 1)) ** -0.5

@@ -77,6 +77,10 @@ class ModelConfig:
         '"fan_in": normal, std 1/sqrt(fan_in), embedding and output 1/sqrt(D); "official": normal cut at 3 sigma, '
         "output projections shrinking with depth.",
     )
+    embedding_std: float | None = setting(
+        None,
+        "Standard deviation of the embedding at initialisation; none: 1/sqrt(d_model). Output rows are not affected.",
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -97,8 +101,10 @@ class ModelConfig:
         for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "norm_eps", "embedding_std"):
             value = getattr(self, name)
+            if value is None and name == "embedding_std":
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
             object.__setattr__(self, name, float(value))

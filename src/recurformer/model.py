@@ -511,7 +511,8 @@ class LanguageModel(nn.Module):
 
         | matrix                | "fan_in"   | "official" (cut at 3 sigma)                 |
         |-----------------------|------------|---------------------------------------------|
-        | embedding, output     | 1/sqrt(D)  | 1/sqrt(D)                                   |
+        | embedding             | 1/sqrt(D)  | 1/sqrt(D); both: `embedding_std` if given   |
+        | output                | 1/sqrt(D)  | 1/sqrt(D)                                   |
         | q, k, v, up, gate     | 1/sqrt(D)  | 1/sqrt(D)                                   |
         | o                     | 1/sqrt(HK) | 1/sqrt(2 D (l + 1)), l = 0 the first layer  |
         | down                  | 1/sqrt(F)  | 1/sqrt(2 F (l + 1))                         |
@@ -524,7 +525,8 @@ class LanguageModel(nn.Module):
             else:
                 nn.init.normal_(weight, std=std)
 
-        draw(self.embedding.weight, D**-0.5)
+        wide = self.config.embedding_std
+        draw(self.embedding.weight, D**-0.5 if wide is None else wide)
         for l, layer in enumerate(self.layers):
             for name, module in layer.named_children():
                 if isinstance(module, Norm):

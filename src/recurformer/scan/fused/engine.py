@@ -37,6 +37,7 @@ PULL = {"absorb": (64, 4), "receive": (64, 4), "query": (64, 4)}  # block of wha
 ROOMY = 161 * 1024  # bytes of shared memory a block from which tiles fit as they are
 FULL = 0.7  # of the GPU's processors at work, on average over a few waves of blocks, from which ours pay
 BUSY = 0.7  # of them with a block of `TILE` below which `SMALL_TILE` is taken
+AT_ONCE = 24 * 2**20  # bytes of queries, temporary pairs and what they are made of that may stay in the L2 cache
 THIN = 16  # rows up to which a product is bound by reading its weights
 PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
@@ -311,8 +312,8 @@ class Engine:
     def forward_buffers(self) -> dict[str, Tensor]:
         L, B, C, f32 = self.shape.L, self.shape.B, self.shape.C, torch.float32
         return {
-            "h_chunk": self.fresh(L, C, B, self.D),
-            "qkv": self.fresh(L, C, B, (self.H + 2 * self.G) * self.K),
+            "h_some": self.fresh(L, self.at_once, B, self.D),
+            "qkv": self.fresh(L, self.at_once, B, (self.H + 2 * self.G) * self.K),
             "m": self.fresh(L, C, B, self.H, dtype=f32),
             "l": self.fresh(L, C, B, self.H, dtype=f32),
             "acc": self.fresh(L, C, B, self.H, self.K, dtype=f32),
@@ -331,21 +332,33 @@ class Engine:
         return {"L": self.shape.L, "C": self.shape.C}
 
     def prepare(self, h: Tensor, qkv: Tensor, tmp: Tensor, temporary: int, queries: bool, reverse: bool) -> None:
-        """A chunk's queries and temporary pairs, h and qkv being buffers (L, C, B, ...)."""
-        L, B, C = self.shape.L, self.shape.B, self.shape.C
-        w, k = self.w, self.blocks
-        kernels.norm_chunk[(B, C, L)](
-            self.table, h, w.attention_norm, B, self.eps, **self.size, D=self.D, DB=k["DB"], CENTRED=self.centred,
-            OUTPUTS=False, REVERSE=reverse, num_warps=self.warps,
-        )  # fmt: skip
-        kept = self.shape.raw and reverse
-        if not kept:
-            self.product(h.flatten(1, 2), w.qkv, qkv.flatten(1, 2))
-        kernels.inputs_to_heads[(B, C, L)](
-            self.table, qkv, w.q_norm, w.k_norm, w.qkv_bias, tmp, B, self.eps, **self.size, H=self.H, **self.heads,
-            HB=k["HB"], WB=triton.next_power_of_2((self.H + 2 * self.G) * self.K), NORM=self.norm, REVERSE=reverse,
-            QUERIES=queries or kept, TEMPORARY=temporary, KEEP=self.shape.raw and not reverse, KEPT=kept,
-        )  # fmt: skip
+        """A chunk's queries and temporary pairs; h, qkv and tmp are buffers (L, rows, B, ...), of `rows` at a time."""
+        L, B, C, rows = self.shape.L, self.shape.B, self.shape.C, h.shape[1]
+        w, k, kept = self.w, self.blocks, self.shape.raw and reverse
+        for r0 in range(0, C, rows):
+            kernels.norm_chunk[(B, rows, L)](
+                self.table, h, w.attention_norm, r0, rows, B, self.eps, **self.size, D=self.D, DB=k["DB"],
+                CENTRED=self.centred, OUTPUTS=False, REVERSE=reverse, num_warps=self.warps,
+            )  # fmt: skip
+            if not kept:
+                self.product(h.flatten(1, 2), w.qkv, qkv.flatten(1, 2))
+            kernels.inputs_to_heads[(B, rows, L)](
+                self.table, qkv, w.q_norm, w.k_norm, w.qkv_bias, tmp, r0, rows, B, self.eps, **self.size, H=self.H,
+                **self.heads, HB=k["HB"], WB=triton.next_power_of_2((self.H + 2 * self.G) * self.K), NORM=self.norm,
+                REVERSE=reverse, QUERIES=queries or kept, TEMPORARY=temporary, KEEP=self.shape.raw and not reverse,
+                KEPT=kept,
+            )  # fmt: skip
+
+    @property
+    def at_once(self) -> int:
+        """Positions whose queries and temporary pairs the forward makes at a time.
+
+        As many as the L2 cache holds with what they are made of; of a stack, whose products are smaller, all.
+        """
+        found, width = self.shape.C, self.D + (self.H + 2 * self.G) * self.K
+        while self.shape.L == 1 and found > 1 and found * self.shape.B * width * self.shape.dtype.itemsize > AT_ONCE:
+            found //= 2
+        return found
 
     @property
     def eps(self) -> float:
@@ -377,7 +390,7 @@ class Engine:
         """One step: a chunk of every layer."""
         b, w, shape = self.forward_buffers, self.w, self.shape
         L, B, C, scale = shape.L, shape.B, shape.C, self.K**-0.5
-        self.prepare(b["h_chunk"], b["qkv"], b["qkv"], 1, True, False)
+        self.prepare(b["h_some"], b["qkv"], b["qkv"], 1, True, False)
 
         def absorb(q0: int, queries: int, k0: int, keys: int, pull: bool) -> None:
             bm = min(64, max(16, triton.next_power_of_2(queries)))
@@ -518,7 +531,7 @@ class Engine:
         L, B, C = self.shape.L, self.shape.B, self.shape.C
         self.prepare(b["h_x"], b["qkv"], b["qkv"], 0, True, True)
         kernels.norm_chunk[(B, C, L)](
-            self.table, b["h_z"], w.attention_norm, B, self.eps, **self.size, D=self.D, DB=k["DB"],
+            self.table, b["h_z"], w.attention_norm, 0, C, B, self.eps, **self.size, D=self.D, DB=k["DB"],
             CENTRED=self.centred, OUTPUTS=True, REVERSE=True, num_warps=self.warps,
         )  # fmt: skip
         self.product(b["h_z"].flatten(1, 2), w.kv, b["g_pair"].flatten(1, 2))
@@ -543,7 +556,7 @@ class Engine:
         # What the forward had, in parallel.
         self.prepare(b["h_x"], b["qkv"], b["tmp"], 2, False, True)
         kernels.norm_chunk[(B, C, L)](
-            self.table, b["h_z"], w.attention_norm, B, self.eps, **self.size, **row, OUTPUTS=True, REVERSE=True
+            self.table, b["h_z"], w.attention_norm, 0, C, B, self.eps, **self.size, **row, OUTPUTS=True, REVERSE=True
         )
         if self.norm:
             self.product(b["h_z"].flatten(1, 2), w.kv[:, :GK], b["k_raw"].flatten(1, 2))

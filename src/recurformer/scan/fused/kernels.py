@@ -16,6 +16,8 @@ softmax and sums are float32, offsets 64 bits.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -28,6 +30,7 @@ COS, SIN, ROTATION_STRIDE = tl.constexpr(14), tl.constexpr(15), tl.constexpr(16)
 GZ, GX, GA, DELTA, UP, RAW = (tl.constexpr(slot) for slot in range(17, 23))
 SLOTS = 23
 
+COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the interpreter knows no instructions of the GPU
 NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, so that the state of nothing makes no NaN
 
 
@@ -113,16 +116,35 @@ def norm_row_gradient(
 
 
 @triton.jit
-def normal(u):
-    """Distribution and exp(-u^2 / 2) of the standard normal: one exponential, error below 1e-7.
+def exp(x):
+    """In two instructions: the compiler's own takes five, to make numbers below 2^-126, which are 0 here."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp(x)
 
-    Abramowitz and Stegun, formula 7.1.26; the built-in erf costs several times as much.
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in one instruction, for x that is neither huge nor tiny."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def normal(u):
+    """P(X > |u|) of the standard normal, and exp(-u^2 / 2): one exponential, error below 1e-7.
+
+    Abramowitz and Stegun, formula 7.1.26, halved; the built-in erf costs several times as much.
     """
-    e = tl.exp(-0.5 * u * u)
-    t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(u))
-    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * poly * e
-    return tl.where(u > 0, 1.0 - tail, tail), e
+    e = exp(-0.5 * (u * u))
+    t = reciprocal(1.0 + 0.231641888 * tl.abs(u))
+    poly = 0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
+    return t * poly * e, e
 
 
 @triton.jit
@@ -134,8 +156,8 @@ def tanh(u):
 def activated(u, gate, KIND: tl.constexpr, dtype: tl.constexpr):
     """KIND 0 GELU, 1 GELU in the tanh form, 2 SiLU(gate) u, rounded where the definition rounds."""
     if KIND == 0:
-        below, _ = normal(u)
-        return u * below
+        tail, _ = normal(u)
+        return tl.maximum(u, 0.0) - tl.abs(u) * tail
     elif KIND == 1:
         return 0.5 * u * (1.0 + tanh(0.7978845608028654 * (u + 0.044715 * u * u * u)))
     else:
@@ -146,8 +168,8 @@ def activated(u, gate, KIND: tl.constexpr, dtype: tl.constexpr):
 def activation_slope(u, KIND: tl.constexpr):
     """Derivative of GELU."""
     if KIND == 0:
-        below, e = normal(u)
-        return below + u * 0.3989422804014327 * e
+        tail, e = normal(u)
+        return tl.where(u > 0, 1.0 - tail, tail) + (0.3989422804014327 * u) * e
     else:
         t = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u))
         return 0.5 * (1.0 + t) + 0.5 * u * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 3 * 0.044715 * u * u)
@@ -317,13 +339,16 @@ def biased(s, table, b, i, j, past, slope, B, ALIBI: tl.constexpr, SEGMENTS: tl.
 
 @triton.jit
 def norm_chunk(
-    table, out, weight, B, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+    table, out, weight, r0, rows, B, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
     CENTRED: tl.constexpr, OUTPUTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The norm before attention of a chunk's inputs, or of its outputs (what persistent pairs are made of)."""
+    """The norm before attention of inputs, or of outputs (what persistent pairs are made of), out (L, rows, B, D).
+
+    Of positions r0 ... of a chunk.
+    """
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, REVERSE)
-    i = start + r
+    i = start + r0 + r
     c = tl.arange(0, DB)
     mask = (c < D) & active & (i < tl.load(table + LENGTH))
     if OUTPUTS:
@@ -332,40 +357,40 @@ def norm_chunk(
         row = input_row(table, l, b, i, B, D)
     x, _ = normalised(tl.load(row + c, mask=mask, other=0.0), mask, D, eps, CENTRED)
     h = x * tl.load(weight + l * D + c, mask=c < D, other=0.0)
-    tl.store(out + ((l * C + r) * B + b) * D + c, h.to(out.dtype.element_ty), mask=c < D)
+    tl.store(out + ((l * rows + r) * B + b) * D + c, h.to(out.dtype.element_ty), mask=c < D)
 
 
 @triton.jit
-def raw_row(table, raw, l, r, b, i, B, whole, width: tl.constexpr, C: tl.constexpr, KEPT: tl.constexpr):
-    """Address of what Q, K and V make of an input: in a chunk's buffer, or where the forward has kept it."""
+def raw_row(table, raw, l, rows, r, b, i, B, whole, width: tl.constexpr, KEPT: tl.constexpr):
+    """Address of what Q, K and V make of an input: in a buffer (L, rows, B, width), or where it has been kept."""
     if KEPT:
         return pointer(table, RAW, raw.dtype.element_ty) + ((l * whole + i) * B + b) * width
-    return raw + ((l * C + r) * B + b) * width
+    return raw + ((l * rows + r) * B + b) * width
 
 
 @triton.jit
 def inputs_to_heads(
-    table, raw, q_weight, k_weight, bias, tmp, B, eps, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    table, raw, q_weight, k_weight, bias, tmp, r0, rows, B, eps, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     G: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, WB: tl.constexpr,
     NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
     QUERIES: tl.constexpr, TEMPORARY: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Queries (QUERIES) and temporary pairs of a chunk from raw (L, C, B, (H + 2 G) K).
+    """Queries (QUERIES) and temporary pairs of positions r0 ... of a chunk from raw (L, rows, B, (H + 2 G) K).
 
-    TEMPORARY: where the pairs go, 0 nowhere, 1 into their slots, 2 into tmp (L, C, B, 2 G K). KEEP: raw is also kept
+    TEMPORARY: where the pairs go, 0 nowhere, 1 into their slots, 2 into tmp (L, rows, B, 2 G K). KEEP: raw is also kept
     for the backward; KEPT: it has been, and is read there.
     """
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, REVERSE)
     if not active:
         return
-    i = start + r
+    i = start + r0 + r
     dtype = raw.dtype.element_ty
     width: tl.constexpr = (H + 2 * G) * K
-    at = raw_row(table, raw, l, r, b, i, B, whole, width, C, KEPT)
+    at = raw_row(table, raw, l, rows, r, b, i, B, whole, width, KEPT)
     if KEEP:
         c = tl.arange(0, WB)
-        to = raw_row(table, raw, l, r, b, i, B, whole, width, C, True)
+        to = raw_row(table, raw, l, rows, r, b, i, B, whole, width, True)
         tl.store(to + c, tl.load(at + c, mask=c < width, other=0.0), mask=c < width)
     b_at = bias + l * width
     if QUERIES:
@@ -380,7 +405,7 @@ def inputs_to_heads(
             past = tl.load(table + PAST)
             to = pointer(table, KV, dtype) + ((l * (past + whole) + past + i) * B + b) * (2 * G * K)
         else:
-            to = tmp + ((l * C + r) * B + b) * (2 * G * K)
+            to = tmp + ((l * rows + r) * B + b) * (2 * G * K)
         k_w = k_weight + l * (G * K if NORM == 2 else K)
         g = tl.arange(0, GB)
         k1, k2, v1, v2 = pair_halves(table, at + H * K, b_at + H * K, k_w, b, i, g, eps, G, K, KB, NORM, CENTRED, ROPE,
@@ -485,8 +510,8 @@ def absorb(
                    (j < past + n)[None, :])  # fmt: skip
         s = tl.where(in_k[None, :], s, float("-inf"))
         new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp(s - new[:, None])
-        decay = tl.exp(m - new)
+        p = exp(s - new[:, None])
+        decay = exp(m - new)
         v = tl.load(at + G * K, mask=mask, other=0.0)
         acc = acc * decay[:, None] + tl.dot(p.to(DT), v, input_precision=PRECISION)
         total = total * decay + tl.sum(p, 1)
@@ -544,7 +569,7 @@ def attend(
         s = biased(s, table, b, i, j, past, slope, B, ALIBI, SEGMENTS, i < n, seen & (j < past + n))
         s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(m, tl.max(s, 0))
-        p, decay = tl.exp(s - new[None]), tl.exp(m - new)
+        p, decay = exp(s - new[None]), exp(m - new)
         m, total = new, total * decay + tl.sum(p, 0)
         a1 = a1 * decay[:, None] + tl.sum(p[:, :, None] * v1.to(tl.float32), 0)
         a2 = a2 * decay[:, None] + tl.sum(p[:, :, None] * v2.to(tl.float32), 0)
@@ -562,7 +587,7 @@ def attend(
             s = tl.sum(q1 * n1.to(tl.float32), 1) + tl.sum(q2 * n2.to(tl.float32), 1)
             s = biased(s, table, b, i, past + i - 1, past, slope, B, ALIBI, SEGMENTS, i < n, i - 1 < n)
             new = tl.maximum(m, s)
-            p, decay = tl.exp(s - new), tl.exp(m - new)
+            p, decay = exp(s - new), exp(m - new)
             m, total = new, total * decay + p
             a1 = a1 * decay[:, None] + p[:, None] * w1.to(tl.float32)
             a2 = a2 * decay[:, None] + p[:, None] * w2.to(tl.float32)
@@ -862,7 +887,7 @@ def keys_receive(
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             s = biased(s, table, b, i[None, :], j[:, None], past, slope, B, ALIBI, SEGMENTS, (i < n)[None, :],
                        (j < past + n)[:, None])  # fmt: skip
-            p = tl.where(in_q[None, :], tl.exp(s - lse[None, :]), 0.0)
+            p = tl.where(in_q[None, :], exp(s - lse[None, :]), 0.0)
             dp = tl.dot(v, tl.trans(ga_i), input_precision=PRECISION)
             ds = p * (dp - delta[None, :]) * scale
             gv += tl.dot(p.to(DT), ga_i, input_precision=PRECISION)
@@ -924,7 +949,7 @@ def leaf_receives(
                 delta = tl.where(new[:, None], made, delta)
             s = tl.sum(q * k[None, :, :], 2)
             s = biased(s, table, b, i[:, None], j, past, slope, B, ALIBI, SEGMENTS, (i < n)[:, None], j < past + n)
-            p = tl.where(reads[:, None], tl.exp(s - lse), 0.0)
+            p = tl.where(reads[:, None], exp(s - lse), 0.0)
             ds = p * (tl.sum(ga_i * v[None, :, :], 2) - delta) * scale
             gk += tl.sum(ds[:, :, None] * q, 0)
             gv += tl.sum(p[:, :, None] * ga_i, 0)
@@ -1103,7 +1128,7 @@ def query_gradient(
     k = tl.load(own, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(own + G * K, mask=mask, other=0.0).to(tl.float32)
     q32, ga32 = q.to(tl.float32), ga_i.to(tl.float32)
-    p_own = tl.exp(tl.sum(q32 * k, 1) * scale - lse)
+    p_own = exp(tl.sum(q32 * k, 1) * scale - lse)
     ds_own = p_own * (tl.sum(ga32 * v, 1) - delta) * scale
     to = g_own + here[:, None] * (2 * H * K) + columns
     tl.store(to, (ds_own[:, None] * q32).to(DT), mask=mask)
@@ -1127,7 +1152,7 @@ def query_gradient(
                    (j < past + n)[None, :])  # fmt: skip
         behind = (j - past - start).to(tl.int32)  # of the chunk's positions, as rows are
         earlier = in_k[None, :] & (behind[None, :] < row[:, None])
-        p = tl.where(earlier, tl.exp(s - lse[:, None]), 0.0)
+        p = tl.where(earlier, exp(s - lse[:, None]), 0.0)
         dp = tl.dot(ga_i, tl.trans(v_j), input_precision=PRECISION)
         ds = p * (dp - delta[:, None]) * scale
         out += tl.dot(ds.to(DT), k_j, input_precision=PRECISION)
@@ -1161,7 +1186,7 @@ def heads_gradient(
         r, b = (row // B).to(tl.int64), (row % B).to(tl.int64)
         place = (l * C + r) * B + b
         i = tl.where(active, start + r, 0)
-        at = raw_row(table, raw, l, r, b, i, B, whole, (H + 2 * G) * K, C, KEPT)
+        at = raw_row(table, raw, l, C, r, b, i, B, whole, (H + 2 * G) * K, KEPT)
         to = g_raw + place * ((H + 2 * G) * K)
         p1, p2 = halves_at(gq + place * (H * K), h, K, KB)
         g1 = tl.load(p1, mask=q_m1 & active, other=0.0).to(tl.float32)
