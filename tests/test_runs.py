@@ -210,7 +210,7 @@ every = 1
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, the four grids of runs/results in small, and all runs but one of the grid "main"."""
+    """Two models, the grids of runs/results in small, and all runs but one of the grid "main"."""
     from recurformer.data import prepare
 
     place = tmp_path_factory.mktemp("runs")
@@ -418,6 +418,24 @@ def test_the_page_says_what_was_measured() -> None:
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
         assert all(score in cells for score in scores if score != "-"), row
         assert "timed only" in line or seconds in cells, row
+
+
+def test_whole_texts_are_compared_with_the_same_model_and_with_the_transformer_alike() -> None:
+    def run(name: str, loss: float) -> dict[str, Any]:
+        return {"name": name, "final": {"validation": {"loss": loss}}}
+
+    found = {
+        "main": [run("first-1", 3.5), run("transformer-8", 3.0), {"name": "first-2", "final": None}],
+        "seeds": [run("first-1-seed1", 3.75), run("transformer-8-seed1", 3.25), run("first-2-seed1", 4.0)],
+    }
+    assert [[cell for cell in row[1:] if cell] for row in results.compared(found)[1:-1]] == [
+        ["3.5000", "+0.5000"],
+        ["3.0000"],
+        ["3.7500", "+0.2500", "+0.5000"],
+        ["3.2500", "+0.2500"],
+        ["4.0000", "+0.7500"],
+    ]
+    assert results.compared({"lr": []}) == []
 
 
 def test_spikes_and_norms() -> None:

@@ -1,7 +1,7 @@
 """What the runs of results/grids showed: `python runs/results/report.py OUT` after they were launched with `--out OUT`.
 
-Reads config.json, metrics.jsonl and evaluation.json of every run in OUT/{lr,main,equal-time,seeds}, writes an extract
-of them (docs/figures/gpu/results.json), draws docs/figures/results.png from it, and prints the tables of
+Reads config.json, metrics.jsonl and evaluation.json of every run in OUT/{lr,main,equal-time,seeds,embedding}, writes an
+extract of them (docs/figures/gpu/results.json), draws docs/figures/results.png from it, and prints the tables of
 docs/results.md. Without OUT it draws and prints from the extract; with --table it only prints.
 
 GPU seconds are seconds of training steps. A step that took over three times the median (compilation, graph capture, the
@@ -28,12 +28,14 @@ from typing import Any
 from recurformer.report import COLOURS, MARKERS, Run, kind_of, load_runs, parameters, short_number
 
 DOCS = Path(__file__).parents[2] / "docs"
-GRIDS = ("lr", "main", "equal-time", "seeds")
+GRIDS = ("lr", "main", "equal-time", "seeds", "embedding")
+LONG = GRIDS[1:]  # of runs that end with an evaluation
 SLOW = 3.0  # times the median: a step that did not only train
 WINDOW = 100  # steps before one, with which its loss is compared
 SPIKE = 0.5  # nats above their median: a spike
 TIMES = ("tokens_per_second", "step_s", "gpu_s", "start_s", "alone")
 BLOCK = 40  # steps whose training losses are averaged for the picture
+EARLY = 1  # which of these blocks the table has beside the last one
 BASE = "transformer-8"  # with which the picture compares training losses
 
 Alone = Sequence[Sequence[int]] | dict[str, Any]  # of one run in alone.json
@@ -171,7 +173,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
             marked = [f"**{c}**" if c == f"{best:.3f}" else c for c in cells]
             parts.append([model, *marked])
         parts.append([])
-    for grid in ("main", "equal-time", "seeds"):
+    for grid in LONG:
         if grid not in found:
             continue
         parts.append([grid, "params", "lr", "tokens", "tokens/s", "GPU s", "start s", "loss", "all", "C4", "bits/byte"])
@@ -186,7 +188,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
         parts.append([])
         apart = differences(found[grid])
         if apart:
-            ends = sorted({max(blocks) for blocks in apart.values()})
+            ends = sorted({sorted(blocks)[n] for blocks in apart.values() for n in (min(EARLY, len(blocks) - 1), -1)})
             parts.append([f"training loss less that of {BASE}, after", *map(short_number, ends)])
             for name, blocks in apart.items():
                 parts.append([name, *(f"{blocks[n]:+.4f}" if n in blocks else "-" for n in ends)])
@@ -200,7 +202,8 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
                 run["name"], *numbers, f"{100 * run['clipped']:.1f} %", str(run["spikes"]), f"{run['largest_rise']:.2f}"
             ])  # fmt: skip
         parts.append([])
-    scored = [run for run in found.get("main", []) if run["final"] and "tasks" in run["final"]]
+    parts += compared(found)
+    scored = [run for grid in LONG for run in found.get(grid, []) if run["final"] and "tasks" in run["final"]]
     if scored:
         names = [task["task"] for task in scored[0]["final"]["tasks"]]
         parts.append(["zero-shot, %", *(run["name"] for run in scored)])
@@ -232,6 +235,24 @@ def row(run: dict[str, Any]) -> list[str]:
         *(f"{values['loss']:.4f}" if values else "-" for values in of.values()),
         f"{of['validation']['bits_per_byte']:.4f}" if of["validation"] else "-",
     ]
+
+
+def compared(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """Rows of a table: losses on the whole text, less those of the same model in "main" and of BASE trained alike."""
+    losses = {
+        run["name"]: run["final"]["validation"]["loss"]
+        for grid in ("main", "seeds", "embedding")
+        for run in found.get(grid, [])
+        if run["final"] and "validation" in run["final"]
+    }
+    models = sorted((run["name"] for run in found.get("main", [])), key=len, reverse=True)
+    rows = [["whole text", "loss", "less that of the same model in main", f"less that of {BASE}, alike"]]
+    for name, loss in losses.items():
+        model = next((model for model in models if name.startswith(model)), name)
+        others = (model, BASE + name.removeprefix(model))
+        less = ["" if other == name or other not in losses else f"{loss - losses[other]:+.4f}" for other in others]
+        rows.append([name, f"{loss:.4f}", *less])
+    return [*rows, []] if len(rows) > 1 else []
 
 
 def differences(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
