@@ -104,6 +104,7 @@ def test_a_deviation_of_the_embedding_is_finite_and_positive_or_none(value: Any)
         ({"layers": "first:²"}, "layers is 'first:²'"),
         ({"layers": "last:1"}, "layers is 'last:1'; choose 'recurrent', 'standard', 'first:K'"),
         ({"layers": 3}, "layers is 3; choose"),
+        ({"embedding_std": 0.5, "tie_embeddings": True}, "embedding_std is 0.5, and tie_embeddings"),
         ({"layers": ("recurrent",)}, "layers lists 1 kinds, but n_layers is 4"),
         ({"layers": ("recurrent",) * 3 + ("linear",)}, "layers contains 'linear'"),
         ({"layers": ["recurrent"] * 3 + [["standard"]]}, "layers contains"),

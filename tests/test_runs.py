@@ -428,12 +428,12 @@ def test_whole_texts_are_compared_with_the_same_model_and_with_the_transformer_a
         "main": [run("first-1", 3.5), run("transformer-8", 3.0), {"name": "first-2", "final": None}],
         "seeds": [run("first-1-seed1", 3.75), run("transformer-8-seed1", 3.25), run("first-2-seed1", 4.0)],
     }
-    assert [[cell for cell in row[1:] if cell] for row in results.compared(found)[1:-1]] == [
-        ["3.5000", "+0.5000"],
-        ["3.0000"],
-        ["3.7500", "+0.2500", "+0.5000"],
-        ["3.2500", "+0.2500"],
-        ["4.0000", "+0.7500"],
+    assert results.compared(found)[1:-1] == [
+        ["first-1", "3.5000", "", "+0.5000"],
+        ["transformer-8", "3.0000", "", ""],
+        ["first-1-seed1", "3.7500", "+0.2500", "+0.5000"],
+        ["transformer-8-seed1", "3.2500", "+0.2500", ""],
+        ["first-2-seed1", "4.0000", "", "+0.7500"],
     ]
     assert results.compared({"lr": []}) == []
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 T = TypeVar("T")
 
+LATER_SETTINGS = frozenset({"embedding_std"})  # which configurations written before they existed do not have
+
 LayerKind = Literal["recurrent", "standard"]
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 Position = Literal["alibi", "rope", "none"]
@@ -79,7 +81,7 @@ class ModelConfig:
     )
     embedding_std: float | None = setting(
         None,
-        "Standard deviation of the embedding at initialisation; none: 1/sqrt(d_model). Output rows are not affected.",
+        "Standard deviation of the embedding at initialisation; none: 1/sqrt(d_model). Not with tie_embeddings.",
     )
 
     def __post_init__(self) -> None:
@@ -108,6 +110,11 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
             object.__setattr__(self, name, float(value))
+        if self.embedding_std is not None and self.tie_embeddings:
+            raise ValueError(
+                f"embedding_std is {self.embedding_std:g}, and tie_embeddings would give it to the output layer, whose "
+                "logits it would blow up; drop one of them"
+            )
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them or set head_dim"

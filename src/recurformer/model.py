@@ -511,7 +511,7 @@ class LanguageModel(nn.Module):
 
         | matrix                | "fan_in"   | "official" (cut at 3 sigma)                 |
         |-----------------------|------------|---------------------------------------------|
-        | embedding             | 1/sqrt(D)  | 1/sqrt(D); both: `embedding_std` if given   |
+        | embedding             | 1/sqrt(D)  | 1/sqrt(D); in both `embedding_std` if given |
         | output                | 1/sqrt(D)  | 1/sqrt(D)                                   |
         | q, k, v, up, gate     | 1/sqrt(D)  | 1/sqrt(D)                                   |
         | o                     | 1/sqrt(HK) | 1/sqrt(2 D (l + 1)), l = 0 the first layer  |

@@ -143,6 +143,25 @@ def test_a_stack_of_layers_equals_one_after_the_other(interpreted: None) -> None
 
 
 @interpreter
+@pytest.mark.parametrize(("at_once", "save"), [(1, "inner"), (2, "all")])
+def test_queries_some_positions_at_a_time(
+    interpreted: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, at_once: int, save: str
+) -> None:
+    """Of several chunks, the last of which is not full, with pads and a past."""
+    from recurformer.scan.fused import engine
+
+    request.getfixturevalue("poisoned_memory")
+    model, batch = small(n_kv_heads=1, attention_bias=True), 2
+    row = batch * (8 + (2 + 2 * 1) * 4) * 4  # bytes of a position: D, and H + 2 G heads of 4, in float32
+    monkeypatch.setattr(engine, "AT_ONCE", at_once * row)
+    mask = torch.tensor([[True, False, True, True, True, True], [True, True, True, True, False, True]])
+    compare(model, 6, 1e-5, batch=batch, mask=mask, chunk=4, leaf=2, save=save)
+    (made,) = engine._engines.values()
+    assert made.at_once == made.forward_buffers["h_some"].shape[1] == at_once
+    compare(small(), 5, 1e-5, past=2, chunk=4, leaf=2, save=save)
+
+
+@interpreter
 @pytest.mark.parametrize("save", ["minimal", "pairs", "inner", "all"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_whatever_is_kept_for_the_backward(interpreted: None, activation: str, save: str) -> None:

@@ -171,6 +171,18 @@ def test_init_from_gives_the_shape(tmp_path, values):
         TrainConfig.from_dict({**table, "model": {"preset": "nano"}})
 
 
+def test_a_run_that_began_from_a_folder_needs_it_no_more(values):
+    """Its configuration has the whole shape, but for settings that came later."""
+    shape = ModelConfig(vocab_size=300, d_model=24, n_heads=3, n_layers=1)
+    table = values(init_from="/nowhere")
+    for missing in ((), ("embedding_std",)):
+        table["model"] = {name: value for name, value in shape.to_dict().items() if name not in missing}
+        assert TrainConfig.from_dict(table).model == shape
+    del table["model"]["n_layers"]
+    with pytest.raises(ValueError, match="nowhere"):
+        TrainConfig.from_dict(table)
+
+
 def test_dictionaries_round_trip(tiny):
     config = tiny(optimizer__grad_clip=None, log__loggers=("wandb",), micro_batch_size=2)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from recurformer.config import PRESETS, ModelConfig, setting, suggest
+from recurformer.config import LATER_SETTINGS, PRESETS, ModelConfig, setting, suggest
 from recurformer.data.windows import Packing
 
 if TYPE_CHECKING:
@@ -426,7 +426,8 @@ def _model(values: Mapping[str, Any], table: Any) -> ModelConfig:
     table = dict(table)
     preset = table.pop("preset", None)
     source = values.get("init_from")
-    if source not in (None, "none") and set(table) < {f.name for f in dataclasses.fields(ModelConfig)}:
+    whole = {f.name for f in dataclasses.fields(ModelConfig)} - LATER_SETTINGS
+    if source not in (None, "none") and not whole <= set(table):
         from recurformer.training.checkpoint import read_model_config
 
         if preset is not None:
