@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell script leaves it to what it starts with &
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests stop themselves, and what they start, with it
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     # Whether kernels are compiled or interpreted is settled when Triton is imported, by whichever test comes first.
