@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import layer_of, random_tokens, relative_rms, tiny
@@ -140,6 +141,36 @@ def test_pads_and_documents_equal_the_definition(interpreted: None, request: pyt
 @interpreter
 def test_a_stack_of_layers_equals_one_after_the_other(interpreted: None) -> None:
     compare(small(n_layers=2), 5, 1e-5, chunk=2, leaf=2)
+
+
+@interpreter
+def test_gelu_and_its_slope_are_exact_and_gelu_at_infinity_too(interpreted: None) -> None:
+    import triton
+    import triton.language as tl
+
+    from recurformer.scan.fused import kernels
+
+    @triton.jit
+    def both(u, gelu, slope, activated: tl.constexpr, activation_slope: tl.constexpr, N: tl.constexpr):
+        n = tl.arange(0, N)
+        value = tl.load(u + n)
+        tl.store(gelu + n, activated(value, value, 0, tl.float32))
+        tl.store(slope + n, activation_slope(value, 0))
+
+    u = torch.cat([torch.linspace(-12, 12, 1019), torch.tensor([-3e38, 3e38, -torch.inf, torch.inf, torch.nan])])
+    gelu, slope = torch.empty_like(u), torch.empty_like(u)
+    launch: Any = both
+    with np.errstate(over="ignore", invalid="ignore"):  # the interpreter's NumPy warns where a GPU does not
+        launch[(1,)](u, gelu, slope, kernels.activated, kernels.activation_slope, len(u))
+    exact = u[:-3].double().requires_grad_()
+    expected = torch.nn.functional.gelu(exact)
+    expected.sum().backward()
+    assert exact.grad is not None
+    assert (gelu[:-3] - expected.detach()).abs()[:-2].max() <= 1e-6
+    assert (slope[:-3] - exact.grad).abs().max() <= 1e-6
+    assert gelu[-5:-1].tolist() == [0.0, u[-4].item(), 0.0, torch.inf]
+    assert gelu[-1].isnan()
+    assert slope[-1].isnan()
 
 
 @interpreter
