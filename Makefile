@@ -17,12 +17,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: env
-	$(BIN)/python -m recurformer.demo --out demo
+	$(BIN)/python -m recurformer demo --out demo
 
 lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell src tests docs benchmarks runs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
 test: lint
@@ -35,7 +36,7 @@ format: env
 figures: env
 ifdef FRESH
 	rm -r docs/figures/data
-	$(BIN)/python -m recurformer.demo --out demo
+	$(BIN)/python -m recurformer demo --out demo
 	$(BIN)/python docs/figures/demo.py demo
 endif
 	$(BIN)/python docs/figures/layer.py

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from recurformer.bench.common import in_words, machine
-from recurformer.bench.timing import release, time_runs
 from recurformer.config import ModelConfig
 from recurformer.data.windows import Batch
+from recurformer.experiments.bench.common import in_words, machine
+from recurformer.experiments.bench.timing import release, time_runs
 from recurformer.training.config import TrainConfig
 from recurformer.training.distributed import World, pick_device, processes
 from recurformer.training.loop import gradient_step, make_model
@@ -68,9 +68,9 @@ def measure(config: TrainConfig, world: World, device: torch.device, repeats: in
 def free(device: torch.device) -> None:
     """Give back what the last row held."""
     if device.type == "cuda":
-        from recurformer.scan import fused
+        from recurformer.scan.fused.scan import release as release_engines
 
-        fused.release()
+        release_engines()
     release(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -16,11 +16,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from recurformer.bench.common import in_words, machine, milliseconds, spread
-from recurformer.bench.layer import DTYPES, PASSES, LayerSettings, layer_passes
-from recurformer.bench.timing import Work, release, time_runs
 from recurformer.cli import main
-from recurformer.scan import SCANS
+from recurformer.experiments.bench.common import in_words, machine, milliseconds, spread
+from recurformer.experiments.bench.layer import DTYPES, PASSES, LayerSettings, layer_passes
+from recurformer.experiments.bench.timing import Work, release, time_runs
+from recurformer.scan.algorithms import SCANS
 
 
 def kernels_of(work: Work) -> dict[str, list[float]]:

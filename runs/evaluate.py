@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from recurformer import zeroshot
-from recurformer.evaluation import evaluate, open_data
-from recurformer.folders import replacing
-from recurformer.report import short_number
-from recurformer.text import open_model
-from recurformer.training.checkpoint import newest_checkpoint
+from recurformer.evaluation import zeroshot
+from recurformer.evaluation.perplexity import evaluate, open_data
+from recurformer.files import replacing
+from recurformer.generation.text import open_model
+from recurformer.store.checkpoints import newest_checkpoint
 from recurformer.training.run import read_run_config
+from recurformer.units import short_number
 
 FILE = "evaluation.json"
 
@@ -96,7 +96,7 @@ def save(file: Path, found: dict[str, Any]) -> None:
 
 def release() -> None:
     """Give the device back what was kept for the last model's shapes."""
-    from recurformer.bench.timing import release
+    from recurformer.experiments.bench.timing import release
     from recurformer.scan import fused
 
     if torch.cuda.is_available():

@@ -43,7 +43,7 @@ from typing import Any
 
 from recurformer.report import Run as Finished
 from recurformer.report import load_runs
-from recurformer.training.logging import METRICS
+from recurformer.store.runs import METRICS
 from recurformer.training.run import CONFIG
 
 HERE = Path(__file__).parent

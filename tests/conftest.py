@@ -19,7 +19,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     # Whether kernels are compiled or interpreted is settled when Triton is imported, by whichever test comes first.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("recurformer.scan.fused.kernels")
-    importlib.import_module("recurformer.decode.kernels")
+    importlib.import_module("recurformer.generation.kernels")
     del os.environ["TRITON_INTERPRET"]
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from recurformer import LanguageModel, ModelConfig
+from recurformer.choose import GPU_SCANS
 from recurformer.model import Layer
-from recurformer.scan import GPU_SCANS, SCANS
+from recurformer.scan.algorithms import SCANS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 V = 97  # vocabulary of the tiny models

@@ -10,9 +10,11 @@ import torch
 from helpers import assert_close, gradients, layer_of, logits_of, loss_of, random_tokens, tiny
 from torch import Tensor
 
-from recurformer import LanguageModel, attention, model
-from recurformer.attention import BLOCK, biased_scores, choose_attention, flex_applies, visible_blocks
-from recurformer.model import Layer, Layout
+from recurformer import LanguageModel, attention
+from recurformer.attention import Layout, biased_scores, flex_applies, visible_blocks
+from recurformer.choose import choose_attention
+from recurformer.hardware import FLEX_BLOCK as BLOCK
+from recurformer.model import Layer
 
 NOTHING: dict[str, Tensor] = {}
 
@@ -132,7 +134,7 @@ def test_flex_attention_gives_what_sdpa_gives(shape: str, kind: str, monkeypatch
     tokens = random_tokens(3, N)
     with torch.no_grad():
         expected = logits_of(standard, tokens, **given)
-        monkeypatch.setattr(model, "flex_applies", lambda q, layout: True)
+        monkeypatch.setattr(attention, "flex_applies", lambda q, layout: True)
         found = logits_of(standard, tokens, **given)
     real = given.get("attention_mask", torch.ones(3, N, dtype=torch.bool))
     assert found.isfinite().all()

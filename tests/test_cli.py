@@ -16,7 +16,7 @@ from helpers import tiny
 import recurformer
 from recurformer import LanguageModel, ModelConfig, cli
 from recurformer.data import load_tokenizer, prepare
-from recurformer.scan import SCANS
+from recurformer.scan.algorithms import SCANS
 from recurformer.training import load_config, train
 
 TEXT = "The quick brown fox jumps over the lazy dog, naïve as it is. " * 8
@@ -298,7 +298,10 @@ def test_no_traceback_from_the_shell(tmp_path: Path) -> None:
         [sys.executable, "-m", "recurformer", "eval", "none"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "recurformer: error: none is no folder; give a model's or a training run's folder\n"
+    assert (
+        done.stderr
+        == "recurformer: error: none is no folder; give a model's, a checkpoint's or a training run's folder\n"
+    )
 
 
 def test_a_reader_that_leaves_is_no_error(place: Path) -> None:

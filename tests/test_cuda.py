@@ -13,9 +13,10 @@ import torch
 from helpers import relative_rms
 
 from recurformer import LanguageModel, ModelConfig
-from recurformer.loss import choose_loss
+from recurformer.choose import choose_loss
 from recurformer.model import Layer
-from recurformer.scan import SCANS, fused
+from recurformer.scan.algorithms import SCANS
+from recurformer.scan.fused import scan as fused
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,7 +118,8 @@ MANY = {  # options, and whether there are pads
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
     """Set from which part of the GPU at work the products around GELU end with it; steps are recorded anew."""
-    from recurformer.scan.fused import engine, release
+    from recurformer.scan.fused import engine
+    from recurformer.scan.fused.scan import release
 
     def choose(part: float) -> None:
         release()
@@ -147,7 +149,8 @@ def test_whatever_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch, scan
 
 def test_blocks_of_three_quarters_of_a_power_of_two() -> None:
     """198 of 128 columns would come to some processors twice, 132 of 192 once; the last of these has a part alone."""
-    from recurformer.scan.fused import engine, release
+    from recurformer.scan.fused import engine
+    from recurformer.scan.fused.scan import release
 
     if torch.cuda.get_device_properties(0).multi_processor_count != 132:
         pytest.skip("for GPUs with 132 processors")
@@ -221,7 +224,7 @@ def test_products_that_end_with_gelu_of_several_blocks_of_rows_in_bf16(
 ) -> None:
     """Also more rows of a chunk than parts of a norm weight's gradient."""
     from recurformer.scan.fused.engine import PARTS, WIDE_TILE
-    from recurformer.scan.wavefront import CHUNK
+    from recurformer.scan.schedule import WAVEFRONT_CHUNK as CHUNK
 
     full(0.0)  # it always is
     B, length = 200, 37

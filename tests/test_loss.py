@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from helpers import assert_all_close, assert_close, gradients, random_tokens, tiny
 from torch import Tensor
 
-from recurformer import LanguageModel, loss, model
-from recurformer.loss import IGNORE, choose_loss
+from recurformer import LanguageModel, choose, loss, model
+from recurformer.choose import choose_loss
+from recurformer.loss import IGNORE
 
 
 class Library(torch.autograd.Function):
@@ -126,11 +127,10 @@ def test_bfloat16_products_keep_a_float32_loss(fused: list[tuple[int, ...]]):
 
 def test_where_the_fused_loss_runs(monkeypatch: pytest.MonkeyPatch):
     assert choose_loss(torch.device("cpu"))[0] == "chunked"
-    monkeypatch.setattr(loss, "liger_loss", lambda: None)
+    monkeypatch.setattr(choose, "liger_version", lambda: None)
     name, why = choose_loss(torch.device("cuda"))
     assert (name, "recurformer[gpu]" in why) == ("chunked", True)
-    monkeypatch.setattr(loss, "liger_loss", lambda: object())
-    monkeypatch.setattr(loss, "liger_version", lambda: "1.2.3")
+    monkeypatch.setattr(choose, "liger_version", lambda: "1.2.3")
     assert choose_loss(torch.device("cuda")) == (
         "fused", "liger-kernel 1.2.3: logits and their gradient in one pass, by blocks"
     )  # fmt: skip

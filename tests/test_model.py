@@ -26,8 +26,8 @@ from helpers import (
 from torch import Tensor
 
 from recurformer import LanguageModel, ModelConfig
-from recurformer.model import alibi_slopes
-from recurformer.scan import SCAN_CHOICES, choose_scan
+from recurformer.attention import alibi_slopes
+from recurformer.choose import SCAN_CHOICES, choose_scan
 
 # --- ALiBi slopes ----------------------------------------------------------------------------------------------------
 

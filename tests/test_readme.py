@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import pytest
 from torch.distributed.run import get_args_parser
 
-from recurformer import cli, demo
+from recurformer import cli
+from recurformer.experiments import demo
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

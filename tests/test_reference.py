@@ -11,7 +11,7 @@ import torch
 from helpers import LAYER_OPTIONS, assert_close, every_scan, layer_of, logits_of, random_tokens, strong, tiny
 
 from recurformer import KVCache, LanguageModel, ModelConfig
-from recurformer.scan import SCANS
+from recurformer.scan.algorithms import SCANS
 
 # --- paper section 2.2 in plain Python: one sequence, loops over layers, positions and heads --------------------------
 

@@ -16,17 +16,15 @@ from recurformer.config import PRESETS, ModelConfig
 from recurformer.report import (
     draw,
     group,
-    kind_of,
     load_runs,
-    parameters,
     rows,
     short_names,
-    short_number,
     show,
     show_groups,
     smoothed,
     write_report,
 )
+from recurformer.units import short_number
 
 NATS_PER_BIT = math.log(2)
 
@@ -181,17 +179,17 @@ def test_kinds_in_a_few_letters() -> None:
         "recurrent": "recurrent", "standard": "standard", "first:0": "standard", "first:2": "first:2",
         "first:4": "recurrent", ("standard", "recurrent", "standard", "standard"): "SRSS",
     }  # fmt: skip
-    assert {layers: kind_of(ModelConfig(layers=layers)) for layers in kinds} == kinds
+    assert {layers: ModelConfig(layers=layers).kind for layers in kinds} == kinds
     many = ("standard", "recurrent") * 6
-    assert kind_of(ModelConfig(n_layers=12, layers=many)) == "6 of 12 R"
+    assert ModelConfig(n_layers=12, layers=many).kind == "6 of 12 R"
 
 
 def test_parameters_are_counted_without_making_the_model() -> None:
-    assert parameters(ModelConfig.preset("300m-6")) == 12 * 6 * 2048**2 + 6 * 4 * 2048 + 2048
+    assert ModelConfig.preset("300m-6").num_parameters() == 12 * 6 * 2048**2 + 6 * 4 * 2048 + 2048
     for preset in PRESETS:
         config = ModelConfig.preset(preset)
         outside = 2 * config.padded_vocab_size * config.d_model
-        assert parameters(config, embedding=True) == parameters(config) + outside
+        assert config.num_parameters(embedding=True) == config.num_parameters() + outside
 
 
 @pytest.mark.parametrize(

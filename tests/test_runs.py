@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from recurformer.config import PRESETS, ModelConfig
-from recurformer.report import parameters
 from recurformer.training import load_config, train
 
 RUNS = Path(__file__).parents[1] / "runs"
@@ -53,7 +52,7 @@ def test_a_run_of_the_paper(file: Path) -> None:
     assert config.model == ModelConfig.preset(preset, layers=layers)
     size = {"150m": 151e6, "300m": 302e6}[preset.partition("-")[0]]
     # 1408/22/5632/6 has 142.8M and 1408/22/5632/12 285.5M: the labels are the paper's.
-    assert parameters(config.model) == pytest.approx(size, rel=0.06)
+    assert config.model.num_parameters() == pytest.approx(size, rel=0.06)
     assert config.batch_size * config.data.window == 262_144
     assert config.schedule.steps == {"150m": 12_500, "300m": 25_000}[preset.partition("-")[0]]
     assert (config.schedule.warmup_fraction, config.schedule.start_fraction, config.schedule.final_fraction) == (
@@ -66,7 +65,7 @@ def test_a_run_of_the_paper(file: Path) -> None:
 def test_the_run_on_bytes_has_the_models_of_the_page() -> None:
     (file,) = BYTES
     config = load_config(file)
-    assert parameters(config.model) == pytest.approx(3.15e6, rel=0.005)
+    assert config.model.num_parameters() == pytest.approx(3.15e6, rel=0.005)
     assert (config.schedule.steps, config.batch_size * config.data.window) == (1000, 8192)
     found = json.loads((RUNS.parent / "docs" / "figures" / "gpu" / "bytes.json").read_text())["runs"]
     page = (RUNS.parent / "docs" / "what-recurrence-buys.md").read_text()
@@ -96,7 +95,7 @@ def test_a_run_of_the_paper_fits_an_80_gb_gpu() -> None:
 def test_the_models_of_the_results_are_matched() -> None:
     configs = {file.stem: load_config(file) for file in RESULTS}
     assert set(configs) == {"transformer-8", "transformer-4", "recurrent-8", "recurrent-4", "first-1", "first-2"}
-    counts = {name: parameters(config.model) for name, config in configs.items()}
+    counts = {name: config.model.num_parameters() for name, config in configs.items()}
     assert all(count == pytest.approx(19.3e6, rel=0.02) for count in counts.values())
     assert max(counts.values()) / min(counts.values()) < 1.02
     assert configs["first-1"].model.layers == "first:1"

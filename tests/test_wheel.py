@@ -54,7 +54,7 @@ def test_runs_the_demo_away_from_the_checkout(wheel: Path, tmp_path: Path) -> No
     where = python("-c", "import recurformer; print(recurformer.__file__)").strip()
     assert Path(where) == target / "recurformer" / "__init__.py"
     out = python(
-        "-m", "recurformer.demo", "--steps", "2", "--set", "data.window=16", "--set", "batch_size=2",
+        "-m", "recurformer", "demo", "--steps", "2", "--set", "data.window=16", "--set", "batch_size=2",
         "--set", "evaluation.batches=1", "--set", "evaluation.batch_size=2",
     )  # fmt: skip
     assert "transformer" in out

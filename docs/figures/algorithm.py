@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
-from recurformer.bench.traffic import TrafficSettings, bench_traffic, draw_traffic
+from recurformer.experiments.bench.traffic import TrafficSettings, bench_traffic, draw_traffic
 from recurformer.scan.schedule import Block, Schedule
 
 HERE = pathlib.Path(__file__).parent

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from recurformer.bench.decode import draw_decode
+from recurformer.experiments.bench.decode import draw_decode
 
 HERE = pathlib.Path(__file__).parent
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from recurformer.demo import MODELS
+from recurformer.experiments.demo import MODELS
 from recurformer.report import load_runs, show
 
 README = Path(__file__).parents[2] / "README.md"

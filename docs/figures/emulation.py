@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from recurformer import LanguageModel, ModelConfig
+from recurformer.experiments.theory import elman_cell, emulate_rnn, emulate_transformer
 from recurformer.report import COLOURS, MARKERS
-from recurformer.theory import elman_cell, emulate_rnn, emulate_transformer
 
 N = 256
 SIZES = [10.0**e for e in range(1, 9)]

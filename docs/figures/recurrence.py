@@ -8,11 +8,11 @@ import json
 import pathlib
 import sys
 
-from recurformer.bench.stability import StabilitySettings, bench_stability, draw_stability
-from recurformer.folders import replacing
-from recurformer.tasks import HybridSettings, TaskSettings, run_hybrids, run_tasks
-from recurformer.tasks.hybrids import draw_hybrids
-from recurformer.tasks.sweep import draw_tasks
+from recurformer.experiments.bench.stability import StabilitySettings, bench_stability, draw_stability
+from recurformer.experiments.tasks import HybridSettings, TaskSettings, run_hybrids, run_tasks
+from recurformer.experiments.tasks.hybrids import draw_hybrids
+from recurformer.experiments.tasks.sweep import draw_tasks
+from recurformer.files import replacing
 
 HERE = pathlib.Path(__file__).parent
 DATA = HERE / "data"

@@ -12,8 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from recurformer.folders import replacing
-from recurformer.training import read_metrics
+from recurformer.files import replacing
+from recurformer.store.runs import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 KEPT = HERE / "retrofit.json"  # validation losses of each run: pairs of a step and nats a byte

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recurformer.report import COLOURS, MARKERS, Run, kind_of, load_runs, parameters, short_number
+from recurformer.report import COLOURS, MARKERS, Run, load_runs
+from recurformer.units import short_number
 
 DOCS = Path(__file__).parents[2] / "docs"
 GRIDS = ("lr", "main", "equal-time", "seeds", "embedding")
@@ -79,10 +80,10 @@ def describe(run: Run, alone: Alone = ()) -> dict[str, Any] | None:
     starts = run.events("start") + run.events("resume")
     return {
         "name": run.folder.name,
-        "kind": kind_of(model),
+        "kind": model.kind,
         "layers": model.n_layers,
         "width": model.d_model,
-        "parameters": parameters(model),
+        "parameters": model.num_parameters(),
         "lr": run.config["optimizer"]["lr"],
         "seed": run.config["seed"],
         "steps": schedule["steps"],

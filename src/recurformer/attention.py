@@ -6,43 +6,161 @@ ALiBi is arithmetic on a score's indices, and who sees whom is known block by bl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import cache
-from importlib import util
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recurformer.hardware import FLEX_BLOCK, FLEX_HEAD_WIDTHS, compiler_present
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from recurformer.attention import Layout
     from recurformer.config import ModelConfig
-    from recurformer.model import Layout
 
-BLOCK = 128  # queries and keys of a block; shorter sequences take scaled_dot_product_attention
-WIDTHS = range(16, 129)  # head widths K
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RECOMPILE_LIMIT = 64  # with and without gradients, pads, documents, ...: more variants than PyTorch's default of 8
 
 Scores = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def choose_attention(config: ModelConfig, device: torch.device) -> tuple[str, str]:
-    """What the standard layers of a model run on a device, and why, in words."""
-    if device.type != "cuda" or not compiler_present():
-        return "sdpa", "scaled_dot_product_attention"
-    if config.head_width not in WIDTHS:
-        return "sdpa", f"FlexAttention takes heads of {WIDTHS[0]} to {WIDTHS[-1]}, not {config.head_width}"
-    when = "" if config.position == "alibi" else "with pads or documents, "
-    return "flex", f"FlexAttention {when}from {BLOCK} tokens on; else scaled_dot_product_attention"
+# --- positions, padding, documents ---
 
 
-@cache
-def compiler_present() -> bool:
-    """Whether torch.compile can make kernels for an NVIDIA GPU."""
-    return torch.version.hip is None and util.find_spec("triton") is not None
+def alibi_slopes(n_heads: int, scheme: str = "geometric", *, device: Any = None) -> Tensor:
+    """ALiBi slopes (H,), float64, of heads h = 1..H.
+
+    Args:
+        scheme: "geometric" is 2^(-8h/H) for every H, as the official code; "interleaved" is Press et al.: for H no
+            power of two, the slopes of the next smaller power of two, then every other one of the next larger.
+    """
+
+    def geometric(count: int) -> Tensor:
+        return torch.exp2(-8.0 * torch.arange(1, count + 1, dtype=torch.float64, device=device) / count)
+
+    if scheme == "geometric":
+        return geometric(n_heads)
+    power = 2 ** int(math.log2(n_heads))
+    return torch.cat([geometric(power), geometric(2 * power)[0::2][: n_heads - power]])
+
+
+def rotary_frequencies(config: ModelConfig, device: Any = None) -> Tensor:
+    """Angle a position (K / 2,) by which RoPE turns each pair of coordinates: theta^(-2c/K); float64 (MPS: float32)."""
+    K = config.head_width
+    exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # MPS has no float64
+    return config.rope_theta ** (-torch.arange(0, K, 2, dtype=exact, device=device) / K)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of the rotary angles, each (B or 1, 1, N, K/2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __getitem__(self, positions: slice) -> Rotation:
+        return Rotation(self.cos[:, :, positions], self.sin[:, :, positions])
+
+    def inverse(self) -> Rotation:
+        """The rotation back."""
+        return Rotation(self.cos, -self.sin)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Rotate u (B, heads, N, K): coordinate c and c + K/2 are a pair (the half-split convention)."""
+        first, second = u.to(self.cos.dtype).chunk(2, dim=-1)
+        turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
+        return torch.cat(turned, dim=-1).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one call stand and who sees whom: the one place for positions, padding and documents.
+
+    Slots are columns of the batch, 0..M-1, the first P of them in the cache. A token's *position* is the number of
+    real tokens before it in its row. A query sees itself and, of the earlier slots, those that hold a real token of
+    its own document.
+    """
+
+    past: int  # P
+    length: int  # N
+    positions: Tensor  # (B or 1, M) int64
+    valid: Tensor | None = None  # (B, M) bool, False at pads; None: no pads
+    documents: Tensor | None = None  # (B, M) int64, non-decreasing; None: one document a row
+    slopes: Tensor | None = None  # (H,) in the accumulation dtype; None: no ALiBi
+    rotation: Rotation | None = None  # of the N new positions; None: no RoPE
+
+    @property
+    def causal_only(self) -> bool:
+        """True when attention is plain causal attention over the new tokens."""
+        return self.past == 0 and self.valid is None and self.documents is None and self.slopes is None
+
+    def visible(self, queries: slice, keys: slice) -> Tensor | None:
+        """(B or 1, 1, q, k) bool, True where a query sees a key; None when every query of the block sees every key.
+
+        Args:
+            queries: range of new positions, 0 <= start < stop <= N.
+            keys: range of slots, 0 <= start < stop <= M.
+        """
+        seen: Tensor | None = None
+        device = self.positions.device
+        i = torch.arange(self.past + queries.start, self.past + queries.stop, device=device)[:, None]
+        j = torch.arange(keys.start, keys.stop, device=device)
+        if keys.stop > self.past + queries.start + 1:
+            seen = (j <= i)[None]
+        if self.valid is not None:
+            real = self.valid[:, None, keys]
+            seen = real if seen is None else seen & real
+        if self.documents is not None:
+            of_query = self.documents[:, self.past + queries.start : self.past + queries.stop, None]
+            same = of_query == self.documents[:, None, keys]
+            seen = same if seen is None else seen & same
+        if seen is None:
+            return None
+        if keys.stop > self.past + queries.start:
+            seen = seen | (j == i)  # a pad sees itself: no row of scores is ever empty
+        return seen[:, None]
+
+    def bias(self, queries: slice, keys: slice) -> Tensor | None:
+        """(B or 1, H or 1, q, k): what is added to the scaled scores, ALiBi and -inf where a key is not seen."""
+        bias: Tensor | None = None
+        if self.slopes is not None:
+            i = self.positions[:, self.past + queries.start : self.past + queries.stop, None]
+            distance = (i - self.positions[:, None, keys]).to(self.slopes.dtype)
+            bias = -self.slopes[:, None, None] * distance[:, None]
+        visible = self.visible(queries, keys)
+        if visible is None:
+            return bias
+        if bias is None:
+            bias = torch.zeros((), dtype=torch.float32, device=visible.device)
+        return torch.where(visible, bias, float("-inf"))
+
+    @cached_property
+    def earliest(self) -> list[int] | None:
+        """Per new position, the first slot that a query there sees in any row; None: always slot 0."""
+        if self.documents is None:
+            return None
+        begins = F.pad(self.documents.diff(dim=1) != 0, (1, 0), value=True)
+        slots = torch.arange(self.documents.shape[1], device=begins.device)
+        return torch.where(begins, slots, 0).cummax(1).values.amin(0).tolist()
+
+    @cached_property
+    def full_bias(self) -> Tensor | None:
+        """`bias` of all N queries and M keys, made once for all layers."""
+        return self.bias(slice(0, self.length), slice(0, self.past + self.length))
+
+    @cached_property
+    def flex(self) -> tuple[Any, Any]:
+        """`bias` and `visible` as FlexAttention takes them, made once for all layers."""
+        return biased_scores(self), visible_blocks(self)
+
+
+# --- attention of standard layers ---
 
 
 def flex_applies(q: Tensor, layout: Layout) -> bool:
@@ -51,8 +169,8 @@ def flex_applies(q: Tensor, layout: Layout) -> bool:
         q.device.type == "cuda"
         and not layout.causal_only
         and layout.past == 0
-        and layout.length >= BLOCK
-        and q.shape[-1] in WIDTHS
+        and layout.length >= FLEX_BLOCK
+        and q.shape[-1] in FLEX_HEAD_WIDTHS
         and q.dtype in DTYPES
         and compiler_present()
     )
@@ -99,15 +217,15 @@ def visible_blocks(layout: Layout) -> BlockMask:
     from torch.nn.attention.flex_attention import BlockMask
 
     N, device, valid, documents = layout.length, layout.positions.device, layout.valid, layout.documents
-    n = -(-N // BLOCK)
+    n = -(-N // FLEX_BLOCK)
     block = torch.arange(n, device=device)
     some, every = (block[:, None] >= block)[None], (block[:, None] > block)[None]  # (B or 1, queries, keys)
     if documents is not None:  # ids do not decrease, so a block's first and last say what is between
-        first, last = documents[:, ::BLOCK], documents[:, (block * BLOCK + BLOCK - 1).clamp(max=N - 1)]
+        first, last = documents[:, ::FLEX_BLOCK], documents[:, (block * FLEX_BLOCK + FLEX_BLOCK - 1).clamp(max=N - 1)]
         some = some & (last[:, None, :] >= first[:, :, None])
         every = every & (first[:, None, :] == last[:, :, None])
     if valid is not None:
-        whole = F.pad(valid, (0, n * BLOCK - N)).unflatten(1, (n, BLOCK)).all(2)
+        whole = F.pad(valid, (0, n * FLEX_BLOCK - N)).unflatten(1, (n, FLEX_BLOCK)).all(2)
         every = every & whole[:, None, :]
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -124,5 +242,21 @@ def visible_blocks(layout: Layout) -> BlockMask:
         return dense.sum(-1, dtype=torch.int32)[:, None], numbers.int()[:, None].contiguous()
 
     return BlockMask.from_kv_blocks(
-        *listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(N, N)
+        *listed(some & ~every), *listed(every), BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=(N, N)
+    )
+
+
+def parallel_attention(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
+    """Attention of a standard layer: q (B, H, N, K) over keys and values (B, G, M, K), to (B, H, N, K)."""
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
+    if flex_applies(q, layout):
+        return flex(q, keys, values, layout)
+    bias = None if layout.causal_only else layout.full_bias
+    return F.scaled_dot_product_attention(
+        q,
+        keys,
+        values,
+        attn_mask=None if bias is None else bias.to(q.dtype),
+        is_causal=layout.causal_only and layout.length > 1,
+        enable_gqa=q.shape[1] != keys.shape[1],
     )

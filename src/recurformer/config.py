@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-T = TypeVar("T")
+from pydantic import Field
+
+from recurformer.settings import Positive, Settings, setting, shown, suggest
 
 LATER_SETTINGS = frozenset({"embedding_std"})  # which configurations written before they existed do not have
 
@@ -22,19 +22,14 @@ ResidualScale = Literal["depth", "none"]
 Init = Literal["fan_in", "official"]
 
 
-def setting(default: T, doc: str) -> T:
-    """A dataclass field that carries its documentation: `--help` and the configuration reference are made of it."""
-    return field(default=default, metadata={"doc": doc})  # pyright: ignore[reportReturnType]
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'n_layers'?` for the nearest of `known`, or an empty string when nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+# Limits that no sensible model reaches. A value above is a damaged file or a slip, refused before memory is taken.
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Layers = Annotated[int, Field(ge=1, le=4096)]
+Vocabulary = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The shape of one language model. Shape letters: L layers, D width, F MLP width, H query heads, G key-value
     heads, K head width.
 
@@ -42,18 +37,18 @@ class ModelConfig:
         ValueError: for a value outside its limits or a combination that makes no model; the message names the values.
     """
 
-    vocab_size: int = setting(256, "Token ids run from 0 to vocab_size - 1.")
-    d_model: int = setting(128, "D, the width of the residual stream.")
-    n_layers: int = setting(4, "L, the number of layers.")
-    n_heads: int = setting(4, "H, the number of query heads.")
+    vocab_size: Vocabulary = setting(256, "Token ids run from 0 to vocab_size - 1.")
+    d_model: Width = setting(128, "D, the width of the residual stream.")
+    n_layers: Layers = setting(4, "L, the number of layers.")
+    n_heads: Width = setting(4, "H, the number of query heads.")
     layers: str | tuple[LayerKind, ...] = setting(
         "recurrent",
         'Kind of the layers: "recurrent", "standard", "first:K" (the first K recurrent, the others standard), '
         "or one entry per layer.",
     )
-    n_kv_heads: int | None = setting(None, "G, the number of key-value heads; none: n_heads. Must divide n_heads.")
-    head_dim: int | None = setting(None, "K, the width of a head; none: d_model / n_heads.")
-    d_mlp: int | None = setting(None, "F, the MLP's inner width (of each matrix for swiglu); none: 4 * d_model.")
+    n_kv_heads: Width | None = setting(None, "G, the number of key-value heads; none: n_heads. Must divide n_heads.")
+    head_dim: Width | None = setting(None, "K, the width of a head; none: d_model / n_heads.")
+    d_mlp: Width | None = setting(None, "F, the MLP's inner width (of each matrix for swiglu); none: 4 * d_model.")
     activation: Activation = setting("gelu", '"gelu" (exact), "gelu_tanh" or "swiglu".')
     position: Position = setting("alibi", '"alibi", "rope" (half-split rotation, after QK-norm) or "none".')
     alibi_slopes: AlibiSlopes = setting(
@@ -61,9 +56,9 @@ class ModelConfig:
         '"geometric": 2^(-8h/H) for every H, as the official code; "interleaved": Press et al., which differs when H '
         "is no power of two.",
     )
-    rope_theta: float = setting(10000.0, "Base of the rotary wavelengths.")
+    rope_theta: Positive = setting(10000.0, "Base of the rotary wavelengths.")
     norm: Norm = setting("rms", '"rms" or "layer" (weight, no bias); before each branch and before the output layer.')
-    norm_eps: float = setting(1e-5, "Added to the mean square (or variance) inside every norm.")
+    norm_eps: Positive = setting(1e-5, "Added to the mean square (or variance) inside every norm.")
     qk_norm: QKNorm = setting(
         "head",
         'Second norm on queries and keys: "head" (one weight of width K, shared by heads), "full" (over the whole '
@@ -71,7 +66,7 @@ class ModelConfig:
     )
     residual_scale: ResidualScale = setting("depth", '"depth": branches times 1/sqrt(L) (paper); "none" (official).')
     tie_embeddings: bool = setting(False, "Use the embedding matrix as the output layer.")
-    vocab_multiple: int = setting(1, "Pad embedding and output rows to a multiple of this; the padding never shows.")
+    vocab_multiple: Width = setting(1, "Pad embedding and output rows to a multiple of this; the padding never shows.")
     attention_bias: bool = setting(False, "Biases on the q, k, v and o projections.")
     mlp_bias: bool = setting(False, "Biases on the MLP's projections.")
     init: Init = setting(
@@ -79,37 +74,17 @@ class ModelConfig:
         '"fan_in": normal, std 1/sqrt(fan_in), embedding and output 1/sqrt(D); "official": normal cut at 3 sigma, '
         "output projections shrinking with depth.",
     )
-    embedding_std: float | None = setting(
+    embedding_std: Positive | None = setting(
         None,
         "Standard deviation of the embedding at initialisation; none: 1/sqrt(d_model). Not with tie_embeddings.",
     )
 
+    CHECKED_BY_ITSELF: ClassVar = ("layers",)
+
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "vocab_multiple",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            optional = name in ("n_kv_heads", "head_dim", "d_mlp")
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(
-                    f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}{suggest(str(value), choices)}"
-                )
-        for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        for name in ("rope_theta", "norm_eps", "embedding_std"):
-            value = getattr(self, name)
-            if value is None and name == "embedding_std":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
-            object.__setattr__(self, name, float(value))
+        super().__post_init__()
+        if isinstance(self.layers, list):  # TOML, YAML and JSON have no tuples
+            object.__setattr__(self, "layers", tuple(self.layers))
         if self.embedding_std is not None and self.tie_embeddings:
             raise ValueError(
                 f"embedding_std is {self.embedding_std:g}, and tie_embeddings would give it to the output layer, whose "
@@ -128,8 +103,6 @@ class ModelConfig:
             raise ValueError(
                 f"position 'rope' rotates pairs, but head_dim is {self.head_width}; make it even or choose 'alibi'"
             )
-        if isinstance(self.layers, list):  # what TOML, YAML and JSON give
-            object.__setattr__(self, "layers", tuple(self.layers))
         _ = self.layer_kinds
 
     # --- what follows from the choices -----------------------------------------------------------------------------
@@ -145,7 +118,7 @@ class ModelConfig:
                 )
             for kind in self.layers:
                 if kind not in kinds:
-                    raise ValueError(f"layers contains {kind!r}; each entry must be 'recurrent' or 'standard'")
+                    raise ValueError(f"layers contains {shown(kind)}; each entry must be 'recurrent' or 'standard'")
             return self.layers
         if self.layers in kinds:
             return (self.layers,) * self.n_layers  # pyright: ignore[reportReturnType]
@@ -153,11 +126,11 @@ class ModelConfig:
             count = self.layers.removeprefix("first:")
             if not (count.isascii() and count.isdigit()) or int(count) > self.n_layers:
                 raise ValueError(
-                    f"layers is {self.layers!r}; K in 'first:K' must be from 0 to n_layers {self.n_layers}"
+                    f"layers is {shown(self.layers)}; K in 'first:K' must be from 0 to n_layers {self.n_layers}"
                 )
             return ("recurrent",) * int(count) + ("standard",) * (self.n_layers - int(count))
         raise ValueError(
-            f"layers is {self.layers!r}; choose 'recurrent', 'standard', 'first:K' or one kind for each layer"
+            f"layers is {shown(self.layers)}; choose 'recurrent', 'standard', 'first:K' or one kind for each layer"
         )
 
     @property
@@ -165,6 +138,29 @@ class ModelConfig:
         """Number of recurrent layers at the bottom, below the first standard one."""
         kinds = self.layer_kinds
         return kinds.index("standard") if "standard" in kinds else len(kinds)
+
+    @property
+    def kind(self) -> str:
+        """The kinds of the layers in a few letters: "recurrent", "standard", "first:K", or R and S, first to last."""
+        kinds = self.layer_kinds
+        recurrent = kinds.count("recurrent")
+        if recurrent in (0, len(kinds)):
+            return kinds[0]
+        if all(kind == "recurrent" for kind in kinds[:recurrent]):
+            return f"first:{recurrent}"
+        letters = "".join(kind[0].upper() for kind in kinds)
+        return letters if len(letters) <= 9 else f"{recurrent} of {len(kinds)} R"
+
+    def num_parameters(self, embedding: bool = False) -> int:
+        """Number of parameters of a model of this shape; without embedding and output layer unless `embedding`."""
+        D, F, K = self.d_model, self.mlp_width, self.head_width
+        queries, pairs = self.n_heads * K, self.kv_heads * K
+        inner = F * (2 if self.activation == "swiglu" else 1)
+        layer = 2 * D + D * (2 * queries + 2 * pairs) + D * (inner + F)
+        layer += {"head": 2 * K, "full": queries + pairs, "none": 0}[self.qk_norm]
+        layer += (queries + 2 * pairs + D if self.attention_bias else 0) + (inner + D if self.mlp_bias else 0)
+        tables = (1 if self.tie_embeddings else 2) * self.padded_vocab_size * D
+        return self.n_layers * layer + D + (tables if embedding else 0)
 
     @property
     def kv_heads(self) -> int:
@@ -227,16 +223,6 @@ class ModelConfig:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}{suggest(name, PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "activation": get_args(Activation),
-    "position": get_args(Position),
-    "alibi_slopes": get_args(AlibiSlopes),
-    "norm": get_args(Norm),
-    "qk_norm": get_args(QKNorm),
-    "residual_scale": get_args(ResidualScale),
-    "init": get_args(Init),
-}
 
 # The options of the official configuration files (paper section 7 and its code), shared by the paper's shapes.
 OFFICIAL_OPTIONS: dict[str, Any] = {

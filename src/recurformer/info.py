@@ -6,19 +6,16 @@ import os
 import platform
 import re
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recurformer.attention import choose_attention
-from recurformer.config import PRESETS, ModelConfig, suggest
-from recurformer.decode import choose_step
-from recurformer.loss import choose_loss
-from recurformer.report import kind_of, parameters
-from recurformer.scan import choose_scan
+from recurformer.choose import CHOOSERS
+from recurformer.config import PRESETS, ModelConfig
+from recurformer.settings import suggest
 from recurformer.version import __version__
 
 
@@ -34,7 +31,7 @@ def describe(target: str, layers: str | None = None) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {"target": target}
     if Path(target).is_dir():
-        from recurformer.folders import load_config, resolve
+        from recurformer.store.folders import load_config, resolve
 
         if layers is not None:
             raise ValueError(f"--layers is {layers!r}, but {target} is a folder and has its own; drop one of them")
@@ -49,7 +46,7 @@ def describe(target: str, layers: str | None = None) -> dict[str, Any]:
             f"{suggest(target, PRESETS)}"
         )
     facts |= {
-        "kind": kind_of(config),
+        "kind": config.kind,
         "layers": config.n_layers,
         "width": config.d_model,
         "heads": config.n_heads,
@@ -57,49 +54,14 @@ def describe(target: str, layers: str | None = None) -> dict[str, Any]:
         "head_width": config.head_width,
         "mlp_width": config.mlp_width,
         "vocabulary": config.vocab_size,
-        "parameters": parameters(config),
-        "parameters_with_embeddings": parameters(config, embedding=True),
+        "parameters": config.num_parameters(),
+        "parameters_with_embeddings": config.num_parameters(embedding=True),
         "kv_bytes_per_token_16_bit": config.kv_bytes_per_token(2),
         "kv_bytes_per_token_32_bit": config.kv_bytes_per_token(4),
     }
     for what, choose in CHOOSERS.items():
         facts[what] = {str(device): asdict(choose(config, device)) for device in devices()}
     return facts
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several ways to compute the same, and why it is the one."""
-
-    name: str
-    why: str
-
-
-def chosen_scan(config: ModelConfig, device: torch.device) -> Choice:
-    """What `auto` means for a model on a device."""
-    if "recurrent" not in config.layer_kinds:
-        return Choice("none", "the model has no recurrent layer")
-    return Choice(*choose_scan("auto", config, device))
-
-
-def chosen_attention(config: ModelConfig, device: torch.device) -> Choice:
-    """How standard layers attend on a device."""
-    if "standard" not in config.layer_kinds:
-        return Choice("none", "the model has no standard layer")
-    return Choice(*choose_attention(config, device))
-
-
-def chosen_loss(_: ModelConfig, device: torch.device) -> Choice:
-    """How training takes its loss on a device."""
-    return Choice(*choose_loss(device))
-
-
-def chosen_step(config: ModelConfig, device: torch.device) -> Choice:
-    """What makes a token on a device, after the prompt: of one row, in a dtype that kernels take."""
-    return Choice(*choose_step("auto", config, device, torch.float32, 1))
-
-
-CHOOSERS = {"scan": chosen_scan, "attention": chosen_attention, "loss": chosen_loss, "decoding": chosen_step}
 
 
 def devices() -> list[torch.device]:
@@ -188,7 +150,15 @@ def show_presets() -> None:
         table.add_column(heading, justify="right" if n else "left", no_wrap=True)
     for name in PRESETS:
         c = ModelConfig.preset(name)
-        numbers = (c.n_layers, c.d_model, c.n_heads, c.mlp_width, c.vocab_size, parameters(c), c.kv_bytes_per_token())
+        numbers = (
+            c.n_layers,
+            c.d_model,
+            c.n_heads,
+            c.mlp_width,
+            c.vocab_size,
+            c.num_parameters(),
+            c.kv_bytes_per_token(),
+        )
         table.add_row(name, *(f"{number:,}" for number in numbers))
     Console().print(table)
     print("Parameters: without embedding and output layer.\nKV bytes: 16-bit keys and values of all layers.\n")

@@ -8,7 +8,6 @@ without liger-kernel, `LanguageModel` makes blocks of logits with plain operatio
 from __future__ import annotations
 
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -26,31 +25,6 @@ def liger_loss() -> Any:
     except ImportError:
         return None
     return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
-
-
-@cache
-def liger_version() -> str:
-    """Of the installed package, "" when it does not say."""
-    try:
-        return metadata.version("liger-kernel")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def choose_loss(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """How the loss is made where no logits are wanted, "fused" or "chunked", and why, in words.
-
-    Args:
-        device: of the model.
-        dtype: of the output layer's product.
-    """
-    if device.type != "cuda":
-        return "chunked", "blocks of logits in PyTorch operations, made again in the backward"
-    if dtype == torch.float64:
-        return "chunked", "the fused loss works in float32"
-    if liger_loss() is None:
-        return "chunked", "liger-kernel is not installed (extra: recurformer[gpu])"
-    return "fused", f"liger-kernel {liger_version()}: logits and their gradient in one pass, by blocks"
 
 
 def fused_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

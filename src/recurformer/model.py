@@ -13,10 +13,8 @@ D width, F MLP width, H query heads, G key-value heads, K head width, V vocabula
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -24,310 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recurformer.attention import biased_scores, compiled, flex, flex_applies, visible_blocks
+from recurformer.attention import Layout, Rotation, alibi_slopes, compiled, parallel_attention, rotary_frequencies
 from recurformer.cache import KVCache
+from recurformer.checks import check_inputs
+from recurformer.choose import SCAN_CHOICES, choose_loss, choose_scan
 from recurformer.config import LayerKind, ModelConfig
-from recurformer.loss import IGNORE, choose_loss, fused_loss
-from recurformer.scan import SCAN_CHOICES, choose_scan, scan_by_name
+from recurformer.layer import LayerMaths, accumulation_dtype, compute_dtype, normalise
+from recurformer.loss import IGNORE, fused_loss
+from recurformer.scan.algorithms import scan_by_name
 from recurformer.scan.wavefront import wavefront_scan
 
 LOGITS_AT_ONCE = 2**25  # elements; above this the loss without logits works in chunks that are recomputed backward
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: residual stream, norm statistics, softmax and loss (design: precision)."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 # --- positions -------------------------------------------------------------------------------------------------------
 
 
-def alibi_slopes(n_heads: int, scheme: str = "geometric", *, device: Any = None) -> Tensor:
-    """ALiBi slopes (H,), float64, of heads h = 1..H.
-
-    Args:
-        scheme: "geometric" is 2^(-8h/H) for every H, as the official code; "interleaved" is Press et al.: for H no
-            power of two, the slopes of the next smaller power of two, then every other one of the next larger.
-    """
-
-    def geometric(count: int) -> Tensor:
-        return torch.exp2(-8.0 * torch.arange(1, count + 1, dtype=torch.float64, device=device) / count)
-
-    if scheme == "geometric":
-        return geometric(n_heads)
-    power = 2 ** int(math.log2(n_heads))
-    return torch.cat([geometric(power), geometric(2 * power)[0::2][: n_heads - power]])
-
-
-def rotary_frequencies(config: ModelConfig, device: Any = None) -> Tensor:
-    """Angle a position (K / 2,) by which RoPE turns each pair of coordinates: theta^(-2c/K); float64 (MPS: float32)."""
-    K = config.head_width
-    exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # MPS has no float64
-    return config.rope_theta ** (-torch.arange(0, K, 2, dtype=exact, device=device) / K)
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Cosines and sines of the rotary angles, each (B or 1, 1, N, K/2)."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __getitem__(self, positions: slice) -> Rotation:
-        return Rotation(self.cos[:, :, positions], self.sin[:, :, positions])
-
-    def inverse(self) -> Rotation:
-        """The rotation back."""
-        return Rotation(self.cos, -self.sin)
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """Rotate u (B, heads, N, K): coordinate c and c + K/2 are a pair (the half-split convention)."""
-        first, second = u.to(self.cos.dtype).chunk(2, dim=-1)
-        turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
-        return torch.cat(turned, dim=-1).to(u.dtype)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of one call stand and who sees whom: the one place for positions, padding and documents.
-
-    Slots are columns of the batch, 0..M-1, the first P of them in the cache. A token's *position* is the number of
-    real tokens before it in its row. A query sees itself and, of the earlier slots, those that hold a real token of
-    its own document.
-    """
-
-    past: int  # P
-    length: int  # N
-    positions: Tensor  # (B or 1, M) int64
-    valid: Tensor | None = None  # (B, M) bool, False at pads; None: no pads
-    documents: Tensor | None = None  # (B, M) int64, non-decreasing; None: one document a row
-    slopes: Tensor | None = None  # (H,) in the accumulation dtype; None: no ALiBi
-    rotation: Rotation | None = None  # of the N new positions; None: no RoPE
-
-    @property
-    def causal_only(self) -> bool:
-        """True when attention is plain causal attention over the new tokens."""
-        return self.past == 0 and self.valid is None and self.documents is None and self.slopes is None
-
-    def visible(self, queries: slice, keys: slice) -> Tensor | None:
-        """(B or 1, 1, q, k) bool, True where a query sees a key; None when every query of the block sees every key.
-
-        Args:
-            queries: range of new positions, 0 <= start < stop <= N.
-            keys: range of slots, 0 <= start < stop <= M.
-        """
-        seen: Tensor | None = None
-        device = self.positions.device
-        i = torch.arange(self.past + queries.start, self.past + queries.stop, device=device)[:, None]
-        j = torch.arange(keys.start, keys.stop, device=device)
-        if keys.stop > self.past + queries.start + 1:
-            seen = (j <= i)[None]
-        if self.valid is not None:
-            real = self.valid[:, None, keys]
-            seen = real if seen is None else seen & real
-        if self.documents is not None:
-            of_query = self.documents[:, self.past + queries.start : self.past + queries.stop, None]
-            same = of_query == self.documents[:, None, keys]
-            seen = same if seen is None else seen & same
-        if seen is None:
-            return None
-        if keys.stop > self.past + queries.start:
-            seen = seen | (j == i)  # a pad sees itself: no row of scores is ever empty
-        return seen[:, None]
-
-    def bias(self, queries: slice, keys: slice) -> Tensor | None:
-        """(B or 1, H or 1, q, k): what is added to the scaled scores, ALiBi and -inf where a key is not seen."""
-        bias: Tensor | None = None
-        if self.slopes is not None:
-            i = self.positions[:, self.past + queries.start : self.past + queries.stop, None]
-            distance = (i - self.positions[:, None, keys]).to(self.slopes.dtype)
-            bias = -self.slopes[:, None, None] * distance[:, None]
-        visible = self.visible(queries, keys)
-        if visible is None:
-            return bias
-        if bias is None:
-            bias = torch.zeros((), dtype=torch.float32, device=visible.device)
-        return torch.where(visible, bias, float("-inf"))
-
-    @cached_property
-    def earliest(self) -> list[int] | None:
-        """Per new position, the first slot that a query there sees in any row; None: always slot 0."""
-        if self.documents is None:
-            return None
-        begins = F.pad(self.documents.diff(dim=1) != 0, (1, 0), value=True)
-        slots = torch.arange(self.documents.shape[1], device=begins.device)
-        return torch.where(begins, slots, 0).cummax(1).values.amin(0).tolist()
-
-    @cached_property
-    def full_bias(self) -> Tensor | None:
-        """`bias` of all N queries and M keys, made once for all layers."""
-        return self.bias(slice(0, self.length), slice(0, self.past + self.length))
-
-    @cached_property
-    def flex(self) -> tuple[Any, Any]:
-        """`bias` and `visible` as FlexAttention takes them, made once for all layers."""
-        return biased_scores(self), visible_blocks(self)
-
-
 # --- one layer -------------------------------------------------------------------------------------------------------
-
-
-def normalise(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
-    """RMS or layer norm over the last dimension, in the accumulation dtype; the weights of a stack broadcast."""
-    x = x.to(accumulation_dtype(x.dtype))
-    weight = weight.to(x.dtype)
-    if weight.dim() == 1:
-        norm = F.rms_norm if config.norm == "rms" else F.layer_norm
-        return norm(x, weight.shape, weight, eps=config.norm_eps)
-    if config.norm == "layer":
-        return F.layer_norm(x, weight.shape[-1:], eps=config.norm_eps) * weight
-    # Written out, with one operation over the width: on a CPU F.rms_norm takes twice as long for a position's few rows.
-    width = x.shape[-1]
-    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().add(width * config.norm_eps).rsqrt()
-    return x * inverse * (weight * width**0.5)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b; of a stack, x (L, n, in) with W (L, out, in) and b (L, 1, out), to each layer its own."""
-    if weight.dim() == 2:
-        return F.linear(x, weight, bias)
-    weight = weight.transpose(1, 2)
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
-
-
-def activate(up: Tensor, gate: Tensor | None, config: ModelConfig) -> Tensor:
-    """The MLP's inner activation: GELU of `up`, or SiLU(gate) * up."""
-    if gate is not None:
-        return F.silu(gate) * up
-    return F.gelu(up, approximate="tanh" if config.activation == "gelu_tanh" else "none")
-
-
-@dataclass(frozen=True)
-class LayerMaths:
-    """The maths of one layer (paper section 2.2) as functions of plain tensors; the only place where it is written.
-
-    Matrices and biases are in the compute dtype, norm weights as stored. `Layer.maths()` fills it from parameters.
-    """
-
-    config: ModelConfig
-    attention_norm: Tensor  # (D,)
-    q: Tensor  # (H K, D)
-    k: Tensor  # (G K, D)
-    v: Tensor  # (G K, D)
-    o: Tensor  # (D, H K)
-    mlp_norm: Tensor  # (D,)
-    up: Tensor  # (F, D)
-    down: Tensor  # (D, F)
-    gate: Tensor | None = None  # (F, D), swiglu
-    q_norm: Tensor | None = None  # (K,) or (H K,)
-    k_norm: Tensor | None = None  # (K,) or (G K,)
-    q_bias: Tensor | None = None
-    k_bias: Tensor | None = None
-    v_bias: Tensor | None = None
-    o_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    gate_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    kv: Tensor | None = None  # (2 G K, D), k above v, where `stack` has made one product of two
-    kv_bias: Tensor | None = None
-
-    @classmethod
-    def stack(cls, layers: Sequence[LayerMaths], by_column: bool = False) -> LayerMaths:
-        """The maths of several layers of one shape at once, for x (L, n, D): n positions of each layer.
-
-        In `pairs` n stands where N does, and L where B does. Matrices become (L, out, in), biases and norm weights
-        broadcast against (L, n, width), those of heads against (L, n, G, K); `kv` makes one product of two.
-
-        Args:
-            by_column: lay the branches' matrices out for products with few rows of x; else for those with few rows of
-                gradients. Projections always are the latter: backward they are to give the very bits of the forward.
-        """
-
-        def matrices(*parts: str) -> Tensor:
-            joined = [torch.cat([getattr(layer, part) for part in parts]) for layer in layers]
-            if by_column and parts[0] in ("o", "up", "gate", "down"):
-                return torch.stack([matrix.t() for matrix in joined]).transpose(1, 2)
-            return torch.stack(joined) if len(layers) > 1 else joined[0][None]
-
-        first, head = layers[0], layers[0].config.qk_norm == "head"
-        tensors: dict[str, Tensor] = {"kv": matrices("k", "v")}
-        tensors["k"], tensors["v"] = tensors["kv"].chunk(2, dim=1)
-        if first.k_bias is not None and first.v_bias is not None:
-            biases = [torch.cat([getattr(layer, name) for name in ("k_bias", "v_bias")]) for layer in layers]
-            tensors["kv_bias"] = torch.stack(biases)[:, None]
-            tensors["k_bias"], tensors["v_bias"] = tensors["kv_bias"].chunk(2, dim=2)
-        for name in (f.name for f in fields(cls)):
-            tensor = getattr(first, name)
-            if not isinstance(tensor, Tensor) or name in tensors:
-                continue
-            if tensor.dim() == 2:
-                tensors[name] = matrices(name)
-            else:
-                stacked = torch.stack([getattr(layer, name) for layer in layers])[:, None]
-                tensors[name] = stacked[:, None] if head and name in ("q_norm", "k_norm") else stacked
-        return cls(first.config, **tensors)
-
-    def __getitem__(self, layers: slice) -> LayerMaths:
-        """Some layers of a stack."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t[layers] for name, t in tensors.items() if isinstance(t, Tensor)})
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.q.dtype
-
-    def attention_input(self, x: Tensor) -> Tensor:
-        """h = RMS(x), (B, N, D), in the compute dtype. Of outputs z it gives what the persistent pairs are made of."""
-        return normalise(x, self.attention_norm, self.config).to(self.compute_dtype)
-
-    def projections(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, K) and pairs (B, G, N, K) of x (B, N, D): what a standard layer's attention needs."""
-        h = self.attention_input(x)
-        return self.queries(h, rotation), *self.pairs(h, rotation)
-
-    def queries(self, h: Tensor, rotation: Rotation | None) -> Tensor:
-        """q = RMSq(Q h), rotated; (B, N, D) to (B, H, N, K)."""
-        return self._heads(linear(h, self.q, self.q_bias), self.q_norm, rotation)
-
-    def pairs(self, h: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """k = RMSk(K h), rotated, and v = V h; (B, N, D) to two of (B, G, N, K).
-
-        Of RMS(x) these are the temporary pairs k^, v^; of RMS(z) the persistent ones.
-        """
-        if self.kv is None:
-            k, v = linear(h, self.k, self.k_bias), linear(h, self.v, self.v_bias)
-        else:
-            k, v = linear(h, self.kv, self.kv_bias).chunk(2, dim=-1)
-        return self._heads(k, self.k_norm, rotation), self._heads(v, None, None)
-
-    def _heads(self, u: Tensor, norm_weight: Tensor | None, rotation: Rotation | None) -> Tensor:
-        dtype, K = u.dtype, self.config.head_width
-        if norm_weight is not None and self.config.qk_norm == "full":
-            u = normalise(u, norm_weight, self.config)
-        u = u.unflatten(-1, (-1, K))
-        if norm_weight is not None and self.config.qk_norm == "head":
-            u = normalise(u, norm_weight, self.config)
-        u = u.transpose(1, 2)
-        return (u if rotation is None else rotation(u)).to(dtype)
-
-    def outputs(self, x: Tensor, a: Tensor) -> Tensor:
-        """z from the layer's input x (B, N, D) and the attention outputs a (B, H, N, K): both residual branches."""
-        y = self.attended(x, a.transpose(1, 2).flatten(2))
-        return self.finished(y, *self.mlp_inner(y))
-
-    def attended(self, x: Tensor, a: Tensor) -> Tensor:
-        """y = x + s O a, with the heads of a side by side, (..., H K)."""
-        return torch.add(x, linear(a, self.o, self.o_bias), alpha=self.config.branch_scale)
-
-    def mlp_inner(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The MLP's inner values before activation, up and (swiglu) gate, (..., F), from y (..., D)."""
-        h = normalise(y, self.mlp_norm, self.config).to(self.compute_dtype)
-        return linear(h, self.up, self.up_bias), None if self.gate is None else linear(h, self.gate, self.gate_bias)
-
-    def finished(self, y: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
-        """z = y + s MLP(RMS(y)), given the MLP's inner values."""
-        branch = linear(activate(up, gate, self.config), self.down, self.down_bias)
-        return torch.add(y, branch, alpha=self.config.branch_scale)
 
 
 class Norm(nn.Module):
@@ -430,30 +141,6 @@ class Layer(nn.Module):
             if cache is not None:
                 keys, values = cache.extend(index, keys, values)
             return after(maths, x, parallel_attention(q, keys, values, layout))
-
-
-def parallel_attention(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
-    """Attention of a standard layer: q (B, H, N, K) over keys and values (B, G, M, K), to (B, H, N, K)."""
-    keys, values = keys.to(q.dtype), values.to(q.dtype)
-    if flex_applies(q, layout):
-        return flex(q, keys, values, layout)
-    bias = None if layout.causal_only else layout.full_bias
-    return F.scaled_dot_product_attention(
-        q,
-        keys,
-        values,
-        attn_mask=None if bias is None else bias.to(q.dtype),
-        is_causal=layout.causal_only and layout.length > 1,
-        enable_gqa=q.shape[1] != keys.shape[1],
-    )
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's where it is on, else the weights'. float64 is never lowered."""
-    device = weight.device.type
-    if device != "meta" and weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 # --- the language model ----------------------------------------------------------------------------------------------
@@ -582,7 +269,16 @@ class LanguageModel(nn.Module):
             ValueError: naming the value, the limit and the remedy, before any work.
         """
         valid = check_inputs(
-            self, tokens, targets, attention_mask, document_ids, cache, use_cache, return_logits, validate
+            self.config,
+            self.embedding.weight.device,
+            tokens,
+            targets,
+            attention_mask,
+            document_ids,
+            cache,
+            use_cache,
+            return_logits,
+            validate,
         )
         if cache is None and use_cache:
             weight = self.embedding.weight
@@ -624,7 +320,18 @@ class LanguageModel(nn.Module):
             ValueError: as `forward`, and for a depth that the model does not have.
         """
         self._check_depth(depth)
-        valid = check_inputs(self, tokens, None, attention_mask, document_ids, None, False, True, validate)
+        valid = check_inputs(
+            self.config,
+            self.embedding.weight.device,
+            tokens,
+            None,
+            attention_mask,
+            document_ids,
+            None,
+            False,
+            True,
+            validate,
+        )
         return self._upwards(self._embedded(tokens.long(), valid), 0, depth, valid, document_ids)
 
     def _check_depth(self, depth: int) -> None:
@@ -771,90 +478,10 @@ class LanguageModel(nn.Module):
         return loss / (targets != IGNORE).sum().clamp(min=1)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Continue prompts (B, N); `recurformer.generation.generate` has the options. (B * num_samples, N + new)."""
-        from recurformer.generation import generate
+        """Continue prompts (B, N); `recurformer.generation.sampling` has the options. (B * num_samples, N + new)."""
+        from recurformer.generation.sampling import generate
 
         return generate(self, tokens, max_new_tokens, **options)
 
 
 # --- what bad input gets ---------------------------------------------------------------------------------------------
-
-
-def check_inputs(
-    model: LanguageModel,
-    tokens: Tensor,
-    targets: Tensor | None,
-    attention_mask: Tensor | None,
-    document_ids: Tensor | None,
-    cache: KVCache | None,
-    use_cache: bool,
-    return_logits: bool,
-    validate: bool | None,
-) -> Tensor | None:
-    """Raise ValueError on what `LanguageModel.forward` can't take; return the new tokens' mask (None: all real)."""
-    config, device = model.config, model.embedding.weight.device
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise ValueError(f"tokens must be integer ids of shape (B, N), not {tokens.dtype} of {tuple(tokens.shape)}")
-    B, N = tokens.shape
-    if B == 0 or N == 0:
-        raise ValueError(f"tokens have shape {(B, N)}; at least one row and one position are needed")
-    for name, tensor in {"targets": targets, "document_ids": document_ids}.items():
-        if tensor is not None and (tensor.shape != tokens.shape or tensor.is_floating_point()):
-            raise ValueError(
-                f"{name} must be integers of the tokens' shape {(B, N)}, not {tensor.dtype} of {tuple(tensor.shape)}"
-            )
-    for name, tensor in {
-        "tokens": tokens, "targets": targets, "document_ids": document_ids, "attention_mask": attention_mask,
-    }.items():  # fmt: skip
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} are on {tensor.device}, the model on {device}; move one of them")
-    if not return_logits and targets is None:
-        raise ValueError("return_logits=False without targets would compute nothing; give targets")
-    if document_ids is not None and (cache is not None or use_cache):
-        raise ValueError(
-            "document_ids and a cache do not go together; call without the cache, or one document at a time"
-        )
-    P = 0
-    if cache is not None:
-        cache.check(config, B, N, device)
-        P = cache.length
-    if validate is None:
-        validate = device.type == "cpu"
-
-    valid = attention_mask
-    if attention_mask is not None:
-        if tuple(attention_mask.shape) not in {(B, N), (B, P + N)}:
-            expected = f"{(B, N)}" if P == 0 else f"{(B, N)} for the new tokens or {(B, P + N)} for all"
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {expected}")
-        if (
-            validate
-            and attention_mask.dtype != torch.bool
-            and not ((attention_mask == 0) | (attention_mask == 1)).all()
-        ):
-            raise ValueError("attention_mask holds values other than 0 and 1; 1 marks a real token, 0 padding")
-        valid = attention_mask.bool()
-        if cache is not None and valid.shape[1] == P + N and P > 0:
-            if not torch.equal(valid[:, :P], cache.valid[:, :P]):
-                raise ValueError(
-                    f"attention_mask's first {P} columns disagree with what the cache remembers; "
-                    f"pass the mask of the {N} new tokens alone"
-                )
-            valid = valid[:, P:]
-        if valid.all():  # a mask of ones is no mask, bit for bit
-            valid = None
-    if validate:
-        real = tokens if valid is None else tokens[valid]
-        if real.numel() and (real.min() < 0 or real.max() >= config.vocab_size):
-            worst = real.min() if real.min() < 0 else real.max()
-            raise ValueError(
-                f"token id {int(worst)} is outside the vocabulary of {config.vocab_size} (0 to {config.vocab_size - 1})"
-            )
-        if targets is not None:
-            wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= config.vocab_size))]
-            if wrong.numel():
-                raise ValueError(
-                    f"target {int(wrong[0])} is outside the vocabulary of {config.vocab_size}; -100 means ignore"
-                )
-        if document_ids is not None and (document_ids.long().diff(dim=1) < 0).any():
-            raise ValueError("document_ids decrease along a row; documents must be contiguous, with non-decreasing ids")
-    return valid

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recurformer.config import ModelConfig, suggest
+from recurformer.config import ModelConfig
+from recurformer.settings import suggest
+from recurformer.units import short_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +116,7 @@ def short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from recurformer.training.logging import METRICS, read_metrics
+    from recurformer.store.runs import METRICS, read_metrics
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give a training run's folder")
@@ -149,37 +151,6 @@ def _curve(records: list[dict[str, Any]], name: str) -> Curve:
 # --- table -----------------------------------------------------------------------------------------------------------
 
 
-def kind_of(config: ModelConfig) -> str:
-    """The kinds of the layers in a few letters: "recurrent", "standard", "first:K", or R and S, first to last."""
-    kinds = config.layer_kinds
-    recurrent = kinds.count("recurrent")
-    if recurrent in (0, len(kinds)):
-        return kinds[0]
-    if all(kind == "recurrent" for kind in kinds[:recurrent]):
-        return f"first:{recurrent}"
-    letters = "".join(kind[0].upper() for kind in kinds)
-    return letters if len(letters) <= 9 else f"{recurrent} of {len(kinds)} R"
-
-
-def parameters(config: ModelConfig, embedding: bool = False) -> int:
-    """Parameters of a model of this shape, without making it."""
-    import torch
-
-    from recurformer.model import LanguageModel
-
-    with torch.device("meta"):
-        return LanguageModel(config).num_parameters(embedding)
-
-
-def short_number(value: float) -> str:
-    """1234 as 1,234 and 1234567 as 1.23M: six characters at most."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if value >= limit:
-            scaled = value / limit
-            return f"{scaled:.2f}{unit}" if scaled < 100 else f"{scaled:.0f}{unit}"
-    return f"{value:,.0f}" if value < 100_000 else f"{value / 1000:.0f}k"
-
-
 def one_tokenizer(runs: Sequence[Run]) -> bool:
     """False when the runs count different tokens: then only bits per byte compare them."""
     rates = [run.bits_per_nat for run in runs if run.bits_per_nat is not None]
@@ -196,11 +167,11 @@ def rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         config, best, speed = run.model, run.best, run.tokens_per_second
         factor = 1.0 if same else run.bits_per_nat
         loss = None if best is None or factor is None else best["validation_loss"] * factor
-        count = parameters(config)
+        count = config.num_parameters()
         cells.append(
             [
                 run.name,
-                kind_of(config),
+                config.kind,
                 str(config.n_layers),
                 str(config.d_model),
                 f"{count:,}" if count < 10_000_000 else short_number(count),
@@ -215,9 +186,9 @@ def rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 KEYS: dict[str, Callable[[Run], Any]] = {
     "layers": lambda run: run.model.n_layers,
-    "kind": lambda run: kind_of(run.model),
+    "kind": lambda run: run.model.kind,
     "width": lambda run: run.model.d_model,
-    "params": lambda run: parameters(run.model),
+    "params": lambda run: run.model.num_parameters(),
     "tokens": lambda run: run.tokens,
     "lr": lambda run: run.config["optimizer"]["lr"],
     "beta2": lambda run: run.config["optimizer"]["beta2"],
@@ -496,7 +467,7 @@ def write_report(
     samples: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Path, Path]:
     """Write the picture and the page into a folder (made if missing); their paths."""
-    from recurformer.folders import replacing
+    from recurformer.files import replacing
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from recurformer.data import TokenDataset, TrainingWindows, evaluation_batches, prepare
 from recurformer.data.windows import shuffled
-from recurformer.model import IGNORE
+from recurformer.loss import IGNORE
 
 
 def raw(

@@ -21,9 +21,11 @@ from helpers import layer_of, random_tokens, relative_rms, tiny
 from torch import Tensor
 
 from recurformer import KVCache, LanguageModel, ModelConfig
-from recurformer.model import LayerMaths, Layout
-from recurformer.scan import choose_scan, fused
-from recurformer.scan.fused import stack_scan
+from recurformer.attention import Layout
+from recurformer.choose import choose_scan
+from recurformer.layer import LayerMaths
+from recurformer.scan import fused
+from recurformer.scan.fused.scan import stack_scan
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.wavefront import wavefront_scan
 
@@ -221,7 +223,7 @@ def test_what_is_kept_changes_no_bit(interpreted: None, request: pytest.FixtureR
 
 @interpreter
 def test_what_is_kept_is_bounded_by_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recurformer.scan.fused import affordable
+    from recurformer.scan.fused.scan import affordable
 
     config = ModelConfig(d_model=64, n_heads=4, n_layers=3, layers="first:2", d_mlp=256)
     pairs, inner = 2 * 3 * 64, 2 * 256  # values a position, of the two recurrent layers
@@ -391,7 +393,7 @@ def test_a_wavefront_on_a_gpu_is_that_of_the_kernels_or_refused() -> None:
 
 def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("recurformer.scan.fused.HAS_TRITON", True)
+    monkeypatch.setattr("recurformer.hardware.HAS_TRITON", True)
     model = small()
     maths, layout = layer_of(model, 0).maths(), model._layout(1, 2, None, None, None)
     x = torch.randn(1, 2, 8)
@@ -427,7 +429,7 @@ def test_layers_that_are_more_than_layers_stay_by_themselves() -> None:
 
 def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, config = torch.device("cuda"), ModelConfig()
-    monkeypatch.setattr("recurformer.scan.fused.HAS_TRITON", True)
+    monkeypatch.setattr("recurformer.hardware.HAS_TRITON", True)
 
     def chosen(config: ModelConfig, **shape: int) -> str:
         return choose_scan("auto", config, gpu, **shape)[0]  # pyright: ignore[reportArgumentType]
@@ -491,7 +493,7 @@ def test_an_unknown_batch_is_told_the_limit() -> None:
 def test_the_interpreter_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the wavefront would be that of the kernels, interpreted: slow, and not in float64."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("recurformer.scan.fused.HAS_TRITON", True)
+    monkeypatch.setattr("recurformer.hardware.HAS_TRITON", True)
     assert choose_scan("auto", ModelConfig(), CPU, batch_size=2, length=256)[0] == "tiled"
     with pytest.raises(ValueError, match=r"'wavefront', which can't run: the compute dtype is torch\.float64"):
         choose_scan("wavefront", ModelConfig(), CPU, dtype=torch.float64)

@@ -10,15 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurformer.scan.schedule import (
-    Block,
-    Schedule,
-    attention_traffic,
-    choose_schedule,
-    lowbit,
-    naive_schedule,
-    waves,
-)
+from recurformer.scan.schedule import Block, Schedule, attention_traffic, choose_schedule, lowbit, naive_schedule, waves
 
 SIDES = st.integers(0, 8).map(lambda e: 1 << e)
 

@@ -28,11 +28,13 @@ from helpers import (
 from torch import Tensor
 
 from recurformer import KVCache, LanguageModel, ModelConfig
-from recurformer.bench.memory import peak_memory
-from recurformer.model import Layer, LayerMaths, Layout
-from recurformer.scan.blocks import Attention, Leaf, LeafGradients
+from recurformer.attention import Layout
+from recurformer.experiments.bench.memory import peak_memory
+from recurformer.layer import LayerMaths
+from recurformer.model import Layer
 from recurformer.scan.reference import reference_scan
-from recurformer.scan.tiled import stack_scan, tiled_scan
+from recurformer.scan.tiled.blocks import Attention, Leaf, LeafGradients
+from recurformer.scan.tiled.scan import stack_scan, tiled_scan
 from recurformer.scan.wavefront import wavefront_scan
 
 # --- one layer and one call of it ------------------------------------------------------------------------------------
@@ -204,9 +206,9 @@ def test_a_long_past_and_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch)
     one = case(2, 40, past=83, n_kv_heads=2)
     expected = reference(one)
     assert_same(tiled(one, leaf=4), expected)
-    monkeypatch.setattr("recurformer.scan.blocks.QUERY_BLOCK", 7)
-    monkeypatch.setattr("recurformer.scan.blocks.KEY_BLOCK", 10)
-    monkeypatch.setattr("recurformer.scan.tiled.POSITION_BLOCK", 8)
+    monkeypatch.setattr("recurformer.scan.tiled.blocks.QUERY_BLOCK", 7)
+    monkeypatch.setattr("recurformer.scan.tiled.blocks.KEY_BLOCK", 10)
+    monkeypatch.setattr("recurformer.scan.tiled.scan.POSITION_BLOCK", 8)
     for schedule in ({"chunk": None, "leaf": 1}, {"chunk": 16, "leaf": 4}, {"chunk": None, "leaf": 64}):
         assert_same(tiled(one, save="minimal", **schedule), expected)
 
@@ -424,7 +426,7 @@ def test_every_schedule_of_a_stack_is_exact(name: str, schedule: dict[str, Any])
 
 
 def test_blocks_of_a_stack_may_be_shorter_than_its_chunks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("recurformer.scan.tiled.POSITION_BLOCK", 8)
+    monkeypatch.setattr("recurformer.scan.tiled.scan.POSITION_BLOCK", 8)
     assert_stack_is_exact(stack(2, 40), chunk=16, leaf=4)
 
 
@@ -700,7 +702,7 @@ def test_loops_of_small_products_keep_to_one_thread(limit: int, monkeypatch: pyt
             return work(*args, **options)
 
         monkeypatch.setattr(owner, name, counted)
-    monkeypatch.setattr("recurformer.scan.tiled.ONE_THREAD", limit)
+    monkeypatch.setattr("recurformer.scan.tiled.scan.ONE_THREAD", limit)
     tiled(case(2, 37), leaf=4)
     loops = {1} if limit > 1 else {2}
     assert inside == {"read": loops, "meet": loops, "absorb": {2}}
@@ -776,7 +778,7 @@ def test_keeping_more_takes_more_memory_and_by_size_it_is_kept(monkeypatch: pyte
     least, most = peak("minimal"), peak("all")
     assert most > least + 4 * one.x.nbytes
     assert peak("auto") == most
-    monkeypatch.setattr("recurformer.scan.tiled.KEEP_BYTES", 1)
+    monkeypatch.setattr("recurformer.scan.tiled.scan.KEEP_BYTES", 1)
     assert peak("auto") == least
     with torch.no_grad():
         assert peak("all") == peak("minimal") <= least

@@ -11,7 +11,8 @@ import torch
 
 from recurformer import load
 from recurformer.data import prepare
-from recurformer.training import TrainConfig, read_metrics
+from recurformer.store.runs import read_metrics
+from recurformer.training import TrainConfig
 
 WINDOW, WINDOWS = 16, 30
 TEXT = "The quick brown fox jumps over the lazy dog; a jackdaw loves my big sphinx of quartz. " * 12

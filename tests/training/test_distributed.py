@@ -24,9 +24,10 @@ from helpers import relative_rms
 
 from recurformer import LanguageModel, ModelConfig, load
 from recurformer.data import prepare
-from recurformer.training import TrainConfig, TrainingError, loop, read_metrics, train
+from recurformer.store.checkpoints import TrainingState, list_checkpoints, newest_checkpoint
+from recurformer.store.runs import read_metrics
+from recurformer.training import TrainConfig, TrainingError, loop, train
 from recurformer.training import distributed as parallel
-from recurformer.training.checkpoint import TrainingState, list_checkpoints, newest_checkpoint
 from recurformer.training.config import EvaluationConfig, OptimizerConfig
 from recurformer.training.optimizer import make_optimizer
 

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from recurformer import cli
-from recurformer.bench.memory import LiveTensors
-from recurformer.bench.model import random_batches
 from recurformer.config import ModelConfig
-from recurformer.report import parameters
-from recurformer.scan.fused import HAS_TRITON, affordable
+from recurformer.experiments.bench.memory import LiveTensors
+from recurformer.experiments.bench.model import random_batches
+from recurformer.hardware import HAS_TRITON
+from recurformer.scan.fused.scan import affordable
 from recurformer.training import estimate, load_config, loop
 from recurformer.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from recurformer.training.loop import World, gradient_step, make_model
@@ -184,7 +184,7 @@ def test_the_rate_of_an_h100_is_that_of_the_benchmarks() -> None:
 def test_operations_are_counted() -> None:
     model = {"vocab_size": 512, "d_model": 64, "n_layers": 2, "layers": "first:1"}
     operations = estimate.step_operations(run_of(32, model))
-    layer = parameters(ModelConfig(**model)) / 2 + 64 * 32
+    layer = ModelConfig(**model).num_parameters() / 2 + 64 * 32
     tokens = 8 * 32
     assert operations == {"standard": 6 * tokens * (layer + 512 * 64), "recurrent": 6 * tokens * layer}
 
@@ -205,12 +205,12 @@ def test_the_numbers_of_a_table() -> None:
     assert e.tokens == 50 * 8 * 16
     assert e.seconds == 50 * e.time.step
     assert 0 < e.time.step < 60
-    count = parameters(config.model, embedding=True)
+    count = config.model.num_parameters(embedding=True)
     assert e.checkpoint_bytes == 12 * count
     assert (e.memory.weights, e.memory.gradients, e.memory.optimizer) == (4 * count, 4 * count, 8 * count)
     text = table(e)
     assert max(map(len, text.splitlines())) <= 80
-    for part in ("first:1", f"{count:,}", f"{parameters(config.model):,}", "6,400", "timed here: 2 steps of 4 seq",
+    for part in ("first:1", f"{count:,}", f"{config.model.num_parameters():,}", "6,400", "timed here: 2 steps of 4 seq",
                  "data/train is missing", "3 checkpoints"):  # fmt: skip
         assert part in text
     assert "more memory than is free" not in text

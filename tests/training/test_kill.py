@@ -14,8 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from recurformer.store.checkpoints import list_checkpoints
 from recurformer.training import train
-from recurformer.training.checkpoint import TEMPORARY, list_checkpoints
+from recurformer.training.checkpoint import TEMPORARY
 
 KILLS = int(os.environ.get("RECURFORMER_KILLS", "3"))
 STEPS = 10 * KILLS

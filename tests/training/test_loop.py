@@ -24,9 +24,10 @@ import recurformer
 from recurformer import LanguageModel, attention
 from recurformer.cli import cli
 from recurformer.data import TokenDataset
-from recurformer.training import NonFiniteError, TrainingError, loop, read_metrics, train
+from recurformer.store.checkpoints import newest_checkpoint
+from recurformer.store.runs import read_metrics
+from recurformer.training import NonFiniteError, TrainingError, loop, train
 from recurformer.training import checkpoint as checkpoints
-from recurformer.training.checkpoint import newest_checkpoint
 from recurformer.training.loop import World, gradient_step
 from recurformer.training.optimizer import learning_rate, make_optimizer
 

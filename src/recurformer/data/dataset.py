@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recurformer.config import suggest
 from recurformer.data.sidecar import DTYPES, SIDECAR, STARTS_DTYPE, TOKENIZER_FOLDER, Sidecar, token_dtype
 from recurformer.data.tokenizer import Tokenizer, load_tokenizer
+from recurformer.settings import suggest
 
 NUMPY_MAGIC = b"\x93NUMPY"
 

@@ -22,14 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from recurformer.data.shards import ShardWriter, appears_whole, refuse_existing
-from recurformer.data.sidecar import (
-    DTYPES,
-    TOKENIZER_FOLDER,
-    Sidecar,
-    SourceInfo,
-    TokenizerInfo,
-    token_dtype,
-)
+from recurformer.data.sidecar import DTYPES, TOKENIZER_FOLDER, Sidecar, SourceInfo, TokenizerInfo, token_dtype
 from recurformer.data.sources import PIECE, Source, find_sources
 from recurformer.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer, train_bpe
 

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from recurformer.data.sidecar import DTYPES, SIDECAR, STARTS_DTYPE, ShardInfo
-from recurformer.folders import sync_folder
+from recurformer.files import sync_folder
 
 
 class _HashedFile:

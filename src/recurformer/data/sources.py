@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recurformer.config import suggest
 from recurformer.data.extras import require
+from recurformer.settings import suggest
 
 PIECE = 1 << 20
 """Characters of a piece at most. A longer document is cut, so that no document has to fit into memory."""

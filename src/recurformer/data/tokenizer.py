@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from recurformer.data.extras import require
-from recurformer.folders import replacing
+from recurformer.files import replacing
 
 MARKER = "recurformer_tokenizer.json"
 """Written by `Tokenizer.save` into every folder: names the kind, so that loading never guesses."""

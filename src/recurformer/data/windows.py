@@ -14,9 +14,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from recurformer.config import suggest
 from recurformer.data.dataset import TokenDataset
-from recurformer.model import IGNORE
+from recurformer.loss import IGNORE
+from recurformer.settings import suggest
 
 Packing = Literal["concat", "documents"]
 

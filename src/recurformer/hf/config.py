@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from recurformer.config import ModelConfig
-from recurformer.folders import FORMAT_VERSION, check_format_version
+from recurformer.store.folders import FORMAT_VERSION, check_format_version
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 

@@ -11,11 +11,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from recurformer.cache import KVCache
-from recurformer.folders import plain_state_dict
+from recurformer.checks import check_inputs
 from recurformer.hf.cache import RecurformerCache
 from recurformer.hf.config import RecurformerConfig
 from recurformer.hf.lora import adapted_weight
-from recurformer.model import IGNORE, LanguageModel, Layer, Norm, check_inputs, compute_dtype
+from recurformer.layer import compute_dtype
+from recurformer.loss import IGNORE
+from recurformer.model import LanguageModel, Layer, Norm
+from recurformer.store.folders import plain_state_dict
 
 PREFIX = "model"
 # What generation calls the cache: `past_key_values` until transformers 5.1x, `cache` since.
@@ -135,7 +138,18 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
                 loss = loss * ((targets != IGNORE).sum() / num_items_in_batch)
             logits = logits[:, kept(logits_to_keep)]
         else:
-            valid = check_inputs(core, input_ids, None, attention_mask, document_ids, kv, False, True, None)
+            valid = check_inputs(
+                core.config,
+                core.embedding.weight.device,
+                input_ids,
+                None,
+                attention_mask,
+                document_ids,
+                kv,
+                False,
+                True,
+                None,
+            )
             x = core.hidden(input_ids.long(), valid, document_ids, kv)
             logits = core.logits(x[:, kept(logits_to_keep)])
         cached: dict[str, Any] = {CACHE: past}

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from recurformer import folders
 from recurformer.data.tokenizer import BytesTokenizer, JsonTokenizer
+from recurformer.store import folders
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from recurformer import folders
 from recurformer.config import ModelConfig
+from recurformer.files import sync_folder
 from recurformer.interop.llama import layer_kinds, load_llama, save_llama
 from recurformer.interop.official import load_official, save_official
 from recurformer.model import LanguageModel
+from recurformer.store import folders
 
 if TYPE_CHECKING:
     from recurformer.data.tokenizer import Tokenizer
@@ -151,11 +152,11 @@ def appearing(destination: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-        folders.sync_folder(temporary)
+        sync_folder(temporary)
         if destination.exists():
             destination.rmdir()
         temporary.rename(destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    folders.sync_folder(destination.parent)
+    sync_folder(destination.parent)

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recurformer.config import LayerKind, ModelConfig, suggest
-from recurformer.folders import CONFIG_FILE, WEIGHTS_FILE, plain_state_dict, read_weights, replacing
+from recurformer.config import LayerKind, ModelConfig
+from recurformer.files import replacing
 from recurformer.model import LanguageModel
+from recurformer.settings import suggest
+from recurformer.store.folders import CONFIG_FILE, WEIGHTS_FILE, plain_state_dict, read_weights
 
 # What a configuration file may leave out, by model type.
 COMMON: dict[str, Any] = {

@@ -20,9 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recurformer.config import ModelConfig, suggest
-from recurformer.folders import plain_state_dict, replacing
+from recurformer.config import ModelConfig
+from recurformer.files import replacing
 from recurformer.model import LanguageModel
+from recurformer.settings import suggest
+from recurformer.store.folders import plain_state_dict
 
 WEIGHT_FILES, CONFIG_FILES = ("model.pt", "model.safetensors"), ("config.yaml", "config.json")
 

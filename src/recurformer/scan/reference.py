@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from recurformer.model import LayerMaths, Layout
+    from recurformer.attention import Layout
+    from recurformer.layer import LayerMaths
 
 
 def reference_scan(

@@ -20,6 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+WAVEFRONT_CHUNK = (
+    16  # positions that a layer is behind the one below on a GPU, and of a leaf: fewer fill the stack faster
+)
+
 
 def lowbit(n: int) -> int:
     """Largest power of two dividing n >= 1."""

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from recurformer.scan import fused, tiled
+from recurformer.hardware import interpreted
+from recurformer.scan.fused import scan as fused
+from recurformer.scan.schedule import WAVEFRONT_CHUNK
+from recurformer.scan.tiled import scan as tiled
 
 if TYPE_CHECKING:
-    from recurformer.model import LayerMaths, Layout
-
-CHUNK = 16  # on a GPU, positions that a layer is behind the one below, and of a leaf: fewer fill the stack faster
+    from recurformer.attention import Layout
+    from recurformer.layer import LayerMaths
 
 
 def wavefront_scan(
@@ -43,9 +45,9 @@ def wavefront_scan(
     Raises:
         ValueError: as `stack_scan`.
     """
-    on_gpu = x.device.type == "cuda" or fused.interpreted()
+    on_gpu = x.device.type == "cuda" or interpreted()
     if on_gpu and len(layers) > 1:
-        options = {"chunk": CHUNK, "leaf": CHUNK, **options}
+        options = {"chunk": WAVEFRONT_CHUNK, "leaf": WAVEFRONT_CHUNK, **options}
     scan = fused.stack_scan if on_gpu else tiled.stack_scan
     return scan(x, layers, layout, past, **options)
 

@@ -1,9 +1,9 @@
 """Training: one configuration, one loop, runs that continue exactly where they stopped."""
 
-from recurformer.training.checkpoint import resolve_model_folder
+from recurformer.store.checkpoints import resolve
+from recurformer.store.runs import read_metrics
 from recurformer.training.config import TrainConfig, load_config
 from recurformer.training.distributed import EndedElsewhereError
-from recurformer.training.logging import read_metrics
 from recurformer.training.loop import NonFiniteError, TrainResult, train
 from recurformer.training.run import TrainingError, read_run_config
 
@@ -16,6 +16,6 @@ __all__ = [
     "load_config",
     "read_metrics",
     "read_run_config",
-    "resolve_model_folder",
+    "resolve",
     "train",
 ]

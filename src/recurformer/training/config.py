@@ -8,29 +8,35 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from recurformer.config import LATER_SETTINGS, PRESETS, ModelConfig, setting, suggest
+from recurformer.config import LATER_SETTINGS, PRESETS, ModelConfig
 from recurformer.data.windows import Packing
+from recurformer.settings import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    Text,
+    field_types,
+    setting,
+    suggest,
+)
 
 if TYPE_CHECKING:
     from recurformer.data import TokenDataset
 
 S = TypeVar("S")
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Timeout = Annotated[float, Field(gt=0, le=31_536_000)]  # a year
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Logger = Literal["tensorboard", "wandb"]
@@ -38,37 +44,11 @@ Trained = Literal["all", "recurrent"]
 Parallel = Literal["ddp", "fsdp"]
 
 
-@cache
-def _annotations(section: type) -> dict[str, Any]:
-    hints = get_type_hints(section, include_extras=True)
-    return {f.name: hints[f.name] for f in dataclasses.fields(section)}
-
-
-@cache
-def _checker(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(strict=True))
-
-
-class _Section:
-    """Types and limits of a group of settings, checked however it was built. A ValueError starts with the field."""
-
-    def __post_init__(self) -> None:
-        for name, annotation in _annotations(type(self)).items():
-            if dataclasses.is_dataclass(annotation):
-                continue
-            value = getattr(self, name)
-            try:
-                object.__setattr__(self, name, _checker(annotation).validate_python(value))
-            except ValidationError as error:
-                reasons = sorted({e["msg"].replace("Input should", "it must") for e in error.errors()})
-                raise ValueError(f"{name} is {value!r}; {' or '.join(reasons)}") from None
-
-
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(_Section):
+class DataConfig(Settings):
     """What is read, and in which order."""
 
-    train: Annotated[str, Field(min_length=1)] = setting(
+    train: Text = setting(
         "data/train", "Training tokens: a folder made by `recurformer prepare`, or of raw `.npy` shards."
     )
     validation: str | None = setting("data/validation", "Held-out tokens, likewise; none: no evaluation.")
@@ -86,7 +66,7 @@ class DataConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(_Section):
+class OptimizerConfig(Settings):
     """AdamW. Weight decay is decoupled: each step multiplies the decayed weights by 1 - lr * weight_decay."""
 
     lr: Positive = setting(2e-3, "Peak learning rate.")
@@ -101,7 +81,7 @@ class OptimizerConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig(_Section):
+class ScheduleConfig(Settings):
     """Linear warm-up from start_fraction * lr to lr, then a cosine down to final_fraction * lr at the last step."""
 
     steps: Count = setting(1000, "Optimizer steps of the whole run.")
@@ -122,7 +102,7 @@ class ScheduleConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(_Section):
+class EvaluationConfig(Settings):
     """Loss on held-out text while training."""
 
     every: Count = setting(100, "Steps between evaluations; there is always one at the start and one at the end.")
@@ -131,7 +111,7 @@ class EvaluationConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(_Section):
+class SampleConfig(Settings):
     """The text drawn from the model at each evaluation."""
 
     tokens: Natural = setting(64, "New tokens of the sample; 0: no sample.")
@@ -141,7 +121,7 @@ class SampleConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(_Section):
+class CheckpointConfig(Settings):
     """What is kept on disk."""
 
     every: Count | None = setting(None, "Steps between checkpoints; none: one with each evaluation.")
@@ -149,7 +129,7 @@ class CheckpointConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig(_Section):
+class LogConfig(Settings):
     """Where numbers go. `metrics.jsonl` is always written."""
 
     every: Count = setting(10, "Steps between records of the training loss.")
@@ -158,7 +138,7 @@ class LogConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Section):
+class TrainConfig(Settings):
     """One training run. Step 0 is the state before any update; the learning rate of each update, the data and the
     weights are functions of this configuration alone.
 
@@ -362,7 +342,7 @@ def _scalar(text: str) -> Any:
 
 def names(section: type = TrainConfig, prefix: str = "") -> Iterator[str]:
     """The full names of all settings, `model.preset` included."""
-    for name, annotation in _annotations(section).items():
+    for name, annotation in field_types(section).items():
         if dataclasses.is_dataclass(annotation):
             yield from names(annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
         else:
@@ -405,7 +385,7 @@ def _build(section: type[S], values: Mapping[str, Any], prefix: str) -> S:
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix.rstrip('.')} is {values!r}; it is a section of settings")
     for name, value in values.items():
-        annotation = _annotations(section)[name]
+        annotation = field_types(section)[name]
         if dataclasses.is_dataclass(annotation):
             value = _build(annotation, value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
         elif value == "none" and type(None) in get_args(annotation):
@@ -428,7 +408,7 @@ def _model(values: Mapping[str, Any], table: Any) -> ModelConfig:
     source = values.get("init_from")
     whole = {f.name for f in dataclasses.fields(ModelConfig)} - LATER_SETTINGS
     if source not in (None, "none") and not whole <= set(table):
-        from recurformer.training.checkpoint import read_model_config
+        from recurformer.store.folders import read_model_config
 
         if preset is not None:
             raise ValueError(f"model.preset is {preset!r}, but init_from {source!r} gives the shape; drop one of them")
@@ -478,7 +458,7 @@ def reference(section: type = TrainConfig, prefix: str = "") -> Iterator[tuple[s
     if section is ModelConfig:
         entries.append(Entry("model.preset", "none", f"A named shape the other settings change: {', '.join(PRESETS)}."))
     for field in dataclasses.fields(section):
-        annotation = _annotations(section)[field.name]
+        annotation = field_types(section)[field.name]
         if dataclasses.is_dataclass(annotation):
             below += reference(annotation, f"{prefix}{field.name}.")  # pyright: ignore[reportArgumentType]
             continue

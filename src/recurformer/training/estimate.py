@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from recurformer.bench.common import bytes_text
+from recurformer.choose import choose_scan, chosen_attention, chosen_loss, gpu_scan, longest_stack
 from recurformer.config import ModelConfig
-from recurformer.info import chosen_attention, chosen_loss
-from recurformer.report import kind_of, parameters
-from recurformer.scan import choose_scan, gpu_scan, longest_stack
-from recurformer.scan.fused import affordable, kept_values, total_memory
+from recurformer.scan.fused.scan import affordable, kept_values, total_memory
 from recurformer.training.config import DataConfig, TrainConfig, open_tokens
+from recurformer.units import bytes_text, duration, rate_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,11 +75,11 @@ def estimate_memory(
     short = 2 if config.precision == "bf16" else full  # bytes of what products read and write
     D, Q, P, F = m.d_model, m.n_heads * m.head_width, m.kv_heads * m.head_width, m.mlp_width
     inner = F * (2 if m.activation == "swiglu" else 1)
-    everything = parameters(m, embedding=True)
+    everything = m.num_parameters(embedding=True)
     kinds = m.layer_kinds
     learning = everything
     if config.trained == "recurrent":
-        learning = parameters(m) * kinds.count("recurrent") // len(kinds)
+        learning = m.num_parameters() * kinds.count("recurrent") // len(kinds)
     narrow = (config.micro_batch_size or config.batch_size) * config.data.window
     wide = (config.recurrent_micro_batch_size or config.micro_batch_size or config.batch_size) * config.data.window
 
@@ -104,7 +102,7 @@ def estimate_memory(
         if save == "all":  # queries are made again
             loop += short * wide * stack * Q
     elif count:
-        from recurformer.scan.tiled import KEEP_BYTES, POSITION_BLOCK
+        from recurformer.scan.tiled.scan import KEEP_BYTES, POSITION_BLOCK
 
         more = full * (2 * Q + 2 * P + inner)
         recurrent = count * wide * (full * D + (more if wide * more <= KEEP_BYTES else 0))
@@ -123,7 +121,7 @@ def estimate_memory(
     moment = max(moments, key=lambda name: moments[name])
     copies = short * everything if short < full else 0
     # What is gathered: embedding and output layer, and the layer that runs.
-    gathered = 0 if parts == 1 else full * (everything - parameters(m) + parameters(m) // m.n_layers)
+    gathered = 0 if parts == 1 else full * (everything - m.num_parameters() + m.num_parameters() // m.n_layers)
     return Memory(
         weights=full * everything // parts + copies + gathered,
         gradients=full * learning // parts + gathered,
@@ -175,7 +173,7 @@ def step_operations(config: TrainConfig) -> dict[str, float]:
     goes with the standard ones. A multiply-add counts as two."""
     m, N = config.model, config.data.window
     attention = m.n_heads * m.head_width * N  # of a layer and token: scores and values, half of the pairs masked
-    layer = parameters(m) / m.n_layers + attention
+    layer = m.num_parameters() / m.n_layers + attention
     kinds, tokens = m.layer_kinds, config.batch_size * N
     again = 4 / 3 if config.recompute else 1
     standard = kinds.count("standard") * layer * again + m.padded_vocab_size * m.d_model
@@ -343,7 +341,7 @@ class Estimate:
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint: weights, and the optimizer's state."""
         full = 8 if self.config.precision == "fp64" else 4
-        return full * parameters(self.config.model, embedding=True) + self.memory.optimizer * self.parts
+        return full * self.config.model.num_parameters(embedding=True) + self.memory.optimizer * self.parts
 
 
 def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
@@ -384,16 +382,16 @@ def show(e: Estimate, console: Console) -> None:
     micro, wide = e.mine.micro_batch_size or e.mine.batch_size, rows_of(e.mine)
     keep = c.checkpoint.keep_last + 1
     attention, loss = chosen_attention(m, e.device).name, chosen_loss(m, e.device).name
-    full = parameters(m, embedding=True)
+    full = m.num_parameters(embedding=True)
     free = "an unknown size" if math.isinf(e.free_bytes) else bytes_text(e.free_bytes)
     name = torch.cuda.get_device_name(e.device) if e.device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
     rows: list[tuple[str, str, str] | None] = [
-        ("model", kind_of(m), f"{m.n_layers} layers of {m.d_model}, {m.n_heads} heads, MLP {m.mlp_width}"),
-        ("parameters", f"{parameters(m):,}", "without embedding and output layer"),
+        ("model", m.kind, f"{m.n_layers} layers of {m.d_model}, {m.n_heads} heads, MLP {m.mlp_width}"),
+        ("parameters", f"{m.num_parameters():,}", "without embedding and output layer"),
         ("", f"{full:,}", "with them"),
         None,
         ("steps", f"{c.schedule.steps:,}", f"of {c.batch_size:,} sequences of {c.data.window:,} tokens"),
-        ("tokens", f"{e.tokens:,}", f"{e.tokens / parameters(m):.1f} a parameter"),
+        ("tokens", f"{e.tokens:,}", f"{e.tokens / m.num_parameters():.1f} a parameter"),
         *([("processes", f"{N:,}", f"{c.parallel}, {e.mine.batch_size:,} sequences of a step each")] if N > 1 else []),
         *(("data" if n == 0 else "", what, text) for n, (what, text) in enumerate(e.data.items())),
         None,
@@ -461,21 +459,3 @@ def show(e: Estimate, console: Console) -> None:
         if "standard" in m.layer_kinds and not c.recompute:
             remedy += ", or set recompute"
         console.print(f"This is more memory than is free here: {remedy}.", markup=False, soft_wrap=True)
-
-
-def rate_text(tokens: float) -> str:
-    """Tokens a second."""
-    return f"{tokens:,.0f} tokens/s" if tokens >= 10 else f"{tokens:.2g} tokens/s"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    for limit, unit, size in (
-        (63_072_000, "years", 31_536_000),
-        (172_800, "days", 86_400),
-        (7200, "hours", 3600),
-        (120, "minutes", 60),
-    ):
-        if seconds >= limit:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"

@@ -17,12 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from recurformer.folders import replacing
-from recurformer.training.checkpoint import TrainingState
+from recurformer.files import replacing
+from recurformer.store.checkpoints import TrainingState
+from recurformer.store.runs import METRICS, read_metrics
 from recurformer.training.config import TrainConfig
 from recurformer.version import __version__
-
-METRICS = "metrics.jsonl"
 
 # What a logger needs, and what to install for it.
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
@@ -104,13 +103,6 @@ class NoMetrics:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Nothing."""
-
-
-def read_metrics(out: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
-    path = Path(out) / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _drop_records_after(path: Path, resumed: TrainingState | None) -> None:

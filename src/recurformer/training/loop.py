@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 import recurformer
-from recurformer.evaluation import check_vocabulary, evaluate
-from recurformer.folders import plain_state_dict, save_description
-from recurformer.model import IGNORE, LanguageModel, Layer
+from recurformer.evaluation.perplexity import check_vocabulary, evaluate
+from recurformer.loss import IGNORE
+from recurformer.model import LanguageModel, Layer
+from recurformer.store.checkpoints import Checkpoint, TrainingState, checkpoint_at, newest_checkpoint, resolve
+from recurformer.store.folders import plain_state_dict, save_description
 from recurformer.training.checkpoint import (
-    Checkpoint,
-    TrainingState,
-    checkpoint_at,
-    newest_checkpoint,
     read_rng,
     remove_outdated,
-    resolve_model_folder,
     restore_rng,
     write_checkpoint,
     write_shared_checkpoint,
@@ -413,7 +410,7 @@ def make_model(config: TrainConfig, device: torch.device, checkpoint: Checkpoint
     for layer in model.layers:
         assert isinstance(layer, Layer)
         layer.compiled, layer.recompute = compiled, config.recompute
-    source = checkpoint.model if checkpoint else config.init_from and resolve_model_folder(config.init_from)
+    source = checkpoint.model if checkpoint else config.init_from and resolve(config.init_from)
     if source:
         weights = recurformer.load(source).state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from recurformer.config import suggest
-from recurformer.folders import replacing
+from recurformer.files import replacing
+from recurformer.settings import suggest
 from recurformer.training.config import TrainConfig, flatten, names, read_file
 
 try:

@@ -20,8 +20,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from recurformer.config import ModelConfig
-from recurformer.scan.fused import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS, total_memory
+from recurformer.hardware import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS
 from recurformer.scan.fused import kernels as triton_kernels
+from recurformer.scan.fused.scan import total_memory
 from recurformer.scan.schedule import Schedule
 
 kernels: Any = triton_kernels  # the types of a launch are Triton's to check, when it compiles

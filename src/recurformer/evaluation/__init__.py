@@ -1,0 +1,5 @@
+"""How well a model predicts text: perplexity, bits per byte, zero-shot accuracy."""
+
+from recurformer.evaluation.perplexity import Evaluation, evaluate, open_data
+
+__all__ = ["Evaluation", "evaluate", "open_data"]

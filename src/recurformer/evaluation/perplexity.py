@@ -1,0 +1,188 @@
+"""Perplexity of a model on held-out tokens: every token counts once, whatever the batch size."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from recurformer.generation.sampling import evaluating
+from recurformer.loss import IGNORE
+from recurformer.model import LanguageModel
+
+if TYPE_CHECKING:
+    from recurformer.data import Batch, TokenDataset, Tokenizer
+
+
+class Peers(Protocol):
+    """The processes that share the batches of an evaluation."""
+
+    rank: int
+    size: int
+
+    def gather(self, *numbers: float) -> list[tuple[float, ...]]:
+        """Return the numbers of every process, in the order of ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text."""
+
+    loss: float  # nats a token: the sum over all predicted tokens / their number
+    tokens: int  # predicted tokens
+    bytes: float  # of source text that these tokens stand for, by the data's average; nan where it is unknown
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits spent on each byte of the source text: comparable between tokenizers. nan for data without its size."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Every number under its own name, ready for JSON: None where it is unknown or not finite."""
+        names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "seconds")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def evaluate(
+    model: LanguageModel,
+    dataset: TokenDataset,
+    *,
+    window: int,
+    batch_size: int,
+    max_batches: int | None = None,
+    progress: bool = False,
+    world: Peers | None = None,
+) -> Evaluation:
+    """Mean loss of a model over a dataset, cut into windows of one document each that do not see each other.
+
+    Args:
+        model: may be in training mode: it is evaluated in evaluation mode and given back as it came.
+        dataset: tokens; every one but a document's first is predicted once, from those before it in its window.
+        window: N, the positions of one sequence. A longer window gives each token more context.
+        batch_size: sequences at once; changes speed and memory, not the result.
+        max_batches: stop after this many batches; None: read everything.
+        progress: show a progress bar on stderr.
+        world: the processes that share the batches; each of them gets the same result.
+
+    Raises:
+        ValueError: for another vocabulary than the model's, or a size below 1.
+    """
+    from recurformer.data import evaluation_batches
+
+    for name, value in {"window": window, "batch_size": batch_size, "max_batches": max_batches}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    check_vocabulary(model.config.vocab_size, dataset)
+    device = model.embedding.weight.device
+    nats, tokens, began = 0.0, 0, time.perf_counter()
+    predictable = dataset.n_tokens - (dataset.n_documents or 0)  # all but each document's first
+    with evaluating(model), torch.no_grad(), counting(predictable, progress) as advance:
+        batches = islice(evaluation_batches(dataset, window, batch_size), max_batches)
+        for batch, counts in _shares(batches, world):
+            count = int((batch.targets != IGNORE).sum()) if counts else 0
+            inputs = {
+                name: None if tensor is None else tensor.to(device)
+                for name in ("tokens", "targets", "attention_mask", "document_ids")
+                for tensor in [getattr(batch, name)]
+            }
+            loss = model(**inputs, return_logits=False).loss
+            nats += float(loss) * count
+            tokens += count
+            advance(count)
+    if world is not None:
+        nats, tokens = (sum(parts) for parts in zip(*world.gather(nats, tokens), strict=True))
+    return Evaluation(
+        loss=nats / tokens,
+        tokens=int(tokens),
+        bytes=math.nan if dataset.n_bytes is None else dataset.n_bytes * tokens / predictable,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _shares(batches: Iterator[Batch], world: Peers | None) -> Iterator[tuple[Batch, bool]]:
+    """The batches of this process, and whether they count. All have as many: processes that share out the weights must
+    call the model together, so the last round may hold a batch twice."""
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    while group := list(islice(batches, size)):
+        yield group[min(rank, len(group) - 1)], rank < len(group)
+
+
+@contextmanager
+def open_data(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Iterator[TokenDataset]:
+    """The tokens that a path means, for as long as they are needed.
+
+    Args:
+        path: a prepared folder; raw `.npy` shards, or a folder of them; or any file that `prepare` reads, whose text is
+            tokenized into a temporary folder.
+        tokenizer: the model's, for text; None: it has none, and text is refused.
+        vocab_size: the model's.
+
+    Raises:
+        ValueError: for a path that is none of these.
+    """
+    from recurformer.data import TokenDataset, prepare
+    from recurformer.data.sidecar import SIDECAR
+
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"the data {str(path)!r} do not exist; give a prepared folder or a text file")
+    if path.is_dir() or path.suffix == ".npy":
+        yield TokenDataset(path) if (path / SIDECAR).is_file() else TokenDataset(path, vocab_size=vocab_size)
+        return
+    if tokenizer is None:
+        raise ValueError(f"{path} is text, but the model's folder has no tokenizer; give a prepared folder")
+    with TemporaryDirectory(prefix="recurformer-") as temporary:
+        folder = Path(temporary) / "data"
+        prepare([path], folder, tokenizer, append_eos=tokenizer.eos_id is not None, progress=False)
+        yield TokenDataset(folder)
+
+
+def run_setting(folder: str | Path, section: str, name: str) -> Any:
+    """A setting of the training run that a folder belongs to (the run, or one of its checkpoints); None without one."""
+    folder = Path(folder).resolve()
+    for candidate in (folder, *list(folder.parents)[:3]):
+        if (candidate / "config.json").is_file() and (candidate / "checkpoints").is_dir():
+            values = json.loads((candidate / "config.json").read_text(encoding="utf-8"))
+            return values.get(section, {}).get(name)
+    return None
+
+
+def check_vocabulary(vocab_size: int, dataset: TokenDataset) -> None:
+    """Raise ValueError when a dataset's ids come from another vocabulary than a model's."""
+    if dataset.vocab_size != vocab_size:
+        raise ValueError(
+            f"the data's vocabulary has {dataset.vocab_size} ids, the model's {vocab_size}; "
+            "prepare the text again with the tokenizer of the model's folder"
+        )
+
+
+@contextmanager
+def counting(total: int, progress: bool, unit: str = "tokens") -> Iterator[Callable[[int], Any]]:
+    """A function that counts on a progress bar, or does nothing."""
+    if not progress:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count: bar.advance(task, count)

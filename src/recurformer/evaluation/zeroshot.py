@@ -1,0 +1,252 @@
+"""Zero-shot scoring: which of several continuations a model finds most probable, as lm-eval counts it.
+
+Items are JSON lines, plain or .gz:
+    {"context": "...", "choices": [" a", " b"], "label": 1}            right when choice 1 is the most probable one
+    {"contexts": ["...", "..."], "continuation": " c", "label": 0}     likewise, one continuation after several contexts
+    {"context": "...", "continuation": " c"}                           right when greedy decoding would write it
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recurformer.evaluation.perplexity import counting
+from recurformer.generation.sampling import evaluating, pad_prompts
+from recurformer.layer import accumulation_dtype
+from recurformer.model import LanguageModel
+
+if TYPE_CHECKING:
+    from recurformer.data import Tokenizer
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: (context, continuation) pairs, and the number of the right one (None: it is the only one)."""
+
+    pairs: tuple[tuple[str, str], ...]
+    label: int | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """How a model did on one task."""
+
+    task: str
+    items: int
+    accuracy: float  # part of the items whose most probable choice (the first of equals) is right; greedy for lone ones
+    standard_error: float  # of the accuracy, sqrt(p (1 - p) / (n - 1))
+    accuracy_per_character: float | None  # by log-probability / characters of the choice; None for lone continuations
+    perplexity: float | None  # exp(-mean log-probability) of a lone continuation; None with choices
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number under its own name, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model says of one continuation."""
+
+    log_probability: float  # nats, the sum over its tokens
+    greedy: bool  # every token of it is the most probable one
+
+
+def find_tasks(paths: Iterable[str | Path]) -> dict[str, Path]:
+    """Task name -> file, of files and of folders that hold them.
+
+    Raises:
+        ValueError: for a path that is neither, and for two files of one name.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        if not files or not files[0].is_file() or not files[0].name.endswith(SUFFIXES):
+            raise ValueError(f"{path} is no task: give a {' or '.join(SUFFIXES)} file, or a folder that holds some")
+        for file in files:
+            name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+            if name in found:
+                raise ValueError(f"{found[name]} and {file} are both named {name}; rename one")
+            found[name] = file
+    return found
+
+
+def read_items(path: Path, limit: int | None = None) -> list[Item]:
+    """The items of a task's file, the first `limit` of them.
+
+    Raises:
+        ValueError: naming file and line, for a line that is no item.
+    """
+    items: list[Item] = []
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if limit is not None and len(items) >= limit:
+                    break
+                try:
+                    items.append(item(json.loads(line)))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{path}, line {number}, is no item: {error!r}") from error
+        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+    if not items:
+        raise ValueError(f"{path} holds no items")
+    if len({one.label is None for one in items}) > 1:
+        raise ValueError(f"{path} mixes items with and without choices; split it")
+    return items
+
+
+def item(values: Any) -> Item:
+    """An item from its JSON object."""
+    if "choices" in values:
+        pairs = tuple((values["context"], choice) for choice in values["choices"])
+    else:
+        contexts = values["contexts"] if "contexts" in values else [values["context"]]
+        pairs = tuple((context, values["continuation"]) for context in contexts)
+    if not all(isinstance(text, str) for pair in pairs for text in pair) or not all(choice for _, choice in pairs):
+        raise ValueError("contexts and choices must be texts, and choices not empty")
+    label = values["label"] if "choices" in values or "contexts" in values else None
+    if label is not None and (not isinstance(label, int) or not 0 <= label < len(pairs)):
+        raise ValueError(f"label is {label!r}, the choices are 0 to {len(pairs) - 1}")
+    return Item(pairs, label)
+
+
+def evaluate_task(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    *,
+    window: int,
+    batch_size: int = 16,
+    limit: int | None = None,
+    progress: bool = False,
+) -> TaskResult:
+    """Score a task's file.
+
+    Args:
+        model: may be in training mode: it is evaluated in evaluation mode and given back as it came.
+        window: positions of one sequence at most; longer contexts lose their beginning.
+        batch_size: continuations at once; changes speed and memory, not the result.
+        limit: only the first items of the file.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: for a file that holds no items, or a tokenizer of another vocabulary.
+    """
+    for name, value in {"window": window, "batch_size": batch_size, "limit": limit}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+    (name,) = find_tasks([path])
+    items = read_items(Path(path), limit)
+    requests = [encode_pair(tokenizer, *pair) for one in items for pair in one.pairs]
+    scores = iter(score(model, requests, window, batch_size, progress))
+    right, right_per_character, nats = 0, 0, 0.0
+    for one in items:
+        found = [next(scores) for _ in one.pairs]
+        if one.label is None:
+            right += found[0].greedy
+            nats -= found[0].log_probability
+            continue
+        sums = [s.log_probability for s in found]
+        right += first_largest(sums) == one.label
+        lengths = [len(continuation) for _, continuation in one.pairs]
+        right_per_character += first_largest([s / n for s, n in zip(sums, lengths, strict=True)]) == one.label
+    n, lone = len(items), items[0].label is None
+    accuracy = right / n
+    return TaskResult(
+        task=name,
+        items=n,
+        accuracy=accuracy,
+        standard_error=math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else math.nan,
+        accuracy_per_character=None if lone else right_per_character / n,
+        perplexity=(math.exp(nats / n) if nats / n < 700 else math.inf) if lone else None,
+    )
+
+
+def first_largest(numbers: Sequence[float]) -> int:
+    """The place of the largest number, the first of equals."""
+    return max(range(len(numbers)), key=lambda i: (numbers[i], -i))
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a context and of what follows it. Blanks at the end of the context go to the continuation, and the border
+    lies where the ids of the whole text continue those of the context. An empty context is the end-of-text token."""
+    kept = context.rstrip()
+    continuation, context = context[len(kept) :] + continuation, kept
+    if not context:
+        return [tokenizer.eos_id or 0], tokenizer.encode(continuation)
+    before = tokenizer.encode(context)
+    after = tokenizer.encode(context + continuation)[len(before) :]
+    if not after:
+        raise ValueError(f"the continuation {continuation!r} has no token of its own after {context[-20:]!r}")
+    return before, after
+
+
+def score(
+    model: LanguageModel,
+    requests: Sequence[tuple[list[int], list[int]]],
+    window: int,
+    batch_size: int,
+    progress: bool = False,
+) -> list[Scored]:
+    """The log-probability of each continuation after its context, in the order of the requests.
+
+    Args:
+        requests: (ids of the context, at least one; ids of the continuation, at least one).
+    """
+    device = model.embedding.weight.device
+    order = sorted(
+        range(len(requests)), key=lambda i: -sum(map(len, requests[i]))
+    )  # rows of one batch: alike in length
+    found: dict[int, Scored] = {}
+    with evaluating(model), torch.no_grad(), counting(len(requests), progress, "continuations") as advance:
+        for rows in batches(order, batch_size):
+            inputs = [(requests[i][0] + requests[i][1])[-window - 1 : -1] for i in rows]
+            tokens, valid = pad_prompts(inputs)  # on the left: every row ends with its continuation
+            longest = max(len(requests[i][1]) for i in rows)
+            mask = None if valid.all() else valid.to(device)
+            x = model.hidden(tokens.to(device), mask)[:, -longest:]
+            logits = model.logits(x)
+            logits = logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
+            for row, i in enumerate(rows):
+                wanted = torch.tensor(requests[i][1], device=device)[-x.shape[1] :]
+                own = logits[row, -len(wanted) :]
+                total = own.gather(1, wanted[:, None]).sum()
+                found[i] = Scored(float(total), bool((own.argmax(-1) == wanted).all()))
+            advance(len(rows))
+    return [found[i] for i in range(len(requests))]
+
+
+def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Runs of at most `size`."""
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def show(results: Sequence[TaskResult]) -> None:
+    """Print a table of results."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for n, heading in enumerate(("task", "items", "accuracy", "± s.e.", "per character", "perplexity")):
+        table.add_column(heading, justify="right" if n else "left", no_wrap=True)
+    for r in results:
+        per_character = "" if r.accuracy_per_character is None else f"{r.accuracy_per_character:.4f}"
+        perplexity = "" if r.perplexity is None else f"{r.perplexity:.3f}"
+        table.add_row(r.task, f"{r.items:,}", f"{r.accuracy:.4f}", f"{r.standard_error:.4f}", per_character, perplexity)
+    Console().print(table)

@@ -1,0 +1,177 @@
+"""What all benchmarks share: checks of settings, the machine, the numbers as text, and files that appear when they are
+complete."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import re
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+TEXTS = ("path", "layers", "preset", "answer at each position")  # headings of columns that hold words
+
+
+def machine() -> dict[str, Any]:
+    """Versions, processor, devices and threads, and the time in UTC."""
+    import torch
+
+    from recurformer.info import environment
+
+    facts = environment()
+    versions = dict(facts["versions"])
+    if torch.cuda.is_available():
+        versions["cuda"] = torch.version.cuda
+        for package in ("triton", "liger-kernel"):
+            with suppress(metadata.PackageNotFoundError):
+                versions[package] = metadata.version(package)
+    return {
+        "versions": versions,
+        "cpu": processor(),
+        "devices": facts["devices"],
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def processor() -> str:
+    """The processor's name as its maker writes it, or what the system calls it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """One line about the machine."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    gpus = [name for device, name in facts["devices"].items() if device != "cpu"]
+    threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+    return "; ".join([facts["cpu"], *gpus, threads, versions, facts["date"]])
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Raise ValueError where a setting, or one of several, is below 1."""
+    for name in names:
+        value = getattr(settings, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values:
+            raise ValueError(f"{name} is empty; give at least one")
+        for number in values:
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}; it must be at least 1")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError where a setting is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+
+
+def record(benchmark: str, settings: Any, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """What a benchmark returns, ready for JSON: settings (a dataclass), the machine, rows, and what else it has."""
+    return {"benchmark": benchmark, "settings": asdict(settings), "machine": machine(), "rows": rows, **more}
+
+
+def remarks(results: dict[str, Any]) -> list[str]:
+    """What stands under every table: the notes as sentences, and the machine."""
+    return [*(f"{note[0].upper()}{note[1:]}." for note in results["notes"]), in_words(results["machine"])]
+
+
+def milliseconds(seconds: float | None) -> str:
+    """At least three digits; a dash for None."""
+    return "-" if seconds is None else f"{1e3 * seconds:,.{0 if seconds >= 1 else 1 if seconds >= 1e-3 else 3}f}"
+
+
+def spread(row: dict[str, Any], name: str, parts: int = 1) -> str:
+    """The fastest and the slowest run (or one of its equal parts), in milliseconds; a dash where the row has none."""
+    if f"{name}_s" not in row:
+        return "-"
+    return "..".join(milliseconds(row[f"{name}_{which}_s"] / parts) for which in ("fastest", "slowest"))
+
+
+def show_table(
+    console: Console,
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    left: int = 0,
+) -> None:
+    """A table, its numbers to the right, and lines of notes under it.
+
+    Args:
+        left: columns of text before the numbers, besides those whose headings are known to be text.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    for n, heading in enumerate(headings):
+        words = heading in TEXTS or n < left
+        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in notes:
+        console.print(note, style="dim", highlight=False)
+
+
+def draw_bars(panels: Sequence[tuple[str, dict[str, float], float | None]], title: str) -> bytes:
+    """Horizontal bars, one panel beside the other; a PNG.
+
+    Args:
+        panels: each a label, the values by name, and where a dashed line stands, if anywhere.
+        title: above all of them.
+    """
+    import matplotlib
+
+    from recurformer.report import COLOURS
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = max(len(values) for _, values, _ in panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 1.5 + 0.35 * rows), layout="constrained", squeeze=False
+    )
+    for panel, (label, values, line) in zip(axes[0], panels, strict=True):
+        bars = panel.barh(
+            list(values), list(values.values()), color=[COLOURS[n % len(COLOURS)] for n in range(len(values))]
+        )
+        panel.bar_label(bars, labels=[f" {value:,.4g}" for value in values.values()], padding=2)
+        if line is not None:
+            panel.axvline(line, color="#777777", linestyle="--", linewidth=1.2)
+        panel.set_xlabel(label)
+        panel.margins(x=0.2)
+        panel.invert_yaxis()
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def write(out: str | Path, name: str, results: dict[str, Any], picture: bytes) -> tuple[Path, Path]:
+    """Write NAME.json and NAME.png into a folder (made if missing); their paths."""
+    from recurformer.files import replacing
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with replacing(out / f"{name}.png") as temporary:
+        temporary.write_bytes(picture)
+    return out / f"{name}.json", out / f"{name}.png"

@@ -1,0 +1,239 @@
+"""Which layers need recurrence: every placement of interest on a task or on text, loss against cost."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recurformer.config import LayerKind, ModelConfig, Position
+from recurformer.experiments.bench.common import check_counts, record, show_table
+from recurformer.experiments.tasks.generators import make_task
+from recurformer.experiments.tasks.sweep import TEST_SEED, train_on_task
+from recurformer.experiments.tasks.text import VOCABULARY, held_out_loss, quickstart_bytes, random_windows
+from recurformer.experiments.tasks.training import accuracy, fit
+from recurformer.model import LanguageModel
+from recurformer.training.config import OptimizerConfig, ScheduleConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TEXT = "text"  # the name of the bytes inside the package, beside the tasks' names
+
+
+def placements(n_layers: int) -> dict[str, tuple[LayerKind, ...]]:
+    """Names (R recurrent, S standard) and kinds: none, each single layer, the first k, the last k, every other, all."""
+
+    def letters(chosen: set[int]) -> str:
+        return "".join("R" if n in chosen else "S" for n in range(n_layers))
+
+    every = range(n_layers)
+    sets = [set(), *({n} for n in every)]
+    sets += [set(every[:k]) for k in range(2, n_layers)] + [set(every[-k:]) for k in range(2, n_layers)]
+    sets += [set(every[0::2]), set(every[1::2]), set(every)]
+    kinds: dict[str, LayerKind] = {"R": "recurrent", "S": "standard"}
+    return {name: tuple(kinds[c] for c in name) for name in dict.fromkeys(map(letters, sets))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridSettings:
+    """Models that differ in nothing but which layers are recurrent.
+
+    Args:
+        on: "text" (bytes of the text inside the package) or a task's name.
+        n_layers: depth; `placements` of it are trained.
+        d_model, n_heads, position: of every model.
+        length, batch_size, steps, lr, seeds: of the training.
+        only: names of placements to train; empty: all.
+        extra_steps: the Transformer is also trained for this many times the steps, to compare at equal cost.
+        device: where; scan: as `model.scan`.
+    """
+
+    on: str = TEXT
+    n_layers: int = 4
+    d_model: int = 64
+    n_heads: int = 8
+    position: Position = "alibi"
+    length: int = 64
+    batch_size: int = 32
+    steps: int = 200
+    lr: float = 4e-3
+    seeds: tuple[int, ...] = (0,)
+    only: tuple[str, ...] = ()
+    extra_steps: tuple[int, ...] = (2, 4)
+    device: str = "cpu"
+    scan: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_counts(self, "n_layers", "length", "batch_size", "steps")
+        unknown = set(self.only) - set(placements(self.n_layers))
+        if unknown or not self.seeds:
+            raise ValueError(
+                f"only is {self.only} and seeds {self.seeds}; give seeds, and placements of {self.n_layers} layers: "
+                f"{', '.join(placements(self.n_layers))}"
+            )
+        if any(times < 2 for times in self.extra_steps):
+            raise ValueError(f"extra_steps are {self.extra_steps}; each must be at least 2")
+        if self.on != TEXT:
+            shortest = make_task(self.on).shortest
+            if self.length < shortest:
+                raise ValueError(f"length is {self.length}; {self.on} needs at least {shortest}")
+        self.optimizer()
+        self.model_config(("standard",) * self.n_layers)
+
+    def model_config(self, layers: tuple[LayerKind, ...]) -> ModelConfig:
+        """The shape of one model."""
+        vocabulary = VOCABULARY if self.on == TEXT else make_task(self.on).vocab_size
+        return ModelConfig(
+            vocab_size=vocabulary, d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, layers=layers,
+            position=self.position,
+        )  # fmt: skip
+
+    def optimizer(self) -> OptimizerConfig:
+        """AdamW as in a training run, without weight decay."""
+        return OptimizerConfig(lr=self.lr, weight_decay=0.0)
+
+
+def run_hybrids(
+    settings: HybridSettings, report: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> dict[str, Any]:
+    """Train every placement; loss, accuracy (of a task) and cost, ready for JSON.
+
+    The cost is the processor time of the training on a CPU, which other processes hardly disturb, and wall time
+    elsewhere.
+
+    Args:
+        report: called with what is running, units done and units in all.
+    """
+    s, rows = settings, []
+    every = placements(s.n_layers)
+    jobs = [(name, kinds, 1) for name, kinds in every.items() if not s.only or name in s.only]
+    base = "S" * s.n_layers
+    jobs += [(base, every[base], times) for times in s.extra_steps]
+    total, done = len(s.seeds) * s.steps * sum(times for _, _, times in jobs), 0
+    for seed in s.seeds:
+        for name, kinds, times in jobs:
+            torch.manual_seed(seed)
+            model = LanguageModel(s.model_config(kinds)).to(s.device)
+            model.scan = s.scan
+            longer = HybridSettings(**{**vars(s), "steps": s.steps * times})
+            clock = time.process_time if model.embedding.weight.device.type == "cpu" else time.perf_counter
+            began = clock()
+            result = _train(model, longer, seed, lambda step, _, name=name, done=done: report(name, done + step, total))
+            cost = clock() - began
+            done += longer.steps
+            row: dict[str, Any] = {
+                "layers": name, "times": times, "seed": seed, "cost_s": cost, "diverged_at": result.diverged_at,
+            }  # fmt: skip
+            if s.on == TEXT:
+                row["loss"] = held_out_loss(model, s.length)
+            else:
+                task = make_task(s.on)
+                row["loss"] = statistics.fmean(result.losses[-max(1, s.steps // 10) :])
+                row["accuracy"] = accuracy(model, task, s.length, seed=TEST_SEED)
+                row["accuracy_4x"] = accuracy(model, task, 4 * s.length, seed=TEST_SEED + 1)
+            rows.append(row)
+    return record("hybrids", s, rows)
+
+
+def _train(model: LanguageModel, settings: HybridSettings, seed: int, report: Callable[[int, float], None]):
+    if settings.on != TEXT:
+        return train_on_task(model, make_task(settings.on), settings, seed, report)
+    text, generator = quickstart_bytes("train"), torch.Generator().manual_seed(seed)
+    device = model.embedding.weight.device
+
+    def batch(step: int):
+        tokens, targets = random_windows(text, settings.batch_size, settings.length, generator)
+        return tokens.to(device), targets.to(device)
+
+    return fit(model, batch, ScheduleConfig(steps=settings.steps), settings.optimizer(), report)
+
+
+def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry for each placement, the Transformer first: means over seeds, and the least and greatest values."""
+    grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        grouped.setdefault((row["layers"], row["times"]), []).append(row)
+    numbers = [key for key in ("loss", "cost_s", "accuracy", "accuracy_4x") if key in results["rows"][0]]
+    return [
+        {
+            "layers": layers, "times": times,
+            **{key: statistics.fmean(row[key] for row in rows) for key in numbers},
+            **{f"{key}_range": (min(row[key] for row in rows), max(row[key] for row in rows)) for key in numbers},
+        }
+        for (layers, times), rows in sorted(grouped.items(), key=lambda item: ("R" in item[0][0], item[0][1] > 1))
+    ]  # fmt: skip
+
+
+def show_hybrids(results: dict[str, Any], console: Console) -> None:
+    """A table on a console of 80 columns."""
+    s, entries = results["settings"], summary(results)
+    base = entries[0]
+    cells = [
+        [
+            e["layers"] + (f", {e['times']} times the steps" if e["times"] > 1 else ""),
+            f"{e['loss']:.4f}", f"{e['loss'] - base['loss']:+.4f}",
+            *([f"{100 * e['accuracy']:.1f}", f"{100 * e['accuracy_4x']:.1f}"] if "accuracy" in e else []),
+            f"{e['cost_s'] / base['cost_s']:.2f}",
+        ]
+        for e in entries
+    ]  # fmt: skip
+    what = "held-out, nats a byte" if s["on"] == TEXT else "of the last tenth of training, nats an answer"
+    notes = [
+        f"R recurrent, S standard, first to last. Loss: {what};",
+        f"mean of {len(s['seeds'])} seed(s). Cost: training time, with SSSS = 1 being {base['cost_s']:.0f} s.".replace(
+            "SSSS", base["layers"]
+        ),
+        f"Width {s['d_model']}, length {s['length']}, {s['steps']} steps of {s['batch_size']}, lr {s['lr']:g}.",
+    ]
+    scores = ["accuracy", "at 4x"] if "accuracy" in base else []
+    headings = ["layers", "loss", "difference", *scores, "cost"]
+    show_table(console, f"Which layers are recurrent ({s['on']})", headings, cells, notes, left=1)
+
+
+def draw_hybrids(results: dict[str, Any]) -> bytes:
+    """Loss on text, or accuracy beyond the training length, against cost; one mark for each placement; a PNG."""
+    import matplotlib
+
+    from recurformer.report import COLOURS
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    s, entries = results["settings"], summary(results)
+    base, what = entries[0]["cost_s"], "loss" if s["on"] == TEXT else "accuracy_4x"
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for n, (bottom, label, marker) in enumerate(
+        (("R", "first layer recurrent", "o"), ("S", "first layer standard", "s"), ("", "Transformer", "^"))
+    ):
+        chosen = [e for e in entries if (e["layers"][0] if "R" in e["layers"] else "") == bottom]
+        x = [e["cost_s"] / base for e in chosen]
+        y = [e[what] for e in chosen]
+        spread = [[abs(e[f"{what}_range"][end] - e[what]) for e in chosen] for end in (0, 1)]
+        axes.errorbar(
+            x, y, spread if len(s["seeds"]) > 1 else None, fmt=marker, color=COLOURS[n], label=label,
+            linestyle=":" if bottom == "" else "none", markersize=7, elinewidth=1, capsize=3,
+        )  # fmt: skip
+        for e, at in zip(chosen, x, strict=True):
+            text = e["layers"] if e["times"] == 1 else f"{e['times']}x steps"
+            axes.annotate(text, (at, e[what]), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=60)
+    axes.margins(y=0.15)  # room for the names
+    axes.set_xlabel("training time / the Transformer's")
+    axes.set_ylabel("held-out loss (nats a byte)" if s["on"] == TEXT else f"accuracy at length {4 * s['length']}")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"{s['on']}: {s['n_layers']} layers of width {s['d_model']}, length {s['length']}, {s['steps']} steps, "
+        f"{len(s['seeds'])} seed(s)",
+        fontsize=10,
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,290 @@
+"""Models on tasks: trained at one length, scored there and beyond; a table and a heat map."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recurformer.config import ModelConfig, Position
+from recurformer.experiments.bench.common import check_counts, record, show_table
+from recurformer.experiments.tasks.generators import Task, make_task
+from recurformer.experiments.tasks.training import Fit, accuracy, fit
+from recurformer.model import LanguageModel
+from recurformer.training.config import OptimizerConfig, ScheduleConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TEST_SEED = 10_000_019  # far from the seeds of training
+RECENT, LEARNED = 20, 0.1  # steps, and their mean loss in nats an answer, at which a curriculum moves on
+POINTS = 100  # of a stored curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What is trained on what. Models of one depth have the same parameters, whatever their layers.
+
+    Args:
+        tasks: names for `make_task`.
+        layers: kinds, as `ModelConfig.layers` takes them; "first:K" is left out at depths below K.
+        n_layers: depths.
+        d_model, n_heads, position: of every model. Many heads, because ALiBi's steepest slope is 2^(-8/H): with few
+            heads no head can look at the last positions alone, and what is learned holds at the training length only.
+        length: positions of the training sequences.
+        curriculum: shorter lengths to train at first, rising, each until the mean loss of `RECENT` steps is below
+            `LEARNED`, for an equal share of the steps at most; what they leave is for `length`.
+        factors: test lengths as multiples of `length`.
+        steps, batch_size, lr: of the training, on fresh sequences each step.
+        seeds: of weights and data.
+        test_count: sequences of each test.
+        minutes: the longest that a model is trained; the schedule then ends with the time. None: without limit.
+        device: where; scan: as `model.scan`.
+    """
+
+    tasks: tuple[str, ...]
+    layers: tuple[str, ...] = ("recurrent", "first:1", "standard")
+    n_layers: tuple[int, ...] = (2,)
+    d_model: int = 64
+    n_heads: int = 16
+    position: Position = "alibi"
+    length: int = 16
+    curriculum: tuple[int, ...] = ()
+    factors: tuple[int, ...] = (1, 2, 4, 8)
+    steps: int = 300
+    batch_size: int = 64
+    lr: float = 3e-3
+    seeds: tuple[int, ...] = (0,)
+    test_count: int = 256
+    minutes: float | None = None
+    device: str = "cpu"
+    scan: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_counts(self, "length", "steps", "batch_size", "test_count")
+        for name in ("tasks", "layers", "n_layers", "factors", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give at least one")
+        if min(self.factors) < 1:
+            raise ValueError(f"factors are {self.factors}; each must be at least 1")
+        rising = (*self.curriculum, self.length)
+        if any(a >= b for a, b in pairwise(rising)):
+            raise ValueError(f"curriculum is {self.curriculum}; it must rise and stay below length {self.length}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ValueError(f"minutes is {self.minutes}; it must be a finite time above 0, or none")
+        self.optimizer()
+        for task in map(make_task, self.tasks):
+            if rising[0] < task.shortest:
+                name = "curriculum" if self.curriculum else "length"
+                raise ValueError(f"{name} is {getattr(self, name)}; {task.name} needs at least {task.shortest}")
+            for layers, depth in self.models():
+                self.model_config(task, layers, depth)
+
+    def models(self) -> list[tuple[str, int]]:
+        """Kinds and depth of each model."""
+        found = [
+            (layers, depth)
+            for depth in self.n_layers
+            for layers in self.layers
+            if not (layers.startswith("first:") and layers[6:].isdigit() and int(layers[6:]) > depth)
+        ]
+        if not found:
+            raise ValueError(f"no model: layers {self.layers} fit no depth of {self.n_layers}")
+        return found
+
+    def model_config(self, task: Task, layers: str, n_layers: int) -> ModelConfig:
+        """The shape of one model."""
+        return ModelConfig(
+            vocab_size=task.vocab_size, d_model=self.d_model, n_layers=n_layers, n_heads=self.n_heads, layers=layers,
+            position=self.position,
+        )  # fmt: skip
+
+    def optimizer(self) -> OptimizerConfig:
+        """AdamW as in a training run, without weight decay: every sequence is new."""
+        return OptimizerConfig(lr=self.lr, weight_decay=0.0)
+
+
+def run_tasks(
+    settings: TaskSettings, report: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> dict[str, Any]:
+    """Train and score every model on every task with every seed; ready for JSON.
+
+    Args:
+        report: called with what is running, units done and units in all.
+    """
+    s, rows = settings, []
+    jobs = [(name, *model, seed) for name in s.tasks for seed in s.seeds for model in s.models()]
+    total = len(jobs) * s.steps
+    for n, (name, layers, depth, seed) in enumerate(jobs):
+        task, what = make_task(name), f"{name} {layers} x{depth} seed {seed}"
+        torch.manual_seed(seed)
+        model = LanguageModel(s.model_config(task, layers, depth)).to(s.device)
+        model.scan = s.scan
+        lesson = Lesson((*s.curriculum, s.length), s.steps)
+        result = train_on_task(
+            model, task, s, seed, lambda step, _, what=what, n=n: report(what, n * s.steps + step, total), lesson,
+            None if s.minutes is None else 60 * s.minutes,
+        )  # fmt: skip
+        lengths = [s.length * factor for factor in s.factors]
+        last = result.losses[-max(1, len(result.losses) // 10) :]
+        rows.append(
+            {
+                "task": task.name, "layers": layers, "n_layers": depth, "d_model": s.d_model, "seed": seed,
+                "length": s.length, "steps": len(result.losses) if s.minutes else s.steps,
+                "parameters": model.num_parameters(), "seconds": result.seconds, "diverged_at": result.diverged_at,
+                "loss": statistics.fmean(last) if last else None,
+                "began": lesson.began, "curve": curve(result.losses),
+                "accuracy": {
+                    str(N): accuracy(model, task, N, count=s.test_count, seed=TEST_SEED + N) for N in lengths
+                },
+            }
+        )  # fmt: skip
+    return record("tasks", s, rows)
+
+
+class Lesson:
+    """How long the training sequences are: each of some rising lengths until it is learned or its time is over."""
+
+    def __init__(self, lengths: tuple[int, ...], steps: int) -> None:
+        self.lengths, self.share = lengths, steps / len(lengths)
+        self.began = {str(lengths[0]): 0}  # length: steps made before it
+        self.recent: list[float] = []
+        self.made, self.since = 0, 0  # steps made; the step of the schedule at which this length began
+
+    def length(self, step: int) -> int:
+        """That of a step of the schedule."""
+        stage = len(self.began) - 1
+        learned = len(self.recent) == RECENT and statistics.fmean(self.recent) < LEARNED
+        if stage + 1 < len(self.lengths) and (learned or step - self.since >= self.share):
+            self.began[str(self.lengths[stage + 1])] = self.made
+            self.since, self.recent = step, []
+        return self.lengths[len(self.began) - 1]
+
+    def saw(self, loss: float) -> None:
+        """Take note of a step's loss."""
+        self.made += 1
+        self.recent = [*self.recent[1 - RECENT :], loss]
+
+
+def curve(losses: list[float]) -> list[list[float]]:
+    """At most `POINTS` pairs: steps made, and the mean loss since the pair before."""
+    size = max(1, -(-len(losses) // POINTS))
+    ends = [min(n + size, len(losses)) for n in range(0, len(losses), size)]
+    return [[end, statistics.fmean(losses[begin:end])] for begin, end in pairwise([0, *ends])]
+
+
+def train_on_task(
+    model: LanguageModel,
+    task: Task,
+    settings: Any,
+    seed: int,
+    report: Callable[[int, float], None],
+    lesson: Lesson | None = None,
+    limit_s: float | None = None,
+) -> Fit:
+    """`fit` on fresh sequences of the settings' length (or the lesson's), batch size, steps and optimizer."""
+    device, generator = model.embedding.weight.device, torch.Generator().manual_seed(seed)
+    lesson = Lesson((settings.length,), settings.steps) if lesson is None else lesson
+
+    def batch(step: int):
+        tokens, targets = task.sample(settings.batch_size, lesson.length(step), generator)
+        return tokens.to(device), targets.to(device)
+
+    def seen(step: int, loss: float) -> None:
+        lesson.saw(loss)
+        report(step, loss)
+
+    return fit(model, batch, ScheduleConfig(steps=settings.steps), settings.optimizer(), seen, limit_s)
+
+
+def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry for each task and model: mean, worst and best accuracy over the seeds, by length."""
+    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        width = row.get("d_model", results["settings"]["d_model"])  # joined measurements may differ in it
+        grouped.setdefault((row["task"], row["layers"], row["n_layers"], width), []).append(row)
+    several = len({width for *_, width in grouped}) > 1
+    return [
+        {
+            "task": task, "model": f"{layers} x{depth}" + (f", width {width}" if several else ""),
+            "parameters": rows[0]["parameters"],
+            "length": rows[0]["length"], "steps": rows[0]["steps"], "seeds": len(rows),
+            "seconds": statistics.fmean(row["seconds"] for row in rows),
+            "accuracy": {
+                N: (statistics.fmean(values), min(values), max(values))
+                for N in rows[0]["accuracy"]
+                for values in [[row["accuracy"][N] for row in rows]]
+            },
+        }
+        for (task, layers, depth, width), rows in grouped.items()
+    ]  # fmt: skip
+
+
+def show_tasks(results: dict[str, Any], console: Console) -> None:
+    """A table on a console of 80 columns."""
+    s, entries = results["settings"], summary(results)
+    lengths = list(entries[0]["accuracy"])
+    cells = [
+        [
+            e["task"], e["model"], f"{e['parameters']:,}",
+            *(f"{100 * e['accuracy'][N][0]:.1f}" for N in lengths), f"{e['seconds']:.0f}",
+        ]
+        for e in entries
+    ]  # fmt: skip
+    notes = [
+        "Accuracy in percent on the second half of the positions, by length;",
+        f"trained at length {s['length']} for {s['steps']} steps of {s['batch_size']} fresh sequences, lr {s['lr']:g};",
+        *([f"at {', '.join(map(str, s['curriculum']))} before, until learned;"] if s.get("curriculum") else []),
+        f"mean of {len(s['seeds'])} seed(s); width {s['d_model']}, {s['n_heads']} heads.",
+    ]
+    headings = ["task", "layers", "params", *(f"{N}" for N in lengths), "s"]
+    show_table(console, "State tracking", headings, cells, notes, left=2)
+
+
+def draw_tasks(results: dict[str, Any]) -> bytes:
+    """A heat map for each task: models downwards, test lengths to the right; a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    entries = summary(results)
+    tasks = list(dict.fromkeys(e["task"] for e in entries))
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    tallest = max(sum(e["task"] == task for e in entries) for task in tasks)
+    size = (1.4 + 3.9 * columns, 0.7 + rows * (0.9 + 0.42 * tallest))
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(tasks) :]:
+        axes.axis("off")
+    image = None
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        mine = [e for e in entries if e["task"] == task]
+        lengths = list(mine[0]["accuracy"])
+        values = [[e["accuracy"][N][0] for N in lengths] for e in mine]
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for y, e in enumerate(mine):
+            for x, N in enumerate(lengths):
+                mean, worst, best = e["accuracy"][N]
+                text = f"{100 * mean:.0f}" if best - worst < 0.01 else f"{100 * worst:.0f}-{100 * best:.0f}"
+                axes.text(x, y, text, ha="center", va="center", color="white" if mean < 0.55 else "black", fontsize=9)
+        axes.set_xticks(range(len(lengths)), lengths)
+        axes.set_yticks(range(len(mine)), [e["model"] for e in mine], fontsize=9)
+        seeds = "1 seed" if mine[0]["seeds"] == 1 else f"{mine[0]['seeds']} seeds"
+        minutes = results["settings"].get("minutes")
+        time = f"{minutes:.2g} minutes" if minutes else f"{mine[0]['steps']} steps"
+        axes.set_title(f"{task}: length {mine[0]['length']}, {time}, {seeds}", fontsize=9)
+        axes.tick_params(length=0)
+    if image is not None:
+        figure.colorbar(image, ax=grid, shrink=0.7)
+    figure.suptitle("Accuracy (%, second half of the positions) by length", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
+    plt.close(figure)
+    return buffer.getvalue()
