@@ -40,7 +40,7 @@ every_mask = pytest.mark.parametrize("kind", ["plain", "pads", "documents", "bot
 
 def layout_of(kind: str, length: int) -> Layout:
     given = masks(kind, length)
-    return tiny()._layout(3, length, given.get("attention_mask"), given.get("document_ids"), None)
+    return tiny().layout(length, given.get("attention_mask"), given.get("document_ids"))
 
 
 @every_mask
@@ -86,7 +86,7 @@ def test_scores_are_biased_as_the_layout_says(kind: str):
     assert bias is not None
     assert visible is not None
     assert_close(found[visible.expand(rows, H, N, N)], bias[visible.expand(rows, H, N, N)], 1e-6)
-    assert biased_scores(tiny(position="none")._layout(1, 5, None, None, None)) is None
+    assert biased_scores(tiny(position="none").layout(5)) is None
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def run_layers(model: LanguageModel, x: torch.Tensor) -> torch.Tensor:
     """Outputs of a model's only layer."""
     layer = model.layers[0]
     assert isinstance(layer, Layer)
-    return fused.fused_scan(x, layer.maths(torch.bfloat16), model._layout(x.shape[0], x.shape[1], None, None, None))[0]
+    return fused.fused_scan(x, layer.maths(torch.bfloat16), model.layout(x.shape[1]))[0]
 
 
 def test_one_call_leaves_the_results_of_another_alone(request: pytest.FixtureRequest) -> None:

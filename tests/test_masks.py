@@ -147,7 +147,7 @@ def test_gradients_at_slack_slots_are_exactly_zero(options: dict[str, Any], scan
     mask[0, 10:] = False
     request.getfixturevalue("poisoned_memory")
     for index in range(2):
-        layer, layout = layer_of(model, index), model._layout(2, 16, mask, None, None)
+        layer, layout = layer_of(model, index), model.layout(16, mask)
         x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         z = layer(x, layout, scan)
         grads = torch.autograd.grad(z[mask].square().sum(), [x, *layer.parameters()])

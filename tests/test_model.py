@@ -361,7 +361,7 @@ def test_float64_is_never_lowered_by_autocast():
 
 def test_the_residual_stream_of_a_bfloat16_model_is_float32():
     model = tiny(dtype=torch.bfloat16)
-    layer, layout = layer_of(model, 0), model._layout(1, 4, None, None, None)
+    layer, layout = layer_of(model, 0), model.layout(4)
     assert layer(torch.randn(1, 4, 32), layout).dtype == torch.float32
 
 

@@ -151,7 +151,7 @@ def test_gradients_are_finite_differences(options: dict[str, Any], scan: str):
     config = ModelConfig(vocab_size=5, d_model=4, n_layers=2, n_heads=2, d_mlp=5, **options)
     model = strong(LanguageModel(config), 0.5).double()
     layer = layer_of(model, 0)
-    layout = model._layout(2, 4, torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1]]).bool(), None, None)
+    layout = model.layout(4, torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1]]).bool())
     real = layout.valid
     assert real is not None
 
@@ -172,7 +172,7 @@ def test_gradients_with_a_past_are_finite_differences(scan: str):
     layer, cache = layer_of(model, 0), KVCache(config, 1, dtype=torch.float64)
     with torch.no_grad():
         model(torch.tensor([[3, 0, 1]]), cache=cache)
-    layout, past = model._layout(1, 3, None, None, cache), cache.past(0)
+    layout, past = model.layout(3, None, None, cache), cache.past(0)
 
     def outputs(x: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return SCANS[scan](x, layer.maths(), layout, past)

@@ -21,7 +21,6 @@ from recurformer.hardware import FLEX_BLOCK, FLEX_HEAD_WIDTHS, compiler_present
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from recurformer.attention import Layout
     from recurformer.config import ModelConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -94,6 +93,45 @@ class Layout:
     documents: Tensor | None = None  # (B, M) int64, non-decreasing; None: one document a row
     slopes: Tensor | None = None  # (H,) in the accumulation dtype; None: no ALiBi
     rotation: Rotation | None = None  # of the N new positions; None: no RoPE
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        length: int,
+        *,
+        past: int = 0,
+        valid: Tensor | None = None,
+        documents: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> Layout:
+        """Return the layout of `length` new tokens behind `past` cached slots.
+
+        Args:
+            config: of the model, for its kind of positions.
+            length: N.
+            past: P.
+            valid: (B, P + N) bool, False at pads; None: no pads.
+            documents: (B, N) int64, non-decreasing, without a past; None: one document a row.
+            dtype: of slopes and rotary angles, the model's accumulation dtype.
+            device: of the model; None: torch's default device.
+        """
+        if valid is None:
+            positions = torch.arange(past + length, device=device)[None]
+        else:
+            positions = valid.cumsum(1) - valid.long()
+        if documents is not None:  # positions restart in each document
+            begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+            positions = positions - torch.where(begins, positions, 0).cummax(1).values
+        slopes = rotation = None
+        if config.position == "alibi":
+            slopes = alibi_slopes(config.n_heads, config.alibi_slopes, device=device).to(dtype)
+        elif config.position == "rope":
+            frequencies = rotary_frequencies(config, device)
+            angles = positions[:, None, past:, None].to(frequencies.dtype) * frequencies
+            rotation = Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+        return cls(past, length, positions, valid, documents, slopes, rotation)
 
     @property
     def causal_only(self) -> bool:

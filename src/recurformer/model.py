@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recurformer.attention import Layout, Rotation, alibi_slopes, compiled, parallel_attention, rotary_frequencies
+from recurformer.attention import Layout, compiled, parallel_attention
 from recurformer.cache import KVCache
 from recurformer.checks import check_inputs
 from recurformer.choose import SCAN_CHOICES, choose_loss, choose_scan
@@ -33,9 +33,6 @@ from recurformer.scan.algorithms import scan_by_name
 from recurformer.scan.wavefront import wavefront_scan
 
 LOGITS_AT_ONCE = 2**25  # elements; above this the loss without logits works in chunks that are recomputed backward
-
-
-# --- positions -------------------------------------------------------------------------------------------------------
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
@@ -376,7 +373,9 @@ class LanguageModel(nn.Module):
             self.scan, self.config, x.device, batch_size=B, length=N, past=0 if cache is None else cache.length,
             dtype=compute_dtype(self.embedding.weight), together=not recompute,
         )  # fmt: skip
-        layout = self._layout(B, N, valid, documents, cache)
+        if cache is not None:
+            cache.reserve(N)
+        layout = self.layout(N, valid, documents, cache)
         for stack in self._stacks(range(first, stop), together=scan == "wavefront" and not recompute):
             if len(stack) > 1:
                 x = self._wavefront(x, stack, layout, cache)
@@ -427,29 +426,27 @@ class LanguageModel(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), weight.to(dtype))[..., : self.config.vocab_size]
 
-    def _layout(self, B: int, N: int, valid: Tensor | None, documents: Tensor | None, cache: KVCache | None) -> Layout:
-        config, device = self.config, self.embedding.weight.device
-        P = 0
-        if cache is not None:
-            P = cache.length
-            cache.reserve(N)
-            valid = cache.validity_with(valid, N)
-        if valid is None:
-            positions = torch.arange(P + N, device=device)[None]
-        else:
-            positions = valid.cumsum(1) - valid.long()
-        if documents is not None:  # positions restart in each document
-            begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
-            positions = positions - torch.where(begins, positions, 0).cummax(1).values
-        acc = accumulation_dtype(self.embedding.weight.dtype)
-        slopes = rotation = None
-        if config.position == "alibi":
-            slopes = alibi_slopes(config.n_heads, config.alibi_slopes, device=device).to(acc)
-        elif config.position == "rope":
-            frequencies = rotary_frequencies(config, device)
-            angles = positions[:, None, P:, None].to(frequencies.dtype) * frequencies
-            rotation = Rotation(angles.cos().to(acc), angles.sin().to(acc))
-        return Layout(P, N, positions, valid, documents, slopes, rotation)
+    def layout(
+        self, length: int, valid: Tensor | None = None, documents: Tensor | None = None, cache: KVCache | None = None
+    ) -> Layout:
+        """Return who sees whom when this model reads `length` new tokens.
+
+        Args:
+            length: N, new positions of each row.
+            valid: (B, N) bool, False at pads; None: no pads.
+            documents: (B, N) int64, non-decreasing; None: one document a row.
+            cache: the cache that the call continues; None: there is no past.
+        """
+        weight = self.embedding.weight
+        return Layout.build(
+            self.config,
+            length,
+            past=0 if cache is None else cache.length,
+            valid=valid if cache is None else cache.validity_with(valid, length),
+            documents=documents,
+            dtype=accumulation_dtype(weight.dtype),
+            device=weight.device,
+        )
 
     def _loss(self, x: Tensor, logits: Tensor | None, targets: Tensor) -> Tensor:
         def total(part: Tensor, wanted: Tensor, made: Tensor | None = None) -> Tensor:

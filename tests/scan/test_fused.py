@@ -85,7 +85,7 @@ def compare(
         cache = KVCache(model.config, batch)
         with torch.no_grad():
             model(random_tokens(batch, past, seed=5), cache=cache)
-    layout = model._layout(batch, length, mask, documents, cache)
+    layout = model.layout(length, mask, documents, cache)
     pairs = [None if cache is None else cache.past(l) for l in range(len(model.layers))]
     draw = torch.Generator().manual_seed(7)
     x, weight = (torch.randn(batch, length, model.config.d_model, generator=draw) for _ in range(2))
@@ -107,7 +107,7 @@ def compare(
 
     found = outcome([layer_of(model, l).maths(dtype) for l in range(len(model.layers))], x, layout, False)
     model.double()
-    exact_layout = model._layout(batch, length, mask, documents, cache)
+    exact_layout = model.layout(length, mask, documents, cache)
     expected = outcome([layer_of(model, l).maths() for l in range(len(model.layers))], x.double(), exact_layout, True)
     assert len(found) == len(expected)
     for index, (one, other) in enumerate(zip(found, expected, strict=True)):
@@ -208,7 +208,7 @@ def test_what_is_kept_changes_no_bit(interpreted: None, request: pytest.FixtureR
     request.getfixturevalue("poisoned_memory")
     model = small(n_layers=2, n_kv_heads=1, norm="layer", attention_bias=True, mlp_bias=True)
     mask = torch.tensor([[True, False, True], [True, True, True]])
-    layout = model._layout(2, 3, mask, torch.tensor([[0, 0, 0], [1, 2, 2]]), None)
+    layout = model.layout(3, mask, torch.tensor([[0, 0, 0], [1, 2, 2]]))
     x = torch.randn(2, 3, model.config.d_model, requires_grad=True)
 
     def gradients(save: str) -> list[Tensor]:
@@ -315,7 +315,7 @@ def test_a_model_runs_it_and_fills_its_cache(interpreted: None) -> None:
 def test_what_one_call_leaves_harms_no_other(interpreted: None, save: str) -> None:
     """Neither a call under inference_mode nor one full of NaN."""
     model = small(n_layers=2)
-    layout = model._layout(1, 2, None, None, None)
+    layout = model.layout(2)
 
     def gradients(x: Tensor) -> list[Tensor]:
         z, _ = stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2, save=save)
@@ -356,7 +356,7 @@ def test_engines_are_bounded_by_the_memory_that_they_hold(interpreted: None, mon
 def test_outputs_of_the_last_layer_do_not_keep_those_of_all(interpreted: None) -> None:
     """Where nothing is needed for a backward; else the backward needs them anyway."""
     model, x = small(n_layers=2), torch.randn(1, 2, 8)
-    maths, layout = [layer_of(model, l).maths() for l in range(2)], model._layout(1, 2, None, None, None)
+    maths, layout = [layer_of(model, l).maths() for l in range(2)], model.layout(2)
     for differentiable in (False, True):
         with torch.set_grad_enabled(differentiable):
             z, _ = stack_scan(x, maths, layout, chunk=2, leaf=2)
@@ -395,7 +395,7 @@ def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("recurformer.hardware.HAS_TRITON", True)
     model = small()
-    maths, layout = layer_of(model, 0).maths(), model._layout(1, 2, None, None, None)
+    maths, layout = layer_of(model, 0).maths(), model.layout(2)
     x = torch.randn(1, 2, 8)
     with pytest.raises(ValueError, match="chunk is 12; it must be a power of two"):
         stack_scan(x, [maths], layout, chunk=12)

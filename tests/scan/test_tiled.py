@@ -77,7 +77,7 @@ def case(
         remembered = KVCache(model.config, B, dtype=dtype)
         with torch.no_grad():
             model(random_tokens(B, past), cache=remembered, attention_mask=past_mask)
-    layout = model._layout(B, N, mask, documents, remembered)
+    layout = model.layout(N, mask, documents, remembered)
     draw = torch.Generator().manual_seed(5)
     x, gz = torch.randn(2, B, N, model.config.d_model, generator=draw, dtype=torch.float64).to(dtype)
     made = Case(layer_of(model, 0), layout, x, gz, None if remembered is None else remembered.past(0))
@@ -365,7 +365,7 @@ def stack(
         remembered = KVCache(model.config, B, dtype=dtype)
         with torch.no_grad():
             model(random_tokens(B, past), cache=remembered, attention_mask=past_mask)
-    layout = model._layout(B, N, mask, documents, remembered)
+    layout = model.layout(N, mask, documents, remembered)
     x, gz = torch.randn(2, B, N, model.config.d_model, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     layers, memory = [layer_of(model, l) for l in range(L)], None
     if remembered is not None:
@@ -464,7 +464,7 @@ def test_a_stack_under_bfloat16():
     """Fresh weights, as in training; matrices in bf16, everything that is summed up in float32."""
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=2, n_heads=4))
-    layout, layers = model._layout(2, 65, None, None, None), [layer_of(model, l) for l in range(2)]
+    layout, layers = model.layout(65), [layer_of(model, l) for l in range(2)]
     x, gz = torch.randn(2, 2, 65, 64, generator=torch.Generator().manual_seed(0))
     outcomes = []
     for dtype, scan in ((torch.float32, one_after_the_other), (torch.bfloat16, stack_scan)):
@@ -658,7 +658,7 @@ def test_bfloat16_under_autocast(options: dict[str, Any], save: str):
     """Fresh weights, as in training; matrices in bf16, everything that is summed up in float32."""
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=1, n_heads=4, **options))
-    layer, layout = layer_of(model, 0), model._layout(2, 65, None, None, None)
+    layer, layout = layer_of(model, 0), model.layout(65)
     x = torch.randn(2, 65, 64, generator=torch.Generator().manual_seed(0))
     gz = torch.randn(2, 65, 64, generator=torch.Generator().manual_seed(1))
 
@@ -737,7 +737,7 @@ def test_a_compiled_model_calls_the_scan_as_it_is():
 def minimal_peak(N: int, **options: Any) -> float:
     """Bytes of a forward and backward pass at save="minimal" for each byte of the layer's input."""
     model = tiny(n_layers=1, **options)
-    layer, layout = layer_of(model, 0), model._layout(2, N, None, None, None)
+    layer, layout = layer_of(model, 0), model.layout(N)
     x = torch.randn(2, N, model.config.d_model).requires_grad_()
     gz = torch.randn_like(x)
 

@@ -17,7 +17,7 @@ D = 32
 def test_all_directions_give_the_jacobian(scan: str):
     model = tiny(layers="first:1", dtype=torch.float64, scan=scan)
     tokens = random_tokens(1, 7)
-    layout: Layout = model._layout(1, 7, None, None, None)
+    layout: Layout = model.layout(7)
 
     def layers(x: Tensor) -> Tensor:
         for layer in model.layers:

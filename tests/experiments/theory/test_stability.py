@@ -44,7 +44,7 @@ def test_the_direct_path_and_the_power_law_bound_one_uniform_layer(results: dict
 
 def test_attention_of_the_uniform_layer_is_uniform():
     model = stability.uniform_layer(16, 2, "standard", 0)
-    layout = model._layout(1, 5, None, None, None)
+    layout = model.layout(5)
     x = torch.randn(1, 5, 16, dtype=torch.float64)
     layer = layer_of(model, 0)
     maths = layer.maths()

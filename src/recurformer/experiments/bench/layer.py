@@ -225,7 +225,7 @@ def _ours(s: LayerSettings, name: str, device: torch.device) -> Subject:
 
         return Subject(forward, rows, clear, s.stack, parameters, why)
     layer = model.layers[0]
-    layout = model._layout(s.batch_size, s.length, None, None, None)
+    layout = model.layout(s.length)
 
     def forward_layer(x: Tensor) -> Tensor:
         with autocast:

@@ -42,7 +42,7 @@ def main(settings: dict[str, Any], device: torch.device | None = None) -> None:
     torch.manual_seed(0)
     options = {**OFFICIAL_OPTIONS, "vocab_size": 256, "vocab_multiple": 1}
     model = build_model(ModelConfig(**options, d_model=H * K, n_heads=H, n_layers=1), device)
-    layer, layout, scan = model.layers[0], model._layout(B, N, None, None, None), pure_tiling(settings["scan"], N)
+    layer, layout, scan = model.layers[0], model.layout(N), pure_tiling(settings["scan"], N)
     x = torch.randn(B, N, H * K, device=device, requires_grad=settings["backward"])
     gradient = torch.randn_like(x) if settings["backward"] else None
 

@@ -156,7 +156,7 @@ def measure_uniform(settings: StabilitySettings) -> dict[str, Any]:
     tokens = torch.randint(VOCABULARY, (s.sequences, N), generator=torch.Generator().manual_seed(s.seed))
     layer = recurrent.layers[0]
     assert isinstance(layer, Layer)
-    maths, layout = layer.maths(), recurrent._layout(s.sequences, N, None, None, None)
+    maths, layout = layer.maths(), recurrent.layout(N)
     x = recurrent.embedding.weight.detach()[tokens]
     z = layer(x, layout).detach()
 

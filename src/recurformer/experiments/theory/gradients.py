@@ -98,7 +98,7 @@ def position_gradients(
     """
     check_inputs(model.config, model.embedding.weight.device, tokens, None, None, None, None, False, True, None)
     B, N = tokens.shape
-    layout = model._layout(B, N, None, None, None)
+    layout = model.layout(N)
     scan, _ = choose_scan(model.scan, model.config, tokens.device, batch_size=B, length=N, together=False)
 
     def layers(x: Tensor) -> Tensor:
