@@ -179,19 +179,21 @@ def test_links_and_pictures_exist(page: Path) -> None:
 
 
 def test_the_file_tree_is_true() -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
     tree = re.search(r"^```\nsrc/recurformer/\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert tree is not None
     listed: list[str] = []
-    folders = ["src/recurformer"]
+    folders: list[str] = []
     for line in tree[1].splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0].rstrip("/")
-        folders = [*folders[:depth], name] if depth else [name]
-        path = "/".join(folders) if depth == 0 else "/".join(["src/recurformer", *folders[1:]])
+        if depth == 0:  # the repository's other folders
+            assert (REPOSITORY / name).exists(), f"the file tree names {name}"
+            continue
+        folders = [*folders[: depth - 1], name]
+        path = "/".join(["src/recurformer", *folders])
         assert (REPOSITORY / path).exists(), f"the file tree names {path}"
         listed.append(path)
-    package = REPOSITORY / "src" / "recurformer"
-    for path in package.iterdir():
+    for path in (REPOSITORY / "src" / "recurformer").iterdir():
         if path.name not in ("__init__.py", "__main__.py", "__pycache__", "py.typed", "version.py"):
             assert f"src/recurformer/{path.name}" in listed, f"the file tree lacks {path.name}"
 

@@ -26,11 +26,10 @@ def main(folder: Path) -> None:
     where = f"{start['device']}, {start['threads']} threads, Python {versions['python']}, PyTorch {versions['torch']}"
     shutil.copy(folder / "curves.png", README.parent / "docs" / "figures" / "demo.png")
     window, batch = runs[0].config["data"]["window"], runs[0].config["batch_size"]
-    text = f"""The demo trains the `nano` preset as a Recurrent Transformer, the same with only its first layer
-recurrent, and a Transformer of the same 786,432 matrix parameters and twice the layers: the same tokens in the same
-order, the same schedule, {steps} steps of {batch} windows of {window} bytes. The text (Austen, Newton, State of the
-Union addresses) is inside the package. On {where}, with {seconds:.0f} seconds of
-training, it printed
+    text = f"""The demo trains three models with the same 786,432 matrix parameters on the same tokens in one order:
+the `nano` preset with all layers recurrent, with only the first one recurrent, and a Transformer of twice the layers.
+The text (Austen, Newton, State of the Union addresses) is inside the package. On {where},
+{steps} steps of {batch} windows of {window} bytes took {seconds:.0f} seconds of training and printed
 
 ```
 {table}
@@ -38,8 +37,8 @@ training, it printed
 
 ![Validation loss of the three models against tokens and against seconds](docs/figures/demo.png)
 
-One seed and a very short run: a demonstration of the tools, not a measurement of the architecture. The page
-`demo/report.html` adds samples and settings."""
+One seed and a very short run: this shows the tools, it does not measure the architecture. The page `demo/report.html`
+adds samples and settings."""
     old = README.read_text(encoding="utf-8")
     new, count = re.subn(
         r"(<!-- demo -->\n).*?(<!-- /demo -->)", lambda m: f"{m[1]}\n{text}\n\n{m[2]}", old, flags=re.DOTALL
