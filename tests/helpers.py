@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 import torch
 from torch import Tensor
@@ -144,3 +145,16 @@ def script_of(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def commands_of(group: click.Group) -> dict[tuple[str, ...], click.Command]:
+    """The words of a command line -> its command, for every command below a group and for the groups themselves."""
+    found: dict[tuple[str, ...], click.Command] = {}
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        found[(name,)] = command
+        if isinstance(command, click.Group):
+            found |= {(name, *words): inner for words, inner in commands_of(command).items()}
+    return found

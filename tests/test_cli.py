@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from helpers import tiny
+from helpers import FIXTURES, commands_of, tiny
 
 import recurformer
 from recurformer import LanguageModel, ModelConfig, cli
@@ -61,15 +61,8 @@ def call(capsys: pytest.CaptureFixture[str]):
 
 # --- help ------------------------------------------------------------------------------------------------------------
 
-VERBS = sorted(cli.cli.commands)
-COMMANDS: dict[tuple[str, ...], click.Command] = {
-    (verb, *sub): inner
-    for verb, command in sorted(cli.cli.commands.items())
-    for sub, inner in [
-        ((), command),
-        *(((name,), inner) for name, inner in getattr(command, "commands", {}).items()),
-    ]
-}
+COMMANDS = commands_of(cli.cli)
+VERBS = [words[0] for words in COMMANDS if len(words) == 1]
 
 
 def test_the_verbs_are_there() -> None:
@@ -98,9 +91,52 @@ def test_version_and_module() -> None:
     assert done.stdout == f"recurformer, version {recurformer.__version__}\n"
 
 
-def test_light_verbs_do_not_import_torch() -> None:
-    script = "import sys, recurformer.cli as c; assert 'recurformer.training.loop' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+LIGHT = {
+    "import recurformer": "import recurformer",
+    "import recurformer.cli": "import recurformer.cli",
+    "--help": ("--help",),
+    "--version": ("--version",),
+    "bench --help": ("bench", "--help"),
+    "compare": ("compare", "{run}", "--out", "{out}"),
+}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_torch_is_not_imported(place: Path, tmp_path: Path, name: str) -> None:
+    """In a process of its own: another test has imported torch in this one."""
+    asked = LIGHT[name]
+    if isinstance(asked, tuple):
+        words = [word.format(run=place / "R", out=tmp_path) for word in asked]
+        asked = (
+            f"from recurformer.cli import main\ntry: main({words!r})\nexcept SystemExit as stop: assert stop.code == 0"
+        )
+    script = f"{asked}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def surface() -> str:
+    """Every argument and option of every verb with its default, a line each."""
+    lines: list[str] = []
+    for words, command in sorted(COMMANDS.items(), key=lambda item: " ".join(item[0])):
+        if isinstance(command, click.Group):
+            continue
+        rows: list[str] = []
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                absent = parameter.default is None or "UNSET" in repr(parameter.default)
+                default = "" if absent else f" = {parameter.default!r}"
+                names = " ".join([*parameter.opts, *parameter.secondary_opts])
+                rows.append(names + default + (" repeated" if parameter.multiple else ""))
+            else:
+                rows.append(f"{parameter.human_readable_name} nargs {parameter.nargs} required {parameter.required}")
+        lines += [f"[{' '.join(words)}]", *sorted(rows), ""]
+    return "\n".join(lines)
+
+
+def test_options_and_their_defaults_are_those_that_people_use() -> None:
+    """Scripts rely on these names and defaults. A new option adds its line to the file; no line goes away."""
+    assert surface() == (FIXTURES / "options.txt").read_text(encoding="utf-8")
 
 
 # --- eval ------------------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def test_the_file_tree_is_true() -> None:
 
 def test_every_verb_is_documented() -> None:
     everything = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for verb in cli.cli.commands:
+    for verb in cli.VERBS:
         assert f"recurformer {verb}" in everything
 
 

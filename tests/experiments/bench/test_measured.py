@@ -191,7 +191,7 @@ def test_options_of_the_model_do_not_go_with_a_measurement(bench: Callable[..., 
 
 # --- what the page says ----------------------------------------------------------------------------------------------
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def stored(name: str) -> Any:

@@ -1,0 +1,22 @@
+"""`recurformer demo`: three small models, trained and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--out", default="demo", type=click.Path(path_type=Path), metavar="DIR", help="Folder of data and runs.")
+@click.option("--steps", type=click.IntRange(min=1), default=240, help="Optimizer steps of each model.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a training setting of all models.")
+def demo(out: Path, steps: int, settings: tuple[str, ...]) -> None:
+    """Train, compare and sample three small models. What is finished in OUT is kept, what was interrupted continues."""
+    from recurformer.experiments.demo import run_demo
+    from recurformer.training import TrainingError
+
+    try:
+        run_demo(out, steps, settings)
+    except TrainingError as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,95 @@
+"""`recurformer train`: a training run, or what it will cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+class _DocumentsSettings(click.Command):
+    """A command whose help ends with every setting of a training run."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from recurformer.training.config import reference
+
+        for section, summary, entries in reference():
+            with formatter.section(f"Settings of [{section}]" if section else "Settings"):
+                if summary:
+                    formatter.write_text(summary)
+                formatter.write_dl([(e.name, f"{e.doc}  [default: {e.default}]") for e in entries], col_max=26)
+
+
+@click.command(cls=_DocumentsSettings)
+@click.option("--config", "config_file", type=click.Path(), help="TOML, YAML or JSON file of settings.", metavar="FILE")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change one setting; may be repeated.")
+@click.option("--out", type=click.Path(), metavar="RUN", help="Folder of the run; required but for --dry-run.")
+@click.option("--init-from", type=click.Path(), metavar="FOLDER", help="Start from the weights of this model or run; "
+              "short for --set init_from=FOLDER.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Continue RUN from its newest checkpoint, with its own configuration "
+              "unless --config gives one.")  # fmt: skip
+@click.option("--allow-change", multiple=True, metavar="NAME", help="Let this setting differ from the resumed run's; "
+              "the new value holds from the next step on.")  # fmt: skip
+@click.option("--stop-at", type=click.IntRange(min=0), metavar="STEP", help="Save and stop at this step.")
+@click.option("--dry-run", is_flag=True, help="Print what the run will cost here (parameters, memory, time, disk), and "
+              "write nothing. The data may be missing.")  # fmt: skip
+@click.option("--processes", type=click.IntRange(min=1), metavar="N", help="With --dry-run: as many as torchrun would "
+              "start, a GPU each.  [default: those that it has started]")  # fmt: skip
+@click.option("--quiet", is_flag=True, help="Show nothing but errors.")
+def train(
+    config_file: str | None,
+    settings: tuple[str, ...],
+    out: str | None,
+    init_from: str | None,
+    resume: bool,
+    allow_change: tuple[str, ...],
+    stop_at: int | None,
+    dry_run: bool,
+    processes: int | None,
+    quiet: bool,
+) -> int:
+    """Train a model into RUN: config.json, metrics.jsonl, checkpoints/ and, at the end, plots/.
+
+    SIGINT (Ctrl-C) and SIGTERM save after the step at hand and exit with 130 and 143; a second one aborts at once. The
+    exit code is 0 when the run is finished or --stop-at is reached, and 2 after an error.
+    """
+    import json
+
+    from recurformer import training
+    from recurformer.report import load_runs, write_report
+    from recurformer.training.distributed import environment
+
+    if init_from is not None:
+        settings = (*settings, f"init_from={json.dumps(init_from)}")
+
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out'; only --dry-run goes without.")
+    if processes is not None and not dry_run:
+        raise click.UsageError("--processes is for --dry-run; torchrun --nproc-per-node starts several.")
+    own = Path(out or ".") / "config.json"
+    file = str(own) if out and resume and config_file is None and own.is_file() else config_file
+    if dry_run:
+        from rich.console import Console
+
+        from recurformer.training import estimate
+
+        rank, started, _ = environment()
+        if rank == 0:
+            found = estimate.estimate(training.load_config(file, settings), processes or started)
+            estimate.show(found, Console(width=80))
+        return 0
+    assert out is not None
+    try:
+        result = training.train(
+            training.load_config(file, settings), out,
+            resume=resume, allow_change=allow_change, stop_at=stop_at, quiet=quiet,
+        )  # fmt: skip
+    except training.EndedElsewhereError:
+        return 2
+    except training.TrainingError as error:
+        raise click.ClickException(str(error)) from error
+    if result.signal is not None:
+        return 128 + result.signal
+    if environment()[0] == 0:
+        write_report(load_runs([out]), Path(out) / "plots", f"Training run {Path(out).name}")
+    return 0
