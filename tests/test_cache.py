@@ -86,7 +86,7 @@ def test_every_split_of_a_sequence_gives_the_same_logits_and_cache(options: dict
 def test_decoding_sees_the_slopes(monkeypatch: pytest.MonkeyPatch):
     model, tokens = tiny(), random_tokens(1, 9)
     logits, _ = in_pieces(model, tokens, [8, 1])
-    monkeypatch.setattr("recurformer.model.alibi_slopes", lambda heads, *_, **__: torch.zeros(heads))
+    monkeypatch.setattr("recurformer.attention.alibi_slopes", lambda heads, *_, **__: torch.zeros(heads))
     flat, _ = in_pieces(model, tokens, [8, 1])
     assert (logits[:, -1] - flat[:, -1]).abs().max() > 1e-3
 
