@@ -1,33 +1,52 @@
-"""What a model is made of and what it would run on: the `info` command."""
+"""Facts of a model, and of the machine that would run it: the `info` command. A preset needs no torch on a CPU."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recurformer.choose import CHOOSERS
 from recurformer.config import PRESETS, ModelConfig
-from recurformer.settings import suggest
+from recurformer.hardware import Device
+from recurformer.settings import shown, suggest
 from recurformer.version import __version__
+
+# Files that Linux has where a GPU may be: NVIDIA's driver, AMD's driver, and the GPU of a Windows host.
+GPU_FILES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+@dataclass(frozen=True)
+class NamedDevice:
+    """A device by the name of its type, where no torch is imported."""
+
+    type: str
+
+    def __str__(self) -> str:
+        return self.type
+
+
+def gpu_is_possible() -> bool:
+    """Return False where this machine cannot have a GPU. Then nothing imports torch: the import takes a second."""
+    return not sys.platform.startswith("linux") or any(Path(file).exists() for file in GPU_FILES)
 
 
 def describe(target: str, layers: str | None = None) -> dict[str, Any]:
-    """Facts of a model folder, a training run or a preset, ready for JSON.
+    """Return the facts of a model folder, a training run or a preset, ready for JSON.
 
     Args:
         target: a folder, or the name of a preset.
-        layers: of a preset, the kind of its layers; None: recurrent.
+        layers: kind of the layers of a preset. None means recurrent.
 
     Raises:
-        ValueError: for a name that is neither, and for `layers` with a folder, whose layers are what they are.
+        ValueError: for a name that is neither, and for `layers` with a folder, which has its own layers.
     """
     facts: dict[str, Any] = {"target": target}
     if Path(target).is_dir():
@@ -42,7 +61,7 @@ def describe(target: str, layers: str | None = None) -> dict[str, Any]:
         config = ModelConfig.preset(target, **({} if layers is None else {"layers": layers}))
     else:
         raise ValueError(
-            f"{target!r} is neither a folder nor a preset; the presets are {', '.join(PRESETS)}"
+            f"{shown(target)} is neither a folder nor a preset; the presets are {', '.join(PRESETS)}"
             f"{suggest(target, PRESETS)}"
         )
     facts |= {
@@ -59,14 +78,19 @@ def describe(target: str, layers: str | None = None) -> dict[str, Any]:
         "kv_bytes_per_token_16_bit": config.kv_bytes_per_token(2),
         "kv_bytes_per_token_32_bit": config.kv_bytes_per_token(4),
     }
-    for what, choose in CHOOSERS.items():
-        facts[what] = {str(device): asdict(choose(config, device)) for device in devices()}
+    for subject, choose in CHOOSERS.items():
+        facts[subject] = {str(device): asdict(choose(config, device)) for device in devices()}
     return facts
 
 
-def devices() -> list[torch.device]:
-    """The kinds of device that are here, the CPU first."""
-    found = [torch.device("cpu")]
+@cache
+def devices() -> list[Device]:
+    """Return the kinds of device of this machine, the CPU first."""
+    if not gpu_is_possible():
+        return [NamedDevice("cpu")]
+    import torch
+
+    found: list[Device] = [torch.device("cpu")]
     if torch.cuda.is_available():
         found.append(torch.device("cuda"))
     if torch.backends.mps.is_available():
@@ -75,20 +99,35 @@ def devices() -> list[torch.device]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and installed extras, ready for JSON."""
-    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    """Return versions, devices and installed extras, ready for JSON."""
+    found = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores"}
+    if gpu_is_possible():
+        import torch
+
+        found |= {f"cuda:{n}": torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
     return {
-        "versions": {"recurformer": __version__, "python": platform.python_version(), "torch": torch.__version__},
-        "devices": {
-            "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            **{f"cuda:{n}": name for n, name in enumerate(gpus)},
+        "versions": {
+            "recurformer": __version__,
+            "python": platform.python_version(),
+            "torch": torch_version(),
         },
+        "devices": found,
         "extras": extras(),
     }
 
 
+def torch_version() -> str:
+    """Return the version of the installed torch, from its metadata where there are any."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        import torch
+
+        return torch.__version__
+
+
 def extras() -> dict[str, dict[str, str | None]]:
-    """The optional dependencies of each extra and their installed versions; None where one is missing."""
+    """Return the optional packages of each extra and their installed versions. None stands for a missing package."""
     found: dict[str, dict[str, str | None]] = {}
     try:
         requirements = metadata.requires("recurformer") or []
@@ -119,7 +158,7 @@ def show_environment() -> None:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print what `describe` found."""
+    """Print the facts that `describe` returned."""
     _lines("model", facts.get("folder", f"preset {facts['target']}"))
     heads = f"{facts['heads']} heads of {facts['head_width']}"
     if facts["key_value_heads"] != facts["heads"]:
@@ -132,10 +171,10 @@ def show(facts: dict[str, Any]) -> None:
     )
     half, full = facts["kv_bytes_per_token_16_bit"], facts["kv_bytes_per_token_32_bit"]
     _lines("KV cache", f"{half:,} bytes a token in 16 bits, {full:,} in 32")
-    for what in CHOOSERS:
-        for device, choice in facts[what].items():
+    for subject in CHOOSERS:
+        for device, choice in facts[subject].items():
             where = "" if choice["name"] == "none" else f" on {device}"
-            _lines(what, f"{choice['name']}{where}: {choice['why']}")
+            _lines(subject, f"{choice['name']}{where}: {choice['why']}")
 
 
 def show_presets() -> None:
