@@ -23,6 +23,7 @@ from recurformer.cli import main
 from recurformer.data import PrepareSummary, TokenDataset, Tokenizer, prepare, sources
 from recurformer.data.preparation import SHARD_TOKENS
 from recurformer.data.tokenizer import BytesTokenizer, JsonTokenizer, load_tokenizer, train_bpe
+from recurformer.files import WORK
 
 SHARED = Path(os.environ.get("RECURFORMER_TEST_DATA", Path(__file__).parents[3] / "shared"))
 DOCUMENTS = ["First document.\n", "Zweites, größeres: 🦊\r\nwith two lines", "third"]
@@ -413,7 +414,7 @@ def test_an_interrupted_run_leaves_nothing_under_the_final_name(
     command = [sys.executable, "-m", "recurformer", "prepare", "in.jsonl", *options]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
-    while not any("partial" in name for name in left_behind(tmp_path)):
+    while not any(name.endswith(WORK) for name in left_behind(tmp_path)):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -10,10 +10,18 @@ import pytest
 import torch
 
 import recurformer
-from recurformer import LanguageModel, ModelConfig
-from recurformer.store.checkpoints import Checkpoint, TrainingState, list_checkpoints, newest_checkpoint, resolve
-from recurformer.training import checkpoint as checkpoints
-from recurformer.training.checkpoint import read_rng, remove_outdated, restore_rng, write_checkpoint
+from recurformer import LanguageModel, ModelConfig, files
+from recurformer.store import checkpoints
+from recurformer.store.checkpoints import (
+    Checkpoint,
+    TrainingState,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_outdated,
+    resolve,
+    write_checkpoint,
+)
+from recurformer.training.checkpoint import read_rng, restore_rng
 
 
 def save_model(folder: Path) -> None:
@@ -103,8 +111,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, failing)
 
         return write_or_fail
 
-    for name in ("_save_tensors", "_write_json", "_sync"):
-        monkeypatch.setattr(checkpoints, name, full(getattr(checkpoints, name)))
+    for module, name in ((checkpoints, "write_tensors"), (checkpoints, "_write_json"), (files, "sync_file")):
+        monkeypatch.setattr(module, name, full(getattr(module, name)))
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path, 2)
     monkeypatch.undo()

@@ -219,7 +219,7 @@ def test_a_failed_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.Mo
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("recurformer.store.folders.save_file", full_disk)
+    monkeypatch.setattr("recurformer.store.folders.write_tensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         recurformer.save(tiny(seed=7, layers="first:1"), folder)
     assert torch.equal(recurformer.load(folder).embedding.weight, before.embedding.weight)

@@ -23,13 +23,14 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from recurformer import LanguageModel, cli
-from recurformer.training import EndedElsewhereError, TrainConfig, TrainingError, checkpoint, loop, train
+from recurformer.store import checkpoints
+from recurformer.training import EndedElsewhereError, TrainConfig, TrainingError, loop, train
 from recurformer.training.distributed import Processes
 
 leave, sum_gradients = os._exit, Processes.sum_gradients
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 gradient_step, step_batches, forward = loop.gradient_step, loop.step_batches, LanguageModel.forward
-save_tensors, write_data, clock = checkpoint._save_tensors, HuggingFaceStorageWriter.write_data, time.time
+write_tensors, write_data, clock = checkpoints.write_tensors, HuggingFaceStorageWriter.write_data, time.time
 save = loop.save
 
 
@@ -49,7 +50,7 @@ def at_step(step: int, act: Callable[[], None]) -> None:
 def no_fault(out: str) -> None:
     """Everything as it was."""
     loop.gradient_step, loop.step_batches, LanguageModel.forward = gradient_step, step_batches, forward
-    checkpoint._save_tensors, HuggingFaceStorageWriter.write_data, time.time = save_tensors, write_data, clock
+    checkpoints.write_tensors, HuggingFaceStorageWriter.write_data, time.time = write_tensors, write_data, clock
     loop.save = save
 
 
@@ -93,7 +94,7 @@ def killed_while_saving(out: str) -> None:
         if "00000010" in str(path):
             begun.touch()
             time.sleep(0.3)
-        save_tensors(tensors, path)
+        write_tensors(tensors, path)
 
     def die(folder: Path, state: Any, *arguments: Any) -> Any:
         while state.step == 10 and RANK == 1:
@@ -102,7 +103,7 @@ def killed_while_saving(out: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return save(folder, state, *arguments)
 
-    checkpoint._save_tensors, loop.save = write, die
+    checkpoints.write_tensors, loop.save = write, die
 
 
 def apart(out: str) -> None:
@@ -148,13 +149,13 @@ def full_disk(out: str) -> None:
 
     def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         refuse(path.parent, 0)
-        save_tensors(tensors, path)
+        write_tensors(tensors, path)
 
     def write(self: Any, *arguments: Any) -> Any:
         refuse(Path(self.path), 1)
         return write_data(self, *arguments)
 
-    checkpoint._save_tensors = save
+    checkpoints.write_tensors = save
     HuggingFaceStorageWriter.write_data = write  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from recurformer.files import WORK
 from recurformer.store.checkpoints import list_checkpoints
 from recurformer.training import train
-from recurformer.training.checkpoint import TEMPORARY
 
 KILLS = int(os.environ.get("RECURFORMER_KILLS", "3"))
 STEPS = 10 * KILLS
@@ -43,7 +43,7 @@ def test_killed_at_random_moments(values, tiny, tmp_path, weights, same_weights,
 
             def reached(size: int = size, saving: bool = saving) -> bool:
                 if saving:
-                    return any(folder.glob(f"{TEMPORARY}*"))
+                    return any(folder.glob(f".*{WORK}"))
                 return metrics.exists() and metrics.stat().st_size > size
 
             while not reached() and process.poll() is None and time.monotonic() < deadline:
@@ -59,7 +59,7 @@ def test_killed_at_random_moments(values, tiny, tmp_path, weights, same_weights,
     complete, damaged = list_checkpoints(folder)
     assert complete[-1].step == STEPS
     assert not damaged
-    assert not list(folder.glob(f"{TEMPORARY}*"))
+    assert not list(folder.glob(f".*{WORK}"))
     assert same_weights(weights(tmp_path / "whole"), weights(run))
     for event in ("train", "evaluation"):
         assert records(run, event) == records(tmp_path / "whole", event)

@@ -24,10 +24,10 @@ import recurformer
 from recurformer import LanguageModel, attention
 from recurformer.cli import cli
 from recurformer.data import TokenDataset
+from recurformer.store import checkpoints
 from recurformer.store.checkpoints import newest_checkpoint
 from recurformer.store.runs import read_metrics
 from recurformer.training import NonFiniteError, TrainingError, loop, train
-from recurformer.training import checkpoint as checkpoints
 from recurformer.training.loop import World, gradient_step
 from recurformer.training.optimizer import learning_rate, make_optimizer
 
@@ -201,8 +201,8 @@ def test_a_full_disk_ends_the_run_and_it_resumes(tiny, tmp_path, monkeypatch, we
             raise OSError(28, "No space left on device")
         return original(tensors, path)
 
-    original = checkpoints._save_tensors
-    monkeypatch.setattr(checkpoints, "_save_tensors", full)
+    original = checkpoints.write_tensors
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
     with pytest.raises(TrainingError, match=r"step 10 could not be written.*No space left.*step-00000005 is intact"):
         train(config, run, quiet=True)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000005"]

@@ -21,10 +21,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from recurformer.data.shards import ShardWriter, appears_whole, refuse_existing
+from recurformer.data.shards import ShardWriter, refuse_existing
 from recurformer.data.sidecar import DTYPES, TOKENIZER_FOLDER, Sidecar, SourceInfo, TokenizerInfo, token_dtype
 from recurformer.data.sources import PIECE, Source, find_sources
 from recurformer.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer, train_bpe
+from recurformer.files import appearing
 
 SHARD_TOKENS = 100_000_000
 
@@ -99,7 +100,7 @@ def prepare(
         if workers is None:
             small = sum(source.size for source in sources) < WORTH_A_POOL
             workers = 1 if small or isinstance(made, BytesTokenizer) else _cores()
-        with appears_whole(out) as folder:
+        with appearing(out, replace=overwrite) as folder:
             sidecar = _write(folder, sources, made, requested, shard_tokens, workers, append_eos, bar, stop)
     return PrepareSummary(
         folder=out,

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from recurformer.data.sidecar import DTYPES, SIDECAR, STARTS_DTYPE, ShardInfo
-from recurformer.files import sync_folder
 
 
 class _HashedFile:
@@ -120,24 +115,3 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} exists; choose another --out, or replace it with --overwrite")
     if not (out / SIDECAR).is_file() or out.is_symlink():
         raise ValueError(f"{out} is not a prepared folder, so --overwrite does not touch it; choose another --out")
-
-
-@contextlib.contextmanager
-def appears_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name, replacing an older one, when the block succeeds, and is gone when it
-    does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir()
-    try:
-        yield partial
-        sync_folder(partial)
-        replaced = out.with_name(f".{out.name}.replaced-{secrets.token_hex(4)}") if out.exists() else None
-        if replaced is not None:
-            out.rename(replaced)
-        partial.rename(out)
-        sync_folder(out.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

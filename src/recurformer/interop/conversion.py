@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from recurformer.config import ModelConfig
-from recurformer.files import sync_folder
+from recurformer.files import appearing
 from recurformer.interop.llama import layer_kinds, load_llama, save_llama
 from recurformer.interop.official import load_official, save_official
 from recurformer.model import LanguageModel
@@ -140,23 +137,3 @@ def save_hf(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None) -> 
     made.save_pretrained(folder)
     if tokenizer is not None and tokenizer.kind != "sentencepiece" and not (folder / "tokenizer_config.json").is_file():
         hf.load_tokenizer(folder).save_pretrained(folder)
-
-
-@contextmanager
-def appearing(destination: Path) -> Iterator[Path]:
-    """A folder to write into that takes its final name when the block ends well, and vanishes otherwise."""
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-        sync_folder(temporary)
-        if destination.exists():
-            destination.rmdir()
-        temporary.rename(destination)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(destination.parent)

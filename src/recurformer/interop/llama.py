@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from recurformer.config import LayerKind, ModelConfig
 from recurformer.files import replacing
 from recurformer.model import LanguageModel
 from recurformer.settings import suggest
-from recurformer.store.folders import CONFIG_FILE, WEIGHTS_FILE, plain_state_dict, read_weights
+from recurformer.store.folders import plain_state_dict
+from recurformer.store.weights import CONFIG_FILE, WEIGHTS_FILE, read_weights, write_tensors
 
 # What a configuration file may leave out, by model type.
 COMMON: dict[str, Any] = {
@@ -257,7 +257,7 @@ def save_llama(model: LanguageModel, folder: str | Path, eos_token_id: int | Non
     options["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        write_tensors(tensors, temporary)
     with replacing(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(options, indent=2) + "\n")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from recurformer.config import ModelConfig
@@ -25,6 +25,7 @@ from recurformer.files import replacing
 from recurformer.model import LanguageModel
 from recurformer.settings import suggest
 from recurformer.store.folders import plain_state_dict
+from recurformer.store.weights import write_tensors
 
 WEIGHT_FILES, CONFIG_FILES = ("model.pt", "model.safetensors"), ("config.yaml", "config.json")
 
@@ -362,7 +363,7 @@ def save_official(model: LanguageModel, folder: str | Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        write_tensors(tensors, temporary)
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(options, indent=2) + "\n")
 

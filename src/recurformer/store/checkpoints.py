@@ -1,23 +1,38 @@
-"""Checkpoints on disk, found, checked and read."""
+"""Checkpoints on disk: written whole or not at all, checked before use, the last ones and the best one kept.
+
+    RUN/checkpoints/step-00001000/
+        model/       what `recurformer.save` writes; `recurformer.load` reads it
+        training/    optimizer.safetensors, rng.safetensors, state.json: plain tensors and numbers, no pickle
+                     (under FSDP model/ and training/optimizer/ hold a file of each process, with its part)
+        manifest.json    step, validation loss, and the size and SHA-256 of every other file
+
+A checkpoint is complete when its folder has its final name and every file has the size that the manifest states.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import math
+import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from recurformer.store.weights import read_parts
+from recurformer.files import appearing, remove_folder, remove_leftovers
+from recurformer.store.weights import read_parts, write_tensors
 
+FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer"  # its tensors: a file, or a folder of parts
-
+NAME = re.compile(r"step-\d{8,}")
+OLD_LEFTOVER = re.compile(r"\.tmp-(old-)?step-\d{8,}")  # of killed processes of earlier versions
 
 RngState = dict[str, Tensor]
 
@@ -61,9 +76,93 @@ class Checkpoint:
         return state, optimizer, load_file(folder / "rng.safetensors")
 
 
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint in `folder` (RUN/checkpoints)."""
+    return folder / f"step-{step:08d}"
+
+
+def write_checkpoint(
+    folder: Path,
+    state: TrainingState,
+    save_model: Callable[[Path], None],
+    optimizer: dict[str, Tensor],
+    rng: RngState,
+) -> Checkpoint:
+    """Write one checkpoint into `folder` (RUN/checkpoints). It has its name when all of it is on disk, not before.
+
+    Args:
+        save_model: writes the model into the folder that it is given.
+
+    Raises:
+        OSError: when it cannot be written (a full disk). Nothing is left behind then.
+    """
+    path = checkpoint_folder(folder, state.step)
+    with appearing(path, replace=True) as unfinished:  # a damaged one of the same step may be there
+        (unfinished / "training").mkdir()
+        save_model(unfinished / "model")
+        write_tensors(optimizer, unfinished / "training" / f"{OPTIMIZER}.safetensors")
+        loss = describe_checkpoint(unfinished, state, rng)
+    return Checkpoint(path, state.step, loss)
+
+
+def describe_checkpoint(unfinished: Path, state: TrainingState, rng: RngState) -> float | None:
+    """Add random states, state and manifest to a folder that holds model and optimizer.
+
+    Returns:
+        The validation loss that the manifest records; None when this step was not evaluated.
+    """
+    training = unfinished / "training"
+    write_tensors(rng, training / "rng.safetensors")
+    _write_json(training / "state.json", dataclasses.asdict(state))
+    loss = state.validation_loss if state.evaluated == state.step else None
+    loss = None if loss is None or not math.isfinite(loss) else loss
+    files = {p.relative_to(unfinished).as_posix(): p for p in sorted(unfinished.rglob("*")) if p.is_file()}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "validation_loss": loss,
+        "files": {name: {"bytes": p.stat().st_size, "sha256": digest(p)} for name, p in files.items()},
+    }
+    _write_json(unfinished / MANIFEST, manifest)
+    return loss
+
+
+def remove_outdated(folder: Path, keep_last: int, keep: Iterable[Path] = ()) -> None:
+    """Delete all checkpoints but the newest `keep_last` complete ones, the best one and those in `keep`.
+
+    Damaged checkpoints older than the newest complete one go too, and what killed writers left behind. Only folders
+    that have exactly a checkpoint's name are deleted. Copies under other names stay, and so do links.
+    """
+    remove_leftovers(folder)
+    for leftover in folder.glob(".tmp-*"):
+        if OLD_LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+    complete, damaged = list_checkpoints(folder)
+    if not complete:
+        return
+    kept = {c.path for c in complete[-keep_last:]} | set(keep)
+    if (best := best_checkpoint(complete)) is not None:
+        kept.add(best.path)
+    outdated = [c.path for c in complete if c.path not in kept]
+    outdated += [path for path in damaged if path.name < complete[-1].path.name]
+    for path in outdated:
+        if not path.is_symlink():
+            remove_folder(path)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+# --- finding and checking -------------------------------------------------------------------------------------------
+
+
 def checkpoint_at(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of a step, which another process has written or checked."""
-    path = folder / f"step-{step:08d}"
+    path = checkpoint_folder(folder, step)
     return Checkpoint(path, step, json.loads((path / MANIFEST).read_text(encoding="utf-8"))["validation_loss"])
 
 
@@ -71,7 +170,7 @@ def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], list[Path]]:
     """(complete checkpoints, damaged folders) of RUN/checkpoints, each by rising step. Sizes are checked, no hashes."""
     complete: list[Checkpoint] = []
     damaged: list[Path] = []
-    for path in sorted(folder.glob("step-*")):
+    for path in sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()):
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from recurformer.config import ModelConfig
 from recurformer.files import replacing
 from recurformer.model import LanguageModel
 from recurformer.store.checkpoints import resolve
-from recurformer.store.weights import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from recurformer.store.weights import CONFIG_FILE, WEIGHTS_FILE, read_weights, write_tensors
 
 if TYPE_CHECKING:
     from recurformer.data.tokenizer import Tokenizer
@@ -29,9 +28,8 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Tokenizer | None =
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().contiguous() for name, tensor in plain_state_dict(model).items()}
     with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+        write_tensors(plain_state_dict(model), temporary)
     save_description(model.config, folder, tokenizer)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # of shards, as Hugging Face writes it
@@ -31,6 +34,39 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged ({error}); copy or save it again") from error
     return {name: tensor for file in files for name, tensor in _read_safetensors(file).items()}
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors into one safetensors file.
+
+    Raises:
+        OSError: when it cannot be written (a full disk).
+    """
+    try:
+        whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # no subclass of OSError
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def write_parts(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write tensors from several processes, each its own part into a safetensors file of its own.
+
+    Args:
+        tensors: DTensors, or whole ones. The header of a file says which part of which tensor it holds.
+        folder: it exists. An error in one process before all write together would leave the others waiting.
+
+    Raises:
+        OSError: in every process, when one of them could not write.
+    """
+    from torch.distributed import checkpoint
+
+    try:
+        writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        checkpoint.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+    except checkpoint.CheckpointException as error:  # no subclass of Exception; every process gets it
+        reasons = [f"process {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
+        raise OSError("; ".join(reasons)) from error
 
 
 def read_parts(folder: Path) -> dict[str, torch.Tensor]:

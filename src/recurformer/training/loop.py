@@ -21,15 +21,17 @@ import recurformer
 from recurformer.evaluation.perplexity import check_vocabulary, evaluate
 from recurformer.loss import IGNORE
 from recurformer.model import LanguageModel, Layer
-from recurformer.store.checkpoints import Checkpoint, TrainingState, checkpoint_at, newest_checkpoint, resolve
-from recurformer.store.folders import plain_state_dict, save_description
-from recurformer.training.checkpoint import (
-    read_rng,
+from recurformer.store.checkpoints import (
+    Checkpoint,
+    TrainingState,
+    checkpoint_at,
+    newest_checkpoint,
     remove_outdated,
-    restore_rng,
+    resolve,
     write_checkpoint,
-    write_shared_checkpoint,
 )
+from recurformer.store.folders import plain_state_dict, save_description
+from recurformer.training.checkpoint import read_rng, restore_rng, write_shared_checkpoint
 from recurformer.training.config import TrainConfig, open_tokens
 from recurformer.training.distributed import World, pick_device, processes
 from recurformer.training.logging import Metrics, NoMetrics, Screen, import_logger, machine, say_on_stderr
