@@ -1,8 +1,8 @@
 """What the runs of results/grids showed: `python runs/results/report.py OUT` after they were launched with `--out OUT`.
 
 Reads config.json, metrics.jsonl and evaluation.json of every run in OUT/{lr,main,equal-time,seeds,embedding}, writes an
-extract of them (docs/figures/gpu/results.json), draws docs/figures/results.png from it, and prints the tables of
-docs/results.md. Without OUT it draws and prints from the extract; with --table it only prints.
+extract of them (docs/figures/gpu/results.json), draws results.png and results-curves.png in docs/figures from it, and
+prints the tables of docs/results.md. Without OUT it draws and prints from the extract; with --table it only prints.
 
 GPU seconds are seconds of training steps. A step that took over three times the median (compilation, graph capture, the
 first ones after a resume) counts as the median; what was taken off is in the column "start". Evaluation and saving are
@@ -280,61 +280,93 @@ def loss_of(run: dict[str, Any]) -> float:
     return trained[-1] if trained else math.nan
 
 
-# --- picture ---------------------------------------------------------------------------------------------------------
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def draw(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Validation loss against tokens; training loss less that of BASE, on the same batches; validation loss against GPU
-    seconds. Runs of the grid "equal-time" are dashed."""
-    import matplotlib
+    """Draw the last validation loss of every model twice: after the same tokens, and over GPU seconds.
 
-    matplotlib.use("Agg")
+    Filled marks are first seeds, empty marks second ones. On the right a line joins the runs of one model that differ
+    in length.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    by_tokens, by_block, by_time = figure.subplots(1, 3)
-    by_time.sharey(by_tokens)
+    figure = Figure(figsize=(11.5, 3.9), layout="constrained")
+    by_tokens, by_time = figure.subplots(1, 2, sharex=False)
+    main, seeds = found.get("main", []), found.get("seeds", [])
+    order = sorted((run for run in main if math.isfinite(loss_of(run))), key=loss_of, reverse=True)
+    looks = {run["name"]: (COLOURS[n % 7], MARKERS[n % 7]) for n, run in enumerate(order)}
+    for height, run in enumerate(order):
+        colour, marker = looks[run["name"]]
+        others = [loss_of(other) for other in seeds if other["name"].startswith(f"{run['name']}-seed")]
+        losses = [loss_of(run), *others]
+        by_tokens.plot([min(losses), max(losses)], [height, height], color=colour, linewidth=1.4, alpha=0.6)
+        by_tokens.plot(losses[0], height, marker, color=colour, markersize=8)
+        by_tokens.plot(others, [height] * len(others), marker, color=colour, markersize=8, fillstyle="none")
+        same = [run, *(other for other in found.get("equal-time", []) if other["name"].startswith(f"{run['name']}-"))]
+        same = [one for one in same if one.get("gpu_s") is not None]
+        by_time.plot([one["gpu_s"] for one in same], [loss_of(one) for one in same], "--", color=colour, linewidth=1)
+        for n, one in enumerate(same):
+            by_time.plot(one["gpu_s"], loss_of(one), marker, color=colour, markersize=8)
+            text = one["name"] if n == 0 else f"{run['name']}, {one['steps'] / run['steps']:.2f} times the steps"
+            place, side = ((0, 9 if height % 2 else -17), "center") if n == 0 else ((9, 3), "left")
+            by_time.annotate(
+                text, (one["gpu_s"], loss_of(one)), xytext=place, textcoords="offset points", fontsize=8, ha=side
+            )
+    tokens = f", {1e-6 * order[0]['tokens']:.0f}M tokens each" if order else ""
+    by_tokens.set_yticks(range(len(order)), [run["name"] for run in order])
+    by_tokens.set_title(f"Equal tokens{tokens} (empty marks: second seeds)", fontsize=10)
+    by_tokens.set_xlabel("validation loss, nats a token (left is better)")
+    by_tokens.margins(y=0.15)
+    by_time.set_title("The same models by GPU time", fontsize=10)
+    by_time.set_xlabel("GPU seconds of training")
+    by_time.set_ylabel("validation loss, nats a token")
+    by_time.margins(x=0.16, y=0.16)
+    save(figure, (by_tokens, by_time), file)
+
+
+def draw_curves(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Draw training losses less those of `BASE` on the same batches, and validation losses over GPU seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.5, 4.2), layout="constrained")
+    by_block, by_time = figure.subplots(1, 2)
     looks: dict[str, tuple[str, str]] = {}
     apart = differences(found.get("main", []))
     for grid, line in (("main", "-"), ("equal-time", "--")):
-        for model, runs in groups(found.get(grid, [])).items():
-            for n, run in enumerate(runs):
-                points = [p for p in run["validation"] if p["tokens"]]
-                if not points:
-                    continue
-                colour, marker = looks.setdefault(model, (COLOURS[len(looks) % 7], MARKERS[len(looks) % 7]))
-                stopped = "" if run["step"] == run["steps"] else f", stopped at {short_number(run['tokens'])}"
-                label = f"{model}{stopped}" if grid == "main" else f"{model}, longer" if n == 0 else None
-                for panel, axis, scale in ((by_tokens, "tokens", 1e-6), (by_time, "gpu_s", 1.0)):
-                    panel.plot(
-                        [scale * p[axis] for p in points], [p["loss"] for p in points], line, color=colour,
-                        marker=marker, markersize=4, linewidth=1.4, label=label,
-                    )  # fmt: skip
-                blocks = apart.get(run["name"], {}) if grid == "main" else {}
-                by_block.plot([1e-6 * n for n in blocks], list(blocks.values()), color=colour, linewidth=1.4)
-    for run in found.get("seeds", []):
-        colour, marker = looks.get(f"{run['kind']}, {run['layers']} x {run['width']}", ("#777777", "x"))
-        if points := [p for p in run["validation"] if p["tokens"]]:
-            by_tokens.plot(
-                1e-6 * points[-1]["tokens"], points[-1]["loss"], marker, color=colour, markersize=7, fillstyle="none"
-            )
+        for run in found.get(grid, []):
+            points = [p for p in run["validation"] if p["tokens"]]
+            model = run["name"].split("-as-long")[0]
+            colour, marker = looks.setdefault(model, (COLOURS[len(looks) % 7], MARKERS[len(looks) % 7]))
+            label = None if grid == "equal-time" else run["name"]
+            if grid == "main" and run["step"] != run["steps"]:
+                label = f"{run['name']}, stopped at {short_number(run['tokens'])}"
+            by_time.plot(
+                [p["gpu_s"] for p in points], [p["loss"] for p in points], line, color=colour, marker=marker,
+                markersize=4, linewidth=1.4, label=label,
+            )  # fmt: skip
+            blocks = apart.get(run["name"], {}) if grid == "main" else {}
+            by_block.plot([1e-6 * n for n in blocks], list(blocks.values()), color=colour, linewidth=1.4)
     shown = [p["loss"] for grid in ("main", "equal-time") for run in found.get(grid, []) for p in run["validation"][2:]]
     if shown:
         margin = 0.05 * (max(shown) - min(shown)) + 1e-3
-        by_tokens.set_ylim(min(shown) - margin, max(shown) + margin)
-    panels = (
-        (by_tokens, "training tokens, millions", "validation loss, nats a token"),
-        (by_block, "training tokens, millions", f"training loss less that of {BASE}, nats"),
-        (by_time, "GPU seconds of training", "validation loss, nats a token"),
-    )
+        by_time.set_ylim(min(shown) - margin, max(shown) + margin)
     by_block.axhline(0.0, color="#777777", linewidth=0.8)
-    for panel, across, up in panels:
-        panel.set_xlabel(across)
-        panel.set_ylabel(up)
+    by_block.set_xlabel("training tokens, millions")
+    by_block.set_ylabel(f"training loss less that of {BASE}, nats")
+    by_time.set_xlabel("GPU seconds of training (dashed: longer runs)")
+    by_time.set_ylabel("validation loss, nats a token")
+    by_time.legend(frameon=False, fontsize=8)
+    for panel in (by_block, by_time):
         panel.set_xlim(left=0)
+    save(figure, (by_block, by_time), file)
+
+
+def save(figure: Any, panels: Sequence[Any], file: Path) -> None:
+    """Write a picture, its panels in one style."""
+    for panel in panels:
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    by_tokens.legend(frameon=False, fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
@@ -361,6 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stored.parent.mkdir(parents=True, exist_ok=True)
                 stored.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             draw(found, given.docs / "figures" / "results.png")
+            draw_curves(found, given.docs / "figures" / "results-curves.png")
         print(tables(found), end="")
     except (ValueError, OSError) as error:
         print(f"report.py: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -310,23 +310,26 @@ def draw_decode(results: dict[str, Any]) -> bytes:
             mine = [r for r in rows if (r["model"], r["step"], r["batch_size"]) == (name, step, B)]
             mine.sort(key=lambda row: row["context"])
             contexts = [row["context"] for row in mine]
-            style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4}
-            axes.plot(contexts, [1e3 * r["step_s"] for r in mine], label=f"{name} {step}", **style)
-            axes.plot(contexts, [1e3 * r["limit_s"] for r in mine], "--", color=style["color"], linewidth=1)
+            # Curves of one shape lie on each other: earlier ones are wider, with larger, hollow marks.
+            below = max(0, len(lines) - 1 - n)
+            style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "fillstyle": "none"}
+            size = {"markersize": 5 + 1.5 * below, "linewidth": 1.2 + 0.9 * below, "alpha": 0.8}
+            axes.plot(contexts, [1e3 * r["step_s"] for r in mine], label=f"{name}, {step} step", **style, **size)
+            axes.plot(contexts, [1e3 * r["limit_s"] for r in mine], ":", color=style["color"], linewidth=1.2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         contexts = sorted({row["context"] for row in rows if row["batch_size"] == B})
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts], fontsize=8)
         for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis("{x:g}")
-        axes.set(title=f"batch {B}", xlabel="context", ylabel="ms a token of every row")
+        axes.set(title=f"batch {B}", xlabel="context, tokens", ylabel="milliseconds a token")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     if rows:
         panels[0, 0].legend(fontsize=8)
-    title = f"decoding: {s['dtype']}, {s['device']}; dashed: weights and cache read once"
-    machine = "\n".join(textwrap.wrap(in_words(results["machine"]), 75 * columns))  # of one panel's width
-    figure.suptitle(f"{title}\n{machine}", fontsize=8)
+    figure.suptitle(f"Time of a decode step, {s['dtype']}; dotted: weights and cache read once", fontsize=10)
+    machine = "\n".join(textwrap.wrap(in_words(results["machine"]), 90 * columns))  # of one panel's width
+    figure.supxlabel(machine, fontsize=5.5, color="#777777")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
     plt.close(figure)

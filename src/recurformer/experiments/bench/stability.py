@@ -362,6 +362,7 @@ def draw_stability(results: dict[str, Any]) -> bytes:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     s, gains = results["settings"], results["uniform"]["gains"]
     N = s["length"]
@@ -372,8 +373,8 @@ def draw_stability(results: dict[str, Any]) -> bytes:
         (("recurrent", "recurrent", "-"), ("standard", "standard", "-"), ("predicted", "random-hop model", "--"))
     ):
         left.plot(positions, gains[key][:-1], style, color=COLOURS[n], label=label)
-    left.set_xlabel(f"position i (the output is at {N})")
-    left.set_title(f"one layer, uniform attention, fresh, D {s['uniform_width']}", fontsize=10)
+    left.set_xlabel(f"position i of the input; the output is at j = {N}\n(left: far back, right: close)")
+    left.set_title(f"One fresh layer of width {s['uniform_width']}, uniform attention", fontsize=10)
     for n, row in enumerate(results["models"]):
         distances = range(1, N)
         middle.plot(
@@ -381,8 +382,8 @@ def draw_stability(results: dict[str, Any]) -> bytes:
             "-" if row["trained"] else ":", color=COLOURS[n // 2],
             label=f"{row['model']}, {'trained' if row['trained'] else 'fresh'}",
         )  # fmt: skip
-    middle.set_xlabel("distance j - i from the last position")
-    middle.set_title(f"{s['n_layers']} layers of width {s['d_model']}, {s['steps']} steps", fontsize=10)
+    middle.set_xlabel("distance j - i from the last position\n(left: close, right: far back)")
+    middle.set_title(f"{s['n_layers']} layers of width {s['d_model']}, fresh and after {s['steps']} steps", fontsize=10)
     sizes = list(dict.fromkeys((row["n_layers"], row["d_model"]) for row in results["training"]))
     for m, layers in enumerate(("recurrent", "standard")):
         for n, size in enumerate(sizes):
@@ -397,16 +398,24 @@ def draw_stability(results: dict[str, Any]) -> bytes:
     right.set_xscale("log")
     right.set_xlabel("learning rate")
     right.set_ylabel("largest / median gradient norm")
-    right.set_title(f"training, {s['grid_steps']} steps (layers x width)", fontsize=10)
+    right.set_title(f"Gradient norms in {s['grid_steps']} training steps (layers x width)", fontsize=10)
+    rates = sorted({row["lr"] for row in results["training"]})
     for axes in (left, middle):
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
         axes.set_ylabel(r"gain $\|\partial z_j / \partial x_i\|\,/\,\sqrt{D}$")
     for axes in (left, middle, right):
         axes.set_yscale("log")
         axes.grid(alpha=0.25)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    if rates:
+        right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        right.set_yticks([2, 5, 10, 20], ["2", "5", "10", "20"])
+        right.yaxis.set_minor_formatter(NullFormatter())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
     plt.close(figure)

@@ -197,7 +197,7 @@ def show_hybrids(results: dict[str, Any], console: Console) -> None:
 
 
 def draw_hybrids(results: dict[str, Any]) -> bytes:
-    """Loss on text, or accuracy beyond the training length, against cost; one mark for each placement; a PNG."""
+    """Draw, for each placement, loss on text or accuracy beyond the training length, and its cost; return a PNG."""
     import matplotlib
 
     from recurformer.report import COLOURS
@@ -206,33 +206,32 @@ def draw_hybrids(results: dict[str, Any]) -> bytes:
     from matplotlib import pyplot as plt
 
     s, entries = results["settings"], summary(results)
-    base, what = entries[0]["cost_s"], "loss" if s["on"] == TEXT else "accuracy_4x"
-    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    for n, (bottom, label, marker) in enumerate(
-        (("R", "first layer recurrent", "o"), ("S", "first layer standard", "s"), ("", "Transformer", "^"))
-    ):
-        chosen = [e for e in entries if (e["layers"][0] if "R" in e["layers"] else "") == bottom]
-        x = [e["cost_s"] / base for e in chosen]
-        y = [e[what] for e in chosen]
-        spread = [[abs(e[f"{what}_range"][end] - e[what]) for e in chosen] for end in (0, 1)]
-        axes.errorbar(
-            x, y, spread if len(s["seeds"]) > 1 else None, fmt=marker, color=COLOURS[n], label=label,
-            linestyle=":" if bottom == "" else "none", markersize=7, elinewidth=1, capsize=3,
-        )  # fmt: skip
-        for e, at in zip(chosen, x, strict=True):
-            text = e["layers"] if e["times"] == 1 else f"{e['times']}x steps"
-            axes.annotate(text, (at, e[what]), xytext=(2, 6), textcoords="offset points", fontsize=8, rotation=60)
-    axes.margins(y=0.15)  # room for the names
-    axes.set_xlabel("training time / the Transformer's")
-    axes.set_ylabel("held-out loss (nats a byte)" if s["on"] == TEXT else f"accuracy at length {4 * s['length']}")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
-        f"{s['on']}: {s['n_layers']} layers of width {s['d_model']}, length {s['length']}, {s['steps']} steps, "
-        f"{len(s['seeds'])} seed(s)",
-        fontsize=10,
+    text = s["on"] == TEXT
+    what, scale = ("loss", 1) if text else ("accuracy_4x", 100)
+    figure, (quality, cost) = plt.subplots(
+        1, 2, figsize=(9.5, 1.3 + 0.3 * len(entries)), layout="constrained", sharey=True
     )
+    names = [e["layers"] if e["times"] == 1 else f"{e['layers']}, {e['times']} times the steps" for e in entries]
+    kinds = (("standard layers alone", 4), ("first layer recurrent", 0), ("first layer standard", 1))
+    drawn: set[str] = set()
+    for height, e in enumerate(reversed(entries)):
+        label, colour = kinds[0] if "R" not in e["layers"] else kinds[1] if e["layers"][0] == "R" else kinds[2]
+        low, high = (scale * end for end in e[f"{what}_range"])
+        quality.plot([low, high], [height, height], color=COLOURS[colour], linewidth=1.5, alpha=0.6)
+        quality.plot(scale * e[what], height, "o", color=COLOURS[colour], label=label if label not in drawn else None)
+        cost.plot(e["cost_s"] / entries[0]["cost_s"], height, "o", color=COLOURS[colour])
+        drawn.add(label)
+    quality.set_yticks(range(len(names)), reversed(names), fontsize=9)
+    quality.set_xlabel("held-out loss, nats a byte" if text else f"accuracy at length {4 * s['length']}, %")
+    cost.set_xlabel(f"training time, {entries[0]['layers']} = 1")
+    cost.set_xlim(left=0)
+    for axes in (quality, cost):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    seeds = "1 seed" if len(s["seeds"]) == 1 else f"{len(s['seeds'])} seeds (bars: worst to best)"
+    shape = f"{s['n_layers']} layers of width {s['d_model']}, length {s['length']}, {s['steps']} steps"
+    figure.suptitle(f"{s['on']}: {shape}, {seeds}; R recurrent, S standard", fontsize=9.5)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
     plt.close(figure)

@@ -247,8 +247,17 @@ def show_tasks(results: dict[str, Any], console: Console) -> None:
     show_table(console, "State tracking", headings, cells, notes, left=2)
 
 
+CHANCE = {"parity": 1 / 2, "s3": 1 / 6, "a5": 1 / 60, "s5": 1 / 120}  # of a guess, where all answers are as frequent
+
+
+def chance_of(task: str) -> float | None:
+    """Return the accuracy of a guess at a task, None where the answers are not equally frequent."""
+    family, _, number = task.partition(":")
+    return 1 / int(number) if family == "modular" and number else CHANCE.get(family)
+
+
 def draw_tasks(results: dict[str, Any]) -> bytes:
-    """A heat map for each task: models downwards, test lengths to the right; a PNG."""
+    """Draw a heat map for each task, models downwards and test lengths to the right; return a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -259,7 +268,7 @@ def draw_tasks(results: dict[str, Any]) -> bytes:
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     tallest = max(sum(e["task"] == task for e in entries) for task in tasks)
-    size = (1.4 + 3.9 * columns, 0.7 + rows * (0.9 + 0.42 * tallest))
+    size = (1.4 + 3.9 * columns, 0.7 + rows * (1.2 + 0.42 * tallest))
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat[len(tasks) :]:
         axes.axis("off")
@@ -267,8 +276,8 @@ def draw_tasks(results: dict[str, Any]) -> bytes:
     for axes, task in zip(grid.flat, tasks, strict=False):
         mine = [e for e in entries if e["task"] == task]
         lengths = list(mine[0]["accuracy"])
-        values = [[e["accuracy"][N][0] for N in lengths] for e in mine]
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        values = [[100 * e["accuracy"][N][0] for N in lengths] for e in mine]
+        image = axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         for y, e in enumerate(mine):
             for x, N in enumerate(lengths):
                 mean, worst, best = e["accuracy"][N]
@@ -276,14 +285,17 @@ def draw_tasks(results: dict[str, Any]) -> bytes:
                 axes.text(x, y, text, ha="center", va="center", color="white" if mean < 0.55 else "black", fontsize=9)
         axes.set_xticks(range(len(lengths)), lengths)
         axes.set_yticks(range(len(mine)), [e["model"] for e in mine], fontsize=9)
+        axes.set_xlabel("length of the test sequences", fontsize=8)
         seeds = "1 seed" if mine[0]["seeds"] == 1 else f"{mine[0]['seeds']} seeds"
         minutes = results["settings"].get("minutes")
         time = f"{minutes:.2g} minutes" if minutes else f"{mine[0]['steps']} steps"
-        axes.set_title(f"{task}: length {mine[0]['length']}, {time}, {seeds}", fontsize=9)
+        chance = chance_of(task)
+        guess = "" if chance is None else f"; chance {100 * chance:.3g} %"
+        axes.set_title(f"{task}: length {mine[0]['length']}, {time}, {seeds}{guess}", fontsize=8.5)
         axes.tick_params(length=0)
     if image is not None:
-        figure.colorbar(image, ax=grid, shrink=0.7)
-    figure.suptitle("Accuracy (%, second half of the positions) by length", fontsize=11)
+        figure.colorbar(image, ax=grid, shrink=0.7, label="accuracy, %")
+    figure.suptitle("Accuracy on the second half of the positions, %, by length of the test sequences", fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
     plt.close(figure)
