@@ -16,7 +16,7 @@ export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 known() { # those of a list of scans that exist here
     $python - "$1" <<'PYTHON'
 import sys
-from recurformer.scan import SCAN_CHOICES
+from recurformer.choose import SCAN_CHOICES
 print(",".join(name for name in sys.argv[1].split(",") if name in SCAN_CHOICES) or "auto")
 PYTHON
 }

@@ -14,7 +14,8 @@ import shutil, sys, time, traceback
 import torch
 
 from recurformer.cli import main
-from recurformer.scan import SCAN_CHOICES, SCANS
+from recurformer.choose import SCAN_CHOICES
+from recurformer.scan.algorithms import SCANS
 
 out, official = sys.argv[1:]
 gpu = torch.cuda.is_available()

@@ -97,10 +97,10 @@ def save(file: Path, found: dict[str, Any]) -> None:
 def release() -> None:
     """Give the device back what was kept for the last model's shapes."""
     from recurformer.experiments.bench.timing import release
-    from recurformer.scan import fused
+    from recurformer.scan.fused.scan import release
 
     if torch.cuda.is_available():
-        fused.release()
+        release()
     release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
