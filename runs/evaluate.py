@@ -96,12 +96,12 @@ def save(file: Path, found: dict[str, Any]) -> None:
 
 def release() -> None:
     """Give the device back what was kept for the last model's shapes."""
-    from recurformer.experiments.bench.timing import release
-    from recurformer.scan.fused.scan import release
+    from recurformer.experiments.bench.timing import release as release_memory
+    from recurformer.scan.fused.scan import release as release_engines
 
     if torch.cuda.is_available():
-        release()
-    release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        release_engines()
+    release_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":
