@@ -26,7 +26,7 @@ def sentences(text: str) -> Iterator[str]:
     text = re.sub(r"\((?:[^()]|\([^()]*\))*\)", "", text)  # a remark in brackets is a thought of its own
     text = text.replace("**", "")
     text = re.sub(r"\b(e\.g|i\.e|et al|vs|Fig|approx)\.", r"\1", text)
-    yield from re.split(r"(?<=[.!?;:])\s+(?=[A-Z\"*(])|;\s+|:\s+|\s–\s", text)
+    yield from re.split(r"(?<=[.!?;:])\s+(?=[A-Z0-9\"*(])|;\s+|:\s+|\s–\s", text)
 
 
 def docstring_parts(text: str) -> Iterator[str]:
