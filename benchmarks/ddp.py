@@ -23,9 +23,10 @@ from recurformer.data.windows import Batch
 from recurformer.experiments.bench.common import in_words, machine
 from recurformer.experiments.bench.timing import release, time_runs
 from recurformer.training.config import TrainConfig
-from recurformer.training.distributed import World, pick_device, processes
-from recurformer.training.loop import gradient_step, make_model
+from recurformer.training.distributed import OneProcess, join_processes, training_device
 from recurformer.training.optimizer import make_optimizer, set_rates
+from recurformer.training.start import make_model
+from recurformer.training.steps import gradient_step
 
 
 def random_batches(config: TrainConfig, rank: int, size: int) -> Iterator[Batch]:
@@ -38,28 +39,30 @@ def random_batches(config: TrainConfig, rank: int, size: int) -> Iterator[Batch]
         yield Batch(tokens=drawn[:, :-1].clone(), targets=drawn[:, 1:].clone(), document_ids=None, window_ids=ids)
 
 
-def measure(config: TrainConfig, world: World, device: torch.device, repeats: int, warmup: int) -> dict[str, Any]:
+def measure(
+    config: TrainConfig, processes: OneProcess, device: torch.device, repeats: int, warmup: int
+) -> dict[str, Any]:
     """One row: the slowest process's median step, and what it makes in tokens a second."""
     torch.manual_seed(config.seed)
-    model = make_model(config, device, None, world)
+    model = make_model(config, device, None, processes)
     optimizer = make_optimizer(model, config.optimizer)
-    batches = random_batches(config, world.rank, world.size)
+    batches = random_batches(config, processes.rank, processes.size)
 
     def step() -> None:
         set_rates(optimizer, 0, config.optimizer, config.schedule)
-        loss, _, _ = gradient_step(model, optimizer, next(batches), config, device, world)
-        world.gather(loss, 0)
+        loss, _, _ = gradient_step(model, optimizer, next(batches), config, device, processes)
+        processes.gather(loss, 0)
         optimizer.step()
 
     times = time_runs(lambda _: step, device, repeats, warmup)
-    sums = time_runs(lambda _: lambda: world.sum_gradients(model), device, repeats, 1)
-    everyone = world.gather(times.median, sums.median, min(times.runs), max(times.runs))
+    sums = time_runs(lambda _: lambda: processes.sum_gradients(model), device, repeats, 1)
+    everyone = processes.gather(times.median, sums.median, min(times.runs), max(times.runs))
     step_s, sum_s, fastest, slowest = (max(values) for values in zip(*everyone, strict=True))
     tokens = config.batch_size * config.data.window
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
     return {
-        "processes": world.size, "parallel": config.parallel if world.size > 1 else "-", "tokens": tokens,
-        "micro_batch_size": min(config.micro_batch_size or config.batch_size, config.batch_size // world.size),
+        "processes": processes.size, "parallel": config.parallel if processes.size > 1 else "-", "tokens": tokens,
+        "micro_batch_size": min(config.micro_batch_size or config.batch_size, config.batch_size // processes.size),
         "step_s": step_s, "fastest_s": fastest, "slowest_s": slowest,
         "sum_of_gradients_s": sum_s, "tokens_per_s": tokens / step_s, "peak_GiB": peak,
     }  # fmt: skip
@@ -97,13 +100,13 @@ def main() -> None:
         "micro_batch_size": min(asked.micro_batch_size, asked.tokens // asked.length), "precision": asked.precision,
         "parallel": asked.parallel, "device": asked.device, "timeout": 3600.0,
     })  # fmt: skip
-    device = pick_device(one)
+    device = training_device(one)
     rows: list[dict[str, Any]] = []
-    with processes(one, device) as world:
+    with join_processes(one, device) as processes:
 
         def show(row: dict[str, Any]) -> None:
             rows.append(row)
-            if world.rank == 0:
+            if processes.rank == 0:
                 gain = row["tokens_per_s"] / rows[0]["tokens_per_s"]
                 print(
                     f"{row['processes']} processes ({row['parallel']}), {row['tokens']:,} tokens a step, micro-batches "
@@ -113,16 +116,20 @@ def main() -> None:
                     flush=True,
                 )
 
-        if world.rank == 0:
-            show(measure(one, World(), device, asked.repeats, asked.warmup))
+        if processes.rank == 0:
+            show(measure(one, OneProcess(), device, asked.repeats, asked.warmup))
             free(device)
         else:
             rows.append({"tokens_per_s": float("nan")})
-        world.gather(0)  # the others wait here
-        for factor in (1, world.size) if world.size > 1 else ():
-            show(measure(replace(one, batch_size=factor * one.batch_size), world, device, asked.repeats, asked.warmup))
+        processes.gather(0)  # the others wait here
+        for factor in (1, processes.size) if processes.size > 1 else ():
+            show(
+                measure(
+                    replace(one, batch_size=factor * one.batch_size), processes, device, asked.repeats, asked.warmup
+                )
+            )
             free(device)
-        if world.rank == 0:
+        if processes.rank == 0:
             print(in_words(machine()))
             if asked.out is not None:
                 asked.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")

@@ -387,8 +387,9 @@ def test_a_step_of_micro_batches_waits_for_the_gpu_once(wide: int | None) -> Non
     """Besides liger-kernel, which reads some numbers in each micro-batch."""
     from recurformer.data.windows import Batch
     from recurformer.training.config import TrainConfig
-    from recurformer.training.loop import World, gradient_step
+    from recurformer.training.distributed import OneProcess
     from recurformer.training.optimizer import make_optimizer
+    from recurformer.training.steps import gradient_step
 
     torch.manual_seed(0)
     config = TrainConfig(
@@ -401,7 +402,7 @@ def test_a_step_of_micro_batches_waits_for_the_gpu_once(wide: int | None) -> Non
     batch = Batch(tokens=tokens, targets=tokens.roll(-1, 1), document_ids=None, window_ids=torch.arange(8))
 
     def step() -> tuple[float, float, int]:
-        return gradient_step(model, optimizer, batch, config, torch.device("cuda"), World())
+        return gradient_step(model, optimizer, batch, config, torch.device("cuda"), OneProcess())
 
     assert step()[2] == 8 * 40  # every target of every micro-batch is counted
     with warnings.catch_warnings(record=True) as seen:

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from recurformer import LanguageModel, cli
 from recurformer.store import checkpoints
 from recurformer.training import EndedElsewhereError, TrainConfig, TrainingError, loop, train
-from recurformer.training.distributed import Processes
+from recurformer.training.distributed import SeveralProcesses
 
-leave, sum_gradients = os._exit, Processes.sum_gradients
+leave, sum_gradients = os._exit, SeveralProcesses.sum_gradients
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 gradient_step, step_batches, forward = loop.gradient_step, loop.step_batches, LanguageModel.forward
 write_tensors, write_data, clock = checkpoints.write_tensors, HuggingFaceStorageWriter.write_data, time.time
@@ -76,12 +76,12 @@ def killed(out: str) -> None:
 
     os._exit = die  # pyright: ignore[reportAttributeAccessIssue]
 
-    def summed(self: Processes, model: LanguageModel) -> None:
+    def summed(self: SeveralProcesses, model: LanguageModel) -> None:
         if next(count) == 8 and RANK == 1:
             die()
         sum_gradients(self, model)
 
-    Processes.sum_gradients = summed
+    SeveralProcesses.sum_gradients = summed
 
 
 def killed_while_saving(out: str) -> None:

@@ -26,7 +26,7 @@ from recurformer import LanguageModel, ModelConfig, load
 from recurformer.data import prepare
 from recurformer.store.checkpoints import TrainingState, list_checkpoints, newest_checkpoint
 from recurformer.store.runs import read_metrics
-from recurformer.training import TrainConfig, TrainingError, loop, train
+from recurformer.training import TrainConfig, TrainingError, loop, train, validation
 from recurformer.training import distributed as parallel
 from recurformer.training.config import EvaluationConfig, OptimizerConfig
 from recurformer.training.optimizer import make_optimizer
@@ -344,11 +344,11 @@ def test_folders_that_are_not_shared_are_refused_before_anything_is_written(fold
 def test_an_end_in_a_save_is_no_error_of_the_disk(tmp_path):
     """Such as a connection that breaks, or a save that takes longer than the others wait."""
 
-    class Away(parallel.World):
+    class Away(parallel.OneProcess):
         def together(self, work: Callable[[], Any], *, alone: bool = False) -> Any:
             return None
 
-    class Lost(parallel.World):
+    class Lost(parallel.OneProcess):
         def together(self, work: Callable[[], Any], *, alone: bool = False) -> Any:
             work()
             raise TrainingError("process 0 waited in vain")
@@ -383,16 +383,16 @@ def test_micro_batches_that_are_larger_than_a_share_are_said(folder, pair):
 )
 def test_an_evaluation_takes_no_more_at_once_than_a_step(monkeypatch, evaluated, micro, batch, expected):
     """And as many sequences as on one process, of which each has an eighth of a step's."""
-    world = parallel.World()
+    world = parallel.OneProcess()
     world.size = 8
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(loop, "evaluate", lambda model, data, **options: seen.update(options))
+    monkeypatch.setattr(validation, "evaluate", lambda model, data, **options: seen.update(options))
     config = TrainConfig(
         model=ModelConfig(vocab_size=8), evaluation=EvaluationConfig(batch_size=evaluated, batches=3),
         micro_batch_size=micro, batch_size=batch,
     )  # fmt: skip
     nothing: Any = None
-    loop.evaluate_model(nothing, nothing, config, torch.device("cpu"), world)
+    validation.evaluate_model(nothing, nothing, config, torch.device("cpu"), world)
     assert (seen["batch_size"], seen["max_batches"]) == expected
     assert seen["batch_size"] * seen["max_batches"] == 3 * (evaluated or micro or batch)
 

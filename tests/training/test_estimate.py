@@ -19,10 +19,12 @@ from recurformer.experiments.bench.memory import LiveTensors
 from recurformer.experiments.bench.model import random_batches
 from recurformer.hardware import HAS_TRITON
 from recurformer.scan.fused.scan import affordable
-from recurformer.training import estimate, load_config, loop
+from recurformer.training import distributed, estimate, load_config
 from recurformer.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from recurformer.training.loop import World, gradient_step, make_model
+from recurformer.training.distributed import OneProcess
 from recurformer.training.optimizer import make_optimizer, set_rates
+from recurformer.training.start import make_model
+from recurformer.training.steps import gradient_step
 
 GPU = Path(__file__).parents[2] / "docs" / "figures" / "gpu"
 RUNS = Path(__file__).parents[2] / "runs"
@@ -41,12 +43,12 @@ def run_of(window: int, model: dict[str, Any], **settings: Any) -> TrainConfig:
 def measured_peak(config: TrainConfig) -> int:
     """Of two steps: only the second one meets the optimizer's state."""
     with LiveTensors() as tensors:
-        model = make_model(config, CPU, None, World())
+        model = make_model(config, CPU, None, OneProcess())
         optimizer = make_optimizer(model, config.optimizer)
         batches = random_batches(config, SimpleNamespace(seed=0, length=config.data.window))  # pyright: ignore[reportArgumentType]
         for _ in range(2):
             set_rates(optimizer, 0, config.optimizer, config.schedule)
-            gradient_step(model, optimizer, next(batches), config, CPU, World())
+            gradient_step(model, optimizer, next(batches), config, CPU, OneProcess())
             optimizer.step()
     return tensors.peak
 
@@ -157,7 +159,7 @@ def test_what_the_fused_scan_keeps_depends_on_all_of_the_memory(
     def no_room(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(distributed, "training_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(estimate, "scan_of", lambda *_, **__: "fused")
     monkeypatch.setattr(estimate, "total_memory", lambda _: estimate.H100_BYTES)
     monkeypatch.setattr(estimate, "product_rate", lambda *_: 1e15)

@@ -27,9 +27,10 @@ from recurformer.data import TokenDataset
 from recurformer.store import checkpoints
 from recurformer.store.checkpoints import newest_checkpoint
 from recurformer.store.runs import read_metrics
-from recurformer.training import NonFiniteError, TrainingError, loop, train
-from recurformer.training.loop import World, gradient_step
+from recurformer.training import NonFiniteError, TrainingError, loop, steps, train
+from recurformer.training.distributed import OneProcess
 from recurformer.training.optimizer import learning_rate, make_optimizer
+from recurformer.training.steps import gradient_step
 
 
 @dataclass
@@ -62,7 +63,7 @@ def gradients(tiny, batch: Sequences, size: int, **changes) -> tuple[float, floa
     torch.manual_seed(0)
     model = LanguageModel(config.model).double()
     optimizer = make_optimizer(model, config.optimizer)
-    loss, norm, targets = gradient_step(model, optimizer, batch, config, torch.device("cpu"), World())  # pyright: ignore[reportArgumentType]
+    loss, norm, targets = gradient_step(model, optimizer, batch, config, torch.device("cpu"), OneProcess())  # pyright: ignore[reportArgumentType]
     return loss, norm, targets, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -338,7 +339,7 @@ def test_outside_the_main_thread_signals_are_left_alone(tiny, tmp_path):
 def test_a_non_finite_step_stops_before_the_update(tiny, tmp_path, monkeypatch, what):
     run, config = tmp_path / "run", tiny()
     seen: list[Any] = []
-    original = loop.clip_gradients
+    original = steps.clip_gradients
 
     def poison(parameters, largest):
         parameters = list(parameters)
@@ -356,7 +357,7 @@ def test_a_non_finite_step_stops_before_the_update(tiny, tmp_path, monkeypatch, 
     if what == "loss":
         monkeypatch.setattr(LanguageModel, "forward", forward)
     else:
-        monkeypatch.setattr(loop, "clip_gradients", poison)
+        monkeypatch.setattr(steps, "clip_gradients", poison)
     watch_steps(monkeypatch, lambda model, _, batch: seen.append((batch.window_ids.tolist(), model)))
     with pytest.raises(NonFiniteError) as error:
         train(config, run, quiet=True)
@@ -546,7 +547,7 @@ def test_a_metrics_line_cut_by_a_kill_is_dropped(tiny, tmp_path, records):
 def test_samples_are_logged_and_follow_the_prompt(tiny, tmp_path, monkeypatch, records):
     asked = []
 
-    def generate(self, tokens, max_new_tokens, *, temperature, seed):
+    def generate(self, tokens, max_new_tokens, *, temperature, seed, stream):
         asked.append((bytes(tokens[0].tolist()), max_new_tokens, temperature, seed, self.training))
         return torch.cat([tokens, torch.full((1, max_new_tokens), ord("x"))], 1)
 

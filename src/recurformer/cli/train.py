@@ -57,7 +57,7 @@ def train(
 
     from recurformer import training
     from recurformer.report import load_runs, write_report
-    from recurformer.training.distributed import environment
+    from recurformer.training.distributed import torchrun_environment
 
     if init_from is not None:
         settings = (*settings, f"init_from={json.dumps(init_from)}")
@@ -73,7 +73,7 @@ def train(
 
         from recurformer.training import estimate
 
-        rank, started, _ = environment()
+        rank, started, _ = torchrun_environment()
         if rank == 0:
             found = estimate.estimate(training.load_config(file, settings), processes or started)
             estimate.show(found, Console(width=80))
@@ -90,6 +90,6 @@ def train(
         raise click.ClickException(str(error)) from error
     if result.signal is not None:
         return 128 + result.signal
-    if environment()[0] == 0:
+    if torchrun_environment().rank == 0:
         write_report(load_runs([out]), Path(out) / "plots", f"Training run {Path(out).name}")
     return 0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from recurformer.data import Batch, TokenDataset, Tokenizer
 
 
-class Peers(Protocol):
+class Processes(Protocol):
     """The processes that share the batches of an evaluation."""
 
     rank: int
@@ -32,6 +32,10 @@ class Peers(Protocol):
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
         """Return the numbers of every process, in the order of ranks."""
         ...
+
+
+class InterruptedEvaluationError(Exception):
+    """An evaluation was ended early, as its caller wished."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def evaluate(
     batch_size: int,
     max_batches: int | None = None,
     progress: bool = False,
-    world: Peers | None = None,
+    processes: Processes | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Mean loss of a model over a dataset, cut into windows of one document each that do not see each other.
 
@@ -79,9 +84,11 @@ def evaluate(
         batch_size: sequences at once; changes speed and memory, not the result.
         max_batches: stop after this many batches; None: read everything.
         progress: show a progress bar on stderr.
-        world: the processes that share the batches; each of them gets the same result.
+        processes: those that share the batches; each of them gets the same result.
+        interrupted: called before each batch; True ends the evaluation. Processes that share it call it together.
 
     Raises:
+        InterruptedEvaluationError: when `interrupted` has returned True.
         ValueError: for another vocabulary than the model's, or a size below 1.
     """
     from recurformer.data import evaluation_batches
@@ -95,7 +102,9 @@ def evaluate(
     predictable = dataset.n_tokens - (dataset.n_documents or 0)  # all but each document's first
     with evaluating(model), torch.no_grad(), counting(predictable, progress) as advance:
         batches = islice(evaluation_batches(dataset, window, batch_size), max_batches)
-        for batch, counts in _shares(batches, world):
+        for batch, counts in _shares(batches, processes):
+            if interrupted is not None and interrupted():
+                raise InterruptedEvaluationError
             count = int((batch.targets != IGNORE).sum()) if counts else 0
             inputs = {
                 name: None if tensor is None else tensor.to(device)
@@ -106,8 +115,8 @@ def evaluate(
             nats += float(loss) * count
             tokens += count
             advance(count)
-    if world is not None:
-        nats, tokens = (sum(parts) for parts in zip(*world.gather(nats, tokens), strict=True))
+    if processes is not None:
+        nats, tokens = (sum(parts) for parts in zip(*processes.gather(nats, tokens), strict=True))
     return Evaluation(
         loss=nats / tokens,
         tokens=int(tokens),
@@ -116,10 +125,10 @@ def evaluate(
     )
 
 
-def _shares(batches: Iterator[Batch], world: Peers | None) -> Iterator[tuple[Batch, bool]]:
+def _shares(batches: Iterator[Batch], processes: Processes | None) -> Iterator[tuple[Batch, bool]]:
     """The batches of this process, and whether they count. All have as many: processes that share out the weights must
     call the model together, so the last round may hold a batch twice."""
-    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
     while group := list(islice(batches, size)):
         yield group[min(rank, len(group) - 1)], rank < len(group)
 

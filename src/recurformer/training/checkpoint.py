@@ -25,7 +25,7 @@ from recurformer.store.checkpoints import (
 from recurformer.store.weights import write_parts
 
 if TYPE_CHECKING:
-    from recurformer.training.distributed import World
+    from recurformer.training.distributed import OneProcess
 
 
 def write_shared_checkpoint(
@@ -35,7 +35,7 @@ def write_shared_checkpoint(
     weights: dict[str, Tensor],
     optimizer: dict[str, Tensor],
     rng: RngState,
-    world: World,
+    processes: OneProcess,
 ) -> Checkpoint | None:
     """Write one checkpoint from several processes, each of which writes its own part of the tensors.
 
@@ -65,10 +65,10 @@ def write_shared_checkpoint(
             stack.close()
             return Checkpoint(path, state.step, loss)
 
-        world.together(begin, alone=True)
-        world.together(lambda: write_parts(weights, place / "model"))
-        world.together(lambda: write_parts(optimizer, place / "training" / OPTIMIZER))
-        return world.together(finish, alone=True)
+        processes.together(begin, alone=True)
+        processes.together(lambda: write_parts(weights, place / "model"))
+        processes.together(lambda: write_parts(optimizer, place / "training" / OPTIMIZER))
+        return processes.together(finish, alone=True)
 
 
 # --- random states --------------------------------------------------------------------------------------------------

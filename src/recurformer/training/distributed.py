@@ -22,12 +22,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recurformer.generation.text import pick_device
 from recurformer.model import LanguageModel, Output
 from recurformer.training.run import TrainingError
 
@@ -44,7 +45,7 @@ class EndedElsewhereError(TrainingError):
     """All processes end here, and another one says why."""
 
 
-class World:
+class OneProcess:
     """The processes that share one step; this one is by itself.
 
     Gradients are sums over all processes, divided by the number of targets of the whole step, so the split into
@@ -105,30 +106,38 @@ class World:
 # --- torchrun's environment -----------------------------------------------------------------------------------------
 
 
-def environment() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as `torchrun` gives them; (0, 1, 0) without it.
+class TorchrunEnvironment(NamedTuple):
+    """Which of `torchrun`'s processes this one is."""
+
+    rank: int = 0
+    size: int = 1  # number of processes
+    local_rank: int = 0  # rank on this machine
+
+
+def torchrun_environment() -> TorchrunEnvironment:
+    """Return what `torchrun` says in the environment variables; rank 0 of 1 without it.
 
     Raises:
         ValueError: when only some of it is there.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        return 0, 1, 0
+        return TorchrunEnvironment()
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise ValueError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start several processes "
             "with torchrun, or unset WORLD_SIZE"
         )
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    return TorchrunEnvironment(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
-def pick_device(config: TrainConfig) -> torch.device:
+def training_device(config: TrainConfig) -> torch.device:
     """The device of the configuration; of several processes on one machine, each has a GPU of its own.
 
     Raises:
         ValueError: when it is not here.
     """
-    _, size, local = environment()
+    _, size, local = torchrun_environment()
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() and config.precision != "fp64" else "cpu"
@@ -144,19 +153,11 @@ def pick_device(config: TrainConfig) -> torch.device:
                 'torchrun\'s --nproc-per-node or set device to "cpu"'
             )
         name = f"cuda:{local}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device is {config.device!r}, which cannot be used here ({str(error).splitlines()[0]}); "
-            'choose "auto" or "cpu"'
-        ) from None
-    return device
+    return pick_device(name)
 
 
 @contextmanager
-def processes(config: TrainConfig, device: torch.device) -> Iterator[World]:
+def join_processes(config: TrainConfig, device: torch.device) -> Iterator[OneProcess]:
     """The processes of the environment, joined for as long as the block runs.
 
     An exception that is not agreed upon ends this process here, with its message on stderr and code 2: the others must
@@ -166,29 +167,29 @@ def processes(config: TrainConfig, device: torch.device) -> Iterator[World]:
         ValueError: when they cannot share a batch.
         TrainingError: when they do not find each other.
     """
-    rank, size, _ = environment()
+    rank, size, _ = torchrun_environment()
     config.share(size)
     if size == 1:
-        yield World()
+        yield OneProcess()
         return
-    world = Processes(rank, size, device, config)
+    several = SeveralProcesses(rank, size, device, config)
     try:
-        yield world
+        yield several
     except BaseException as error:
-        if not world.agreed:
-            world.abort(error)
-        world.leave()
+        if not several.agreed:
+            several.abort(error)
+        several.leave()
         raise
-    world.leave()
+    several.leave()
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-class Processes(World):
+class SeveralProcesses(OneProcess):
     """This process as one of several.
 
-    Each process listens to the next one for as long as the block of `processes` runs, in a thread of its own. A
+    Each process listens to the next one for as long as the block of `join_processes` runs, in a thread of its own. A
     connection that breaks without a farewell means that the next process is gone, and ends this one even if its main
     thread waits inside a library for numbers that will never come. So all of them end, one after the other.
     """

@@ -225,12 +225,13 @@ def smaller(config: TrainConfig, sequences: int) -> TrainConfig:
 def time_steps(config: TrainConfig, device: torch.device, repeats: int = 2) -> float:
     """The mean seconds of whole optimizer steps on random tokens, after one that is not counted."""
     from recurformer.data.windows import Batch
-    from recurformer.training.distributed import World
-    from recurformer.training.loop import gradient_step, make_model
+    from recurformer.training.distributed import OneProcess
     from recurformer.training.optimizer import make_optimizer, set_rates
+    from recurformer.training.start import make_model
+    from recurformer.training.steps import gradient_step
 
     state = torch.random.get_rng_state()
-    model = make_model(config, device, None, World())
+    model = make_model(config, device, None, OneProcess())
     torch.random.set_rng_state(state)
     optimizer = make_optimizer(model, config.optimizer)
     draw = torch.Generator().manual_seed(0)
@@ -241,7 +242,7 @@ def time_steps(config: TrainConfig, device: torch.device, repeats: int = 2) -> f
         batch = Batch(drawn[:, :-1].clone(), drawn[:, 1:].clone(), None, torch.arange(config.batch_size))
         began = time.perf_counter()
         set_rates(optimizer, 0, config.optimizer, config.schedule)
-        gradient_step(model, optimizer, batch, config, device, World())
+        gradient_step(model, optimizer, batch, config, device, OneProcess())
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -350,9 +351,9 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
     Raises:
         ValueError: for a device that is not here, a scan that it does not have, or a batch that does not split.
     """
-    from recurformer.training.loop import pick_device
+    from recurformer.training.distributed import training_device
 
-    device, mine = pick_device(config), config.share(processes)
+    device, mine = training_device(config), config.share(processes)
     parts = processes if config.parallel == "fsdp" else 1
     free, scan = available_bytes(device), scan_of(mine, device, together=parts == 1)
     memory = memory_on(mine, device, scan, parts)

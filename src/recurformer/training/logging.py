@@ -124,8 +124,8 @@ def _wandb_id(path: Path) -> str:
     return path.read_text()
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a run ran on: device, threads and versions."""
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Return what a run runs on: device, threads, cores and versions."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
         "threads": torch.get_num_threads(),

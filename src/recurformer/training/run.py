@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from recurformer.files import replacing
 from recurformer.settings import suggest
@@ -112,12 +113,30 @@ def write_run_config(config: TrainConfig, out: Path) -> None:
         temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def lock(out: Path) -> Iterator[int]:
-    """Hold a run's folder (made if missing) for this process; the system lets go of it however the process ends.
+class FolderLock:
+    """This process's hold on a run's folder. The system releases it however the process ends."""
 
-    Yields:
-        A number, new each time, by which `check_shared` knows the folder.
+    def __init__(self, out: Path, file: TextIO, mark: int) -> None:
+        self.out, self._file = out, file
+        self.mark = mark  # a number, new each time, by which `check_shared` knows the folder
+
+    def check(self) -> None:
+        """Raise TrainingError when the folder was removed, moved or replaced since it was locked."""
+        held = os.fstat(self._file.fileno())
+        try:
+            found = os.stat(self.out / LOCK)
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            raise TrainingError(
+                f"the run's folder {self.out} was removed, moved or replaced while the run trained into it, so the run "
+                "stops and writes nothing more; restore the folder and --resume, or start a new run"
+            )
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[FolderLock]:
+    """Hold a run's folder (made if missing) for this process.
 
     Raises:
         ValueError: when another process trains into it.
@@ -134,11 +153,11 @@ def lock(out: Path) -> Iterator[int]:
         file.write(str(mark))
         file.flush()
         os.fsync(file.fileno())  # or another machine would not see it
-        yield mark
+        yield FolderLock(out, file, mark)
 
 
 def check_shared(out: Path, mark: int) -> None:
-    """Raise ValueError where a run's folder is not the one that the first process holds."""
+    """Raise ValueError when a run's folder is not the one that the first process holds."""
     file = out / LOCK
     if not file.is_file() or file.read_text() != str(mark):
         raise ValueError(

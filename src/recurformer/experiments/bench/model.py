@@ -24,8 +24,9 @@ from recurformer.experiments.bench.common import (
 )
 from recurformer.experiments.bench.timing import Work, build_model, forget_compiled, peak_memory_of, release, time_runs
 from recurformer.training.config import TrainConfig
-from recurformer.training.loop import World, gradient_step
+from recurformer.training.distributed import OneProcess
 from recurformer.training.optimizer import make_optimizer, set_rates
+from recurformer.training.steps import gradient_step
 from recurformer.units import bytes_text
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _measure(s: ModelSettings, config: TrainConfig, device: torch.device) -> dic
         def step() -> None:
             batch = next(batches)
             set_rates(optimizer, 0, config.optimizer, config.schedule)
-            gradient_step(model, optimizer, batch, config, device, World())
+            gradient_step(model, optimizer, batch, config, device, OneProcess())
             optimizer.step()
 
         def prepare(_: int) -> Work:

@@ -1,0 +1,117 @@
+"""The start of a run: its data, its model, and all that a checkpoint brings back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import recurformer
+from recurformer.evaluation.perplexity import check_vocabulary
+from recurformer.model import LanguageModel, Layer
+from recurformer.store.checkpoints import Checkpoint, TrainingState, checkpoint_at, newest_checkpoint, resolve
+from recurformer.training.checkpoint import restore_rng
+from recurformer.training.config import TrainConfig, open_tokens
+from recurformer.training.distributed import OneProcess
+from recurformer.training.logging import import_logger
+from recurformer.training.optimizer import load_optimizer_tensors, make_optimizer
+
+if TYPE_CHECKING:
+    from recurformer.data import TokenDataset, TrainingWindows
+    from recurformer.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The tokens that a run learns from and is evaluated on."""
+
+    training: TokenDataset
+    validation: TokenDataset | None
+    tokenizer: Tokenizer | None  # None: raw shards have none
+    windows: TrainingWindows  # of the training tokens, in the run's order
+
+
+def open_data(config: TrainConfig) -> RunData:
+    """Open a run's data, and import its loggers: what is missing is refused before anything is written.
+
+    Raises:
+        ValueError: for data that are missing, damaged or of another vocabulary, and for a logger that is missing.
+    """
+    from recurformer.data import TrainingWindows
+
+    data = config.data
+    training = open_tokens(data, data.train)
+    validation = None if data.validation is None else open_tokens(data, data.validation)
+    for dataset in filter(None, (training, validation)):
+        check_vocabulary(config.model.vocab_size, dataset)
+    for name in config.log.loggers:
+        import_logger(name)
+    windows = TrainingWindows(training, data.window, data.seed, data.packing)
+    return RunData(training, validation, training.tokenizer(), windows)
+
+
+def find_checkpoint(folder: Path, say: Callable[[str], None], processes: OneProcess) -> Checkpoint | None:
+    """Return the newest intact checkpoint, as the first process sees it; None when there is none."""
+    found = processes.together(lambda: newest_checkpoint(folder, say), alone=True)
+    step = processes.first(found.step if found else -1)
+    return found if found or step < 0 else checkpoint_at(folder, step)
+
+
+def start_training(
+    config: TrainConfig, device: torch.device, data: RunData, checkpoint: Checkpoint | None, processes: OneProcess
+) -> tuple[LanguageModel, torch.optim.AdamW, TrainingState]:
+    """Return model, optimizer and state as the checkpoint has them, or new ones without a checkpoint.
+
+    Raises:
+        ValueError: when the checkpoint belongs to other data or to another model.
+    """
+    torch.manual_seed(config.seed)
+    model = make_model(config, device, checkpoint, processes)
+    optimizer = make_optimizer(model, config.optimizer)
+    if checkpoint is None:
+        return model, optimizer, TrainingState(dataset=data.training.fingerprint)
+    state, tensors, rng = checkpoint.read()
+    if state.dataset != data.training.fingerprint:
+        raise ValueError(
+            f"data.train {config.data.train!r} holds other tokens than the run was trained on (fingerprint "
+            f"{data.training.fingerprint} instead of {state.dataset}); point it to the same data or start a new run"
+        )
+    load_optimizer_tensors(optimizer, model, tensors)
+    restore_rng(rng)
+    return model, optimizer, state
+
+
+def make_model(
+    config: TrainConfig, device: torch.device, checkpoint: Checkpoint | None, processes: OneProcess
+) -> LanguageModel:
+    """Return the model in training mode, with the weights of the checkpoint, of `init_from`, or new ones.
+
+    New weights are drawn on the CPU, so they depend on the seed alone.
+
+    Raises:
+        ValueError: when the weights have other shapes than the model.
+    """
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    model = LanguageModel(config.model).to(dtype)
+    model.scan = config.scan
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        layer.compiled, layer.recompute = compiled, config.recompute
+    source = checkpoint.model if checkpoint else config.init_from and resolve(config.init_from)
+    if source:
+        weights = recurformer.load(source).state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in sorted(shapes.keys() | weights.keys()):
+            found = tuple(weights[name].shape) if name in weights else None
+            if found != shapes.get(name):
+                raise ValueError(f"{source} has {name} of shape {found}, the model {shapes.get(name)}; change [model]")
+        model.load_state_dict(weights)
+    if config.trained == "recurrent":
+        model.requires_grad_(False)
+        for layer, kind in zip(model.layers, config.model.layer_kinds, strict=True):
+            layer.requires_grad_(kind == "recurrent")
+    return processes.place(model, device).train()
