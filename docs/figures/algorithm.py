@@ -56,7 +56,7 @@ def tile(axes, block: Block, colour: str, label: str = "", edge: str = "white", 
 
 def pushes(schedule: Schedule) -> Iterator[tuple[int, Block]]:
     """Position and tile of every push."""
-    return ((step.position, step.push) for step in schedule.steps() if step.push is not None)
+    return ((step.positions.stop - 1, step.push) for step in schedule.leaves() if step.push is not None)
 
 
 def side(block: Block) -> int:
@@ -83,12 +83,12 @@ def tiles() -> None:
 
     mixed = Schedule(16, past=4, chunk=8, leaf=4)
     grid(right, mixed, "Chunks of 8 and leaves of 4, behind 4 remembered positions")
-    for step in mixed.steps():
+    for step in mixed.leaves():
+        first, end = step.positions.start, step.positions.stop
         if step.pull is not None:
-            tile(right, step.pull, PULL, f"pull\nbefore {step.position}")
-        if step.read.start < step.position:
-            keys, queries = step.read, slice(step.position, step.position + 1)
-            tile(right, Block(keys, queries), READ)
+            tile(right, step.pull, PULL, f"pull\nbefore {first}")
+        for position in range(first + 1, end):
+            tile(right, Block(slice(first, position), slice(position, position + 1)), READ)
     for position, block in pushes(mixed):
         tile(right, block, SIDES[side(block)], f"push\nafter {position}")
     right.axvline(0, color=INK, linewidth=1.5)

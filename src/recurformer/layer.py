@@ -1,9 +1,24 @@
-"""The equations of one layer (paper section 2.2) on plain tensors."""
+"""The equations of one layer (paper section 2.2) on plain matrices.
+
+    h_i  = RMS(x_i)                                          attention_input
+    q_i  = RMSq(Q h_i)                                       queries
+    k^_i = RMSk(K h_i)         v^_i = V h_i                  pairs
+    a_i  = attention of q_i to (k_1, v_1) ... (k_{i-1}, v_{i-1}), (k^_i, v^_i)
+    y_i  = x_i + s O a_i                                     after_attention
+    z_i  = y_i + s MLP(RMS(y_i))                             after_mlp
+    k_i  = RMSk(K RMS(z_i))    v_i  = V RMS(z_i)             attention_input, then pairs
+
+z is the layer's output. The temporary pair (k^, v^), called k_tmp and v_tmp in code, is used by its own position only.
+The persistent pair (k, v) is used by every later position. `recurformer.scan.reference` computes a and loops over the
+positions. A standard layer uses the same equations, with the temporary pairs of all positions in place of (k, v).
+
+Shape legend of the whole package: B batch, N positions, L layers, D width, F MLP width, H query heads, G key-value
+heads, K head width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -12,55 +27,50 @@ from torch import Tensor
 from recurformer.attention import Rotation
 from recurformer.config import ModelConfig
 
+# --- precision -------------------------------------------------------------------------------------------------------
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: residual stream, norm statistics, softmax and loss (design: precision)."""
+    """Return float64 for float64, else float32: the dtype of residual stream, norm statistics, softmax and loss."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's where it is on, else the weights'. float64 is never lowered."""
+    """Return the dtype of matrix products: autocast's where autocast is on, else the weight's.
+
+    Products of a float64 model stay in float64 under autocast.
+    """
     device = weight.device.type
     if device != "meta" and weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
 
 
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
 def normalise(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
-    """RMS or layer norm over the last dimension, in the accumulation dtype; the weights of a stack broadcast."""
+    """Return the RMS norm or layer norm of x over its last dimension, in the accumulation dtype."""
     x = x.to(accumulation_dtype(x.dtype))
-    weight = weight.to(x.dtype)
-    if weight.dim() == 1:
-        norm = F.rms_norm if config.norm == "rms" else F.layer_norm
-        return norm(x, weight.shape, weight, eps=config.norm_eps)
-    if config.norm == "layer":
-        return F.layer_norm(x, weight.shape[-1:], eps=config.norm_eps) * weight
-    # Written out, with one operation over the width: on a CPU F.rms_norm takes twice as long for a position's few rows.
-    width = x.shape[-1]
-    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().add(width * config.norm_eps).rsqrt()
-    return x * inverse * (weight * width**0.5)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b; of a stack, x (L, n, in) with W (L, out, in) and b (L, 1, out), to each layer its own."""
-    if weight.dim() == 2:
-        return F.linear(x, weight, bias)
-    weight = weight.transpose(1, 2)
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+    norm = F.rms_norm if config.norm == "rms" else F.layer_norm
+    return norm(x, weight.shape, weight.to(x.dtype), eps=config.norm_eps)
 
 
 def activate(up: Tensor, gate: Tensor | None, config: ModelConfig) -> Tensor:
-    """The MLP's inner activation: GELU of `up`, or SiLU(gate) * up."""
+    """Return GELU(up), or SiLU(gate) * up where there is a gate."""
     if gate is not None:
         return F.silu(gate) * up
     return F.gelu(up, approximate="tanh" if config.activation == "gelu_tanh" else "none")
 
 
+# --- the layer -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LayerMaths:
-    """The maths of one layer (paper section 2.2) as functions of plain tensors; the only place where it is written.
+    """The weights of one layer and its equations, one method a line of the paper.
 
-    Matrices and biases are in the compute dtype, norm weights as stored. `Layer.maths()` fills it from parameters.
+    Matrices and biases are in the compute dtype, norm weights are as stored. `Layer.maths()` makes one from parameters.
     """
 
     config: ModelConfig
@@ -72,9 +82,9 @@ class LayerMaths:
     mlp_norm: Tensor  # (D,)
     up: Tensor  # (F, D)
     down: Tensor  # (D, F)
-    gate: Tensor | None = None  # (F, D), swiglu
-    q_norm: Tensor | None = None  # (K,) or (H K,)
-    k_norm: Tensor | None = None  # (K,) or (G K,)
+    gate: Tensor | None = None  # (F, D), with activation "swiglu"
+    q_norm: Tensor | None = None  # (K,), or (H K,) with qk_norm "full"
+    k_norm: Tensor | None = None  # (K,), or (G K,) with qk_norm "full"
     q_bias: Tensor | None = None
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
@@ -82,103 +92,65 @@ class LayerMaths:
     up_bias: Tensor | None = None
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    kv: Tensor | None = None  # (2 G K, D), k above v, where `stack` has made one product of two
-    kv_bias: Tensor | None = None
 
     @classmethod
-    def stack(cls, layers: Sequence[LayerMaths], by_column: bool = False) -> LayerMaths:
-        """The maths of several layers of one shape at once, for x (L, n, D): n positions of each layer.
-
-        In `pairs` n stands where N does, and L where B does. Matrices become (L, out, in), biases and norm weights
-        broadcast against (L, n, width), those of heads against (L, n, G, K); `kv` makes one product of two.
-
-        Args:
-            by_column: lay the branches' matrices out for products with few rows of x; else for those with few rows of
-                gradients. Projections always are the latter: backward they are to give the very bits of the forward.
-        """
-
-        def matrices(*parts: str) -> Tensor:
-            joined = [torch.cat([getattr(layer, part) for part in parts]) for layer in layers]
-            if by_column and parts[0] in ("o", "up", "gate", "down"):
-                return torch.stack([matrix.t() for matrix in joined]).transpose(1, 2)
-            return torch.stack(joined) if len(layers) > 1 else joined[0][None]
-
-        first, head = layers[0], layers[0].config.qk_norm == "head"
-        tensors: dict[str, Tensor] = {"kv": matrices("k", "v")}
-        tensors["k"], tensors["v"] = tensors["kv"].chunk(2, dim=1)
-        if first.k_bias is not None and first.v_bias is not None:
-            biases = [torch.cat([getattr(layer, name) for name in ("k_bias", "v_bias")]) for layer in layers]
-            tensors["kv_bias"] = torch.stack(biases)[:, None]
-            tensors["k_bias"], tensors["v_bias"] = tensors["kv_bias"].chunk(2, dim=2)
-        for name in (f.name for f in fields(cls)):
-            tensor = getattr(first, name)
-            if not isinstance(tensor, Tensor) or name in tensors:
-                continue
-            if tensor.dim() == 2:
-                tensors[name] = matrices(name)
-            else:
-                stacked = torch.stack([getattr(layer, name) for layer in layers])[:, None]
-                tensors[name] = stacked[:, None] if head and name in ("q_norm", "k_norm") else stacked
-        return cls(first.config, **tensors)
-
-    def __getitem__(self, layers: slice) -> LayerMaths:
-        """Some layers of a stack."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t[layers] for name, t in tensors.items() if isinstance(t, Tensor)})
+    def tensor_names(cls) -> list[str]:
+        """Return the names of the fields that hold a tensor or None."""
+        return [f.name for f in fields(cls) if f.name != "config"]
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """The dtype of the matrices, in which products are computed."""
         return self.q.dtype
 
     def attention_input(self, x: Tensor) -> Tensor:
-        """h = RMS(x), (B, N, D), in the compute dtype. Of outputs z it gives what the persistent pairs are made of."""
+        """Return RMS(x), (B, N, D), in the compute dtype: h of the layer's input x, or RMS(z) of its output z."""
         return normalise(x, self.attention_norm, self.config).to(self.compute_dtype)
 
-    def projections(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, K) and pairs (B, G, N, K) of x (B, N, D): what a standard layer's attention needs."""
-        h = self.attention_input(x)
-        return self.queries(h, rotation), *self.pairs(h, rotation)
-
     def queries(self, h: Tensor, rotation: Rotation | None) -> Tensor:
-        """q = RMSq(Q h), rotated; (B, N, D) to (B, H, N, K)."""
-        return self._heads(linear(h, self.q, self.q_bias), self.q_norm, rotation)
+        """Return q = RMSq(Q h), (B, H, N, K), rotated where the model has RoPE, from h (B, N, D)."""
+        return self._normed_heads(F.linear(h, self.q, self.q_bias), self.q_norm, rotation)
 
     def pairs(self, h: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """k = RMSk(K h), rotated, and v = V h; (B, N, D) to two of (B, G, N, K).
+        """Return k = RMSk(K h), rotated where the model has RoPE, and v = V h, each (B, G, N, K), from h (B, N, D).
 
-        Of RMS(x) these are the temporary pairs k^, v^; of RMS(z) the persistent ones.
+        h = RMS(x) gives the temporary pairs, h = RMS(z) the persistent ones.
         """
-        if self.kv is None:
-            k, v = linear(h, self.k, self.k_bias), linear(h, self.v, self.v_bias)
-        else:
-            k, v = linear(h, self.kv, self.kv_bias).chunk(2, dim=-1)
-        return self._heads(k, self.k_norm, rotation), self._heads(v, None, None)
+        k = self._normed_heads(F.linear(h, self.k, self.k_bias), self.k_norm, rotation)
+        v = F.linear(h, self.v, self.v_bias)
+        return k, v.unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)
 
-    def _heads(self, u: Tensor, norm_weight: Tensor | None, rotation: Rotation | None) -> Tensor:
-        dtype, K = u.dtype, self.config.head_width
+    def _normed_heads(self, u: Tensor, norm_weight: Tensor | None, rotation: Rotation | None) -> Tensor:
+        """Return queries or keys u (B, N, heads K) after QK-norm and rotation, (B, heads, N, K)."""
+        dtype = u.dtype
         if norm_weight is not None and self.config.qk_norm == "full":
             u = normalise(u, norm_weight, self.config)
-        u = u.unflatten(-1, (-1, K))
+        u = u.unflatten(-1, (-1, self.config.head_width))
         if norm_weight is not None and self.config.qk_norm == "head":
             u = normalise(u, norm_weight, self.config)
         u = u.transpose(1, 2)
         return (u if rotation is None else rotation(u)).to(dtype)
 
-    def outputs(self, x: Tensor, a: Tensor) -> Tensor:
-        """z from the layer's input x (B, N, D) and the attention outputs a (B, H, N, K): both residual branches."""
-        y = self.attended(x, a.transpose(1, 2).flatten(2))
-        return self.finished(y, *self.mlp_inner(y))
+    def after_attention(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return y = x + s O a, (B, N, D), from x (B, N, D) and the attention outputs a (B, H, N, K)."""
+        branch = F.linear(a.transpose(1, 2).flatten(2), self.o, self.o_bias)
+        return torch.add(x, branch, alpha=self.config.branch_scale)
 
-    def attended(self, x: Tensor, a: Tensor) -> Tensor:
-        """y = x + s O a, with the heads of a side by side, (..., H K)."""
-        return torch.add(x, linear(a, self.o, self.o_bias), alpha=self.config.branch_scale)
-
-    def mlp_inner(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The MLP's inner values before activation, up and (swiglu) gate, (..., F), from y (..., D)."""
+    def after_mlp(self, y: Tensor) -> Tensor:
+        """Return z = y + s MLP(RMS(y)), (B, N, D), from y (B, N, D)."""
         h = normalise(y, self.mlp_norm, self.config).to(self.compute_dtype)
-        return linear(h, self.up, self.up_bias), None if self.gate is None else linear(h, self.gate, self.gate_bias)
-
-    def finished(self, y: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
-        """z = y + s MLP(RMS(y)), given the MLP's inner values."""
-        branch = linear(activate(up, gate, self.config), self.down, self.down_bias)
+        up = F.linear(h, self.up, self.up_bias)
+        gate = None if self.gate is None else F.linear(h, self.gate, self.gate_bias)
+        branch = F.linear(activate(up, gate, self.config), self.down, self.down_bias)
         return torch.add(y, branch, alpha=self.config.branch_scale)
+
+    # Two groups of lines that a standard layer evaluates together: all before its attention, and all after.
+
+    def projections(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, N, K) and temporary pairs, each (B, G, N, K), of the layer's input x (B, N, D)."""
+        h = self.attention_input(x)
+        return self.queries(h, rotation), *self.pairs(h, rotation)
+
+    def outputs(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return z (B, N, D) from the layer's input x (B, N, D) and the attention outputs a (B, H, N, K)."""
+        return self.after_mlp(self.after_attention(x, a))

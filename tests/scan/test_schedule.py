@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +13,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurformer.scan.schedule import Block, Schedule, attention_traffic, choose_schedule, lowbit, naive_schedule, waves
+
+
+class Step(NamedTuple):
+    """The blocks around one position."""
+
+    position: int
+    pull: Block | None  # before it
+    read: slice  # earlier keys of its leaf
+    push: Block | None  # after it
+
+
+def steps(schedule: Schedule) -> Iterator[Step]:
+    """Every position with its blocks, in forward order, from the rules themselves and not from `leaves`."""
+    for chunk in schedule.chunks():
+        for i in range(chunk.start, chunk.stop):
+            pull = schedule.pull(chunk) if i == chunk.start else None
+            yield Step(i, pull, slice(i - i % schedule.leaf, i), schedule.push(i, chunk))
+
+
+def readers(schedule: Schedule, position: int) -> slice:
+    """The queries that read a key directly: the later ones of its leaf."""
+    leaf_end = position - position % schedule.leaf + schedule.leaf
+    return slice(position + 1, min(leaf_end, schedule.length))
+
 
 SIDES = st.integers(0, 8).map(lambda e: 1 << e)
 
@@ -38,7 +64,7 @@ def meetings(schedule: Schedule) -> np.ndarray:
         assert keys.start >= -P
         count[queries, keys.start + P : keys.stop + P] += 1
 
-    for expected, step in enumerate(schedule.steps()):
+    for expected, step in enumerate(steps(schedule)):
         i = step.position
         assert i == expected
         if step.pull is not None:
@@ -82,13 +108,13 @@ def test_backwards_every_gradient_is_complete_when_its_position_comes(schedule: 
         inside = slice(max(keys.start, 0), max(keys.stop, 0))
         received[inside, queries] += 1
 
-    for step in reversed(list(schedule.steps())):
+    for step in reversed(list(steps(schedule))):
         i = step.position
         if step.push is not None:
             send(step.push.queries, step.push.keys, done=i + 1)
-        readers = schedule.readers(i)
-        if readers.start < readers.stop:
-            send(readers, slice(i, i + 1), done=i + 1)
+        later = readers(schedule, i)
+        if later.start < later.stop:
+            send(later, slice(i, i + 1), done=i + 1)
         assert np.array_equal(received[i], (np.arange(N) > i).astype(int)), "the pair's gradient is not complete"
         if step.pull is not None:
             send(step.pull.queries, step.pull.keys, done=i)
@@ -99,27 +125,26 @@ def test_backwards_every_gradient_is_complete_when_its_position_comes(schedule: 
 @given(schedules())
 @settings(max_examples=150, deadline=None)
 def test_leaves_are_the_steps_with_nothing_inside_one(schedule: Schedule):
-    steps = iter(schedule.steps())
+    in_order = steps(schedule)
     for positions, pull, push in schedule.leaves():
-        inside = [next(steps) for _ in range(positions.start, positions.stop)]
+        inside = [next(in_order) for _ in range(positions.start, positions.stop)]
         assert [step.position for step in inside] == list(range(positions.start, positions.stop))
         assert all(step.read.start == positions.start for step in inside)
         assert [step.pull for step in inside] == [pull] + [None] * (len(inside) - 1)
         assert [step.push for step in inside] == [None] * (len(inside) - 1) + [push]
-    assert next(steps, None) is None
+    assert next(in_order, None) is None
 
 
 @given(schedules())
 @settings(max_examples=50, deadline=None)
 def test_readers_mirror_reads(schedule: Schedule):
     N = schedule.length
-    reads = {(i, j) for i in range(N) for j in range(schedule.read(i).start, i)}
-    readers = {(i, j) for j in range(N) for i in range(schedule.readers(j).start, schedule.readers(j).stop)}
-    assert reads == readers
+    reads = {(step.position, j) for step in steps(schedule) for j in range(step.read.start, step.read.stop)}
+    assert reads == {(i, j) for j in range(N) for i in range(readers(schedule, j).start, readers(schedule, j).stop)}
 
 
 def test_the_papers_tiling_of_eight_positions():
-    pushes = [step.push for step in Schedule(8).steps()]
+    pushes = [step.push for step in steps(Schedule(8))]
     assert pushes == [
         Block(slice(0, 1), slice(1, 2)),
         Block(slice(0, 2), slice(2, 4)),
@@ -130,21 +155,21 @@ def test_the_papers_tiling_of_eight_positions():
         Block(slice(6, 7), slice(7, 8)),
         None,
     ]
-    assert all(step.pull is None and step.read.start == step.position for step in Schedule(8).steps())
+    assert all(step.pull is None and step.read.start == step.position for step in steps(Schedule(8)))
 
 
 def test_a_past_is_pulled_once_and_chunks_pull_what_came_before():
-    pulls = {step.position: step.pull for step in Schedule(10, past=3, chunk=4).steps() if step.pull is not None}
+    pulls = {step.position: step.pull for step in steps(Schedule(10, past=3, chunk=4)) if step.pull is not None}
     assert pulls == {
         0: Block(slice(-3, 0), slice(0, 4)),
         4: Block(slice(-3, 4), slice(4, 8)),
         8: Block(slice(-3, 8), slice(8, 10)),
     }
-    assert [step.pull for step in Schedule(5).steps()] == [None] * 5
+    assert [step.pull for step in steps(Schedule(5))] == [None] * 5
 
 
 def test_half_as_many_tiles_of_twice_the_side():
-    sides = [step.push.keys.stop - step.push.keys.start for step in Schedule(64).steps() if step.push is not None]
+    sides = [step.push.keys.stop - step.push.keys.start for step in steps(Schedule(64)) if step.push is not None]
     assert {side: sides.count(side) for side in set(sides)} == {1: 32, 2: 16, 4: 8, 8: 4, 16: 2, 32: 1}
 
 
@@ -244,9 +269,9 @@ def test_naive_traffic_is_quadratic_and_tiled_traffic_n_log_n():
 
 def test_the_naive_schedule_reads_everything_directly():
     for length in (1, 2, 3, 8, 100):
-        steps = list(naive_schedule(length).steps())
-        assert all(step.push is None and step.pull is None for step in steps)
-        assert all(step.read == slice(0, step.position) for step in steps)
+        in_order = list(steps(naive_schedule(length)))
+        assert all(step.push is None and step.pull is None for step in in_order)
+        assert all(step.read == slice(0, step.position) for step in in_order)
 
 
 @pytest.mark.parametrize("past", [0, 100])

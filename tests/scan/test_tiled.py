@@ -34,7 +34,8 @@ from recurformer.layer import LayerMaths
 from recurformer.model import Layer
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.tiled.blocks import Attention, Leaf, LeafGradients
-from recurformer.scan.tiled.scan import stack_scan, tiled_scan
+from recurformer.scan.tiled.scan import tiled_scan, tiled_stack_scan
+from recurformer.scan.tiled.stack import StackedLayers
 from recurformer.scan.wavefront import wavefront_scan
 
 # --- one layer and one call of it ------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_a_long_past_and_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch)
     assert_same(tiled(one, leaf=4), expected)
     monkeypatch.setattr("recurformer.scan.tiled.blocks.QUERY_BLOCK", 7)
     monkeypatch.setattr("recurformer.scan.tiled.blocks.KEY_BLOCK", 10)
-    monkeypatch.setattr("recurformer.scan.tiled.scan.POSITION_BLOCK", 8)
+    monkeypatch.setattr("recurformer.scan.tiled.backward.POSITION_BLOCK", 8)
     for schedule in ({"chunk": None, "leaf": 1}, {"chunk": 16, "leaf": 4}, {"chunk": None, "leaf": 64}):
         assert_same(tiled(one, save="minimal", **schedule), expected)
 
@@ -217,7 +218,7 @@ def test_a_leaf_that_nobody_gave_is_no_longer_than_the_chunk():
     one, few = case(2, 21), stack(2, 21)
     assert_same(tiled(one, chunk=8), tiled(one, chunk=8, leaf=8), tolerance=0)
     found = evaluate_stack(wavefront_scan, few, chunk=8)
-    assert_same(found, evaluate_stack(stack_scan, few, chunk=8, leaf=8), tolerance=0)
+    assert_same(found, evaluate_stack(tiled_stack_scan, few, chunk=8, leaf=8), tolerance=0)
     assert_same(found, evaluate_stack(one_after_the_other, few))
 
 
@@ -377,7 +378,7 @@ def stack(
 def one_after_the_other(
     x: Tensor, maths: list[LayerMaths], layout: Layout, past: list[tuple[Tensor, Tensor]] | None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """What `stack_scan` stands for, layer by layer with the reference."""
+    """What `tiled_stack_scan` stands for, layer by layer with the reference."""
     pairs = []
     for l, layer in enumerate(maths):
         x, keys, values = reference_scan(x, layer, layout, None if past is None else past[l])
@@ -401,7 +402,7 @@ def evaluate_stack(scan: Callable, one: Stack, **options: Any) -> dict[str, Tens
 def assert_stack_is_exact(one: Stack, **options: Any) -> None:
     expected = evaluate_stack(one_after_the_other, one)
     for save in ("minimal", "all"):
-        assert_same(evaluate_stack(stack_scan, one, save=save, **options), expected)
+        assert_same(evaluate_stack(tiled_stack_scan, one, save=save, **options), expected)
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -426,16 +427,16 @@ def test_every_schedule_of_a_stack_is_exact(name: str, schedule: dict[str, Any])
 
 
 def test_blocks_of_a_stack_may_be_shorter_than_its_chunks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("recurformer.scan.tiled.scan.POSITION_BLOCK", 8)
+    monkeypatch.setattr("recurformer.scan.tiled.backward.POSITION_BLOCK", 8)
     assert_stack_is_exact(stack(2, 40), chunk=16, leaf=4)
 
 
 def test_a_stack_repeats_to_the_bit_whatever_fresh_memory_holds(request: pytest.FixtureRequest):
     one = stack(3, 37, dtype=torch.float32, n_kv_heads=2, activation="swiglu", mask=MASK, position="rope")
     modes = ("minimal", "all")
-    clean, again = ([evaluate_stack(stack_scan, one, save=save) for save in modes] for _ in range(2))
+    clean, again = ([evaluate_stack(tiled_stack_scan, one, save=save) for save in modes] for _ in range(2))
     request.getfixturevalue("poisoned_memory")
-    poisoned = [evaluate_stack(stack_scan, one, save=save) for save in modes]
+    poisoned = [evaluate_stack(tiled_stack_scan, one, save=save) for save in modes]
     for first, second, third in zip(clean, again, poisoned, strict=True):
         for name in first:
             assert torch.isfinite(first[name]).all(), name
@@ -452,7 +453,7 @@ def test_layers_of_a_stack_may_be_frozen_one_by_one():
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(f"{l}.{name}" in learning)
             leaves[f"{l}.{name}"] = parameter
-    z, _ = stack_scan(one.x, [layer.maths() for layer in one.layers], one.layout)
+    z, _ = tiled_stack_scan(one.x, [layer.maths() for layer in one.layers], one.layout)
     z.backward(one.gz)
     assert {name for name, leaf in leaves.items() if leaf.grad is not None} == learning
     found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -467,7 +468,7 @@ def test_a_stack_under_bfloat16():
     layout, layers = model.layout(65), [layer_of(model, l) for l in range(2)]
     x, gz = torch.randn(2, 2, 65, 64, generator=torch.Generator().manual_seed(0))
     outcomes = []
-    for dtype, scan in ((torch.float32, one_after_the_other), (torch.bfloat16, stack_scan)):
+    for dtype, scan in ((torch.float32, one_after_the_other), (torch.bfloat16, tiled_stack_scan)):
         inputs = x.clone().requires_grad_()
         z, _ = scan(inputs, [layer.maths(dtype) for layer in layers], layout, None)
         names, parameters = zip(*model.layers.named_parameters(), strict=True)
@@ -496,11 +497,55 @@ def test_memory_of_a_stack_is_linear_in_the_length():
 
     def peak(N: int) -> float:
         one = stack(2, N, dtype=torch.float32, n_heads=2)
-        return peak_memory(lambda: evaluate_stack(stack_scan, one, save="minimal")) / one.x.nbytes / len(one.layers)
+        return (
+            peak_memory(lambda: evaluate_stack(tiled_stack_scan, one, save="minimal")) / one.x.nbytes / len(one.layers)
+        )
 
     short, long = peak(256), peak(1024)
     assert 4 < long < 32
     assert long < 1.1 * short
+
+
+@pytest.mark.parametrize("for_forward", [True, False], ids=["by-column", "by-row"])
+@pytest.mark.parametrize("options", LAYER_OPTIONS.values(), ids=LAYER_OPTIONS.keys())
+def test_stacked_equations_are_those_of_each_layer(options: dict[str, Any], for_forward: bool):
+    """Every value of two of three layers, and every gradient of a weighted sum of the values."""
+    model = tiny(dtype=torch.float64, n_layers=3, **options)
+    config, rotation = model.config, model.layout(7).rotation
+    layers, some = [layer_of(model, l) for l in range(3)], slice(1, 3)
+    draw = torch.Generator().manual_seed(5)
+    x, a = (
+        torch.randn(2, 7, width, generator=draw, dtype=torch.float64, requires_grad=True)
+        for width in (config.d_model, config.n_heads * config.head_width)
+    )
+
+    def stacked() -> list[Tensor]:
+        stack = StackedLayers.of([layer.maths() for layer in layers], for_forward=for_forward)[some]
+        h, y = stack.attention_input(x), stack.after_attention(x, a)
+        return [
+            h, stack.queries(h, rotation), *stack.pairs(h, rotation), stack.keys_before_norm(h), y,
+            stack.after_mlp(y, *stack.mlp_inner(y)),
+        ]  # fmt: skip
+
+    def plain() -> list[Tensor]:
+        values = []
+        for layer, x_l, a_l in zip(layers[some], x.unsqueeze(1), a.unsqueeze(1), strict=True):
+            maths = layer.maths()
+            h = maths.attention_input(x_l)
+            y = maths.after_attention(x_l, a_l.unflatten(-1, (config.n_heads, -1)).transpose(1, 2))
+            raw_keys = F.linear(h, maths.k, maths.k_bias)
+            values.append([h, maths.queries(h, rotation), *maths.pairs(h, rotation), raw_keys, y, maths.after_mlp(y)])
+        return [torch.cat(each) for each in zip(*values, strict=True)]
+
+    names, parameters = zip(*((n, p) for n, p in model.layers[some].named_parameters()), strict=True)  # pyright: ignore
+    outcomes = []
+    for values in (stacked(), plain()):
+        draw.manual_seed(6)
+        total = torch.stack([(v * torch.randn(v.shape, generator=draw, dtype=v.dtype)).sum() for v in values]).sum()
+        grads = torch.autograd.grad(total, [x, a, *parameters])
+        named = {str(n): value.detach() for n, value in enumerate(values)}
+        outcomes.append({**named, **dict(zip(["x", "a", *names], grads, strict=True))})
+    assert_same(*outcomes, tolerance=1e-12)
 
 
 # --- the autograd contract -------------------------------------------------------------------------------------------
@@ -693,8 +738,8 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("limit", [2**22, 1], ids=["small", "large"])
 def test_loops_of_small_products_keep_to_one_thread(limit: int, monkeypatch: pytest.MonkeyPatch):
     """Inside the loops alone, forward and backward, and only where products are small."""
-    inside: dict[str, set[int]] = {"read": set(), "meet": set(), "absorb": set()}
-    for owner, name in ((Leaf, "read"), (LeafGradients, "meet"), (Attention, "absorb")):
+    inside: dict[str, set[int]] = {"attend": set(), "add_query": set(), "merge": set()}
+    for owner, name in ((Leaf, "attend"), (LeafGradients, "add_query"), (Attention, "merge")):
         original = getattr(owner, name)
 
         def counted(*args: Any, seen: set[int] = inside[name], work: Callable = original, **options: Any) -> Any:
@@ -702,10 +747,10 @@ def test_loops_of_small_products_keep_to_one_thread(limit: int, monkeypatch: pyt
             return work(*args, **options)
 
         monkeypatch.setattr(owner, name, counted)
-    monkeypatch.setattr("recurformer.scan.tiled.scan.ONE_THREAD", limit)
+    monkeypatch.setattr("recurformer.scan.tiled.call.ONE_THREAD", limit)
     tiled(case(2, 37), leaf=4)
     loops = {1} if limit > 1 else {2}
-    assert inside == {"read": loops, "meet": loops, "absorb": {2}}
+    assert inside == {"attend": loops, "add_query": loops, "merge": {2}}
     assert torch.get_num_threads() == 2
 
 
@@ -715,7 +760,7 @@ def test_threads_come_back_when_a_loop_fails(monkeypatch: pytest.MonkeyPatch):
         raise RuntimeError(f"with {torch.get_num_threads()} thread")
 
     one = case(2, 5)
-    for owner, name in ((LeafGradients, "meet"), (Leaf, "read")):
+    for owner, name in ((LeafGradients, "add_query"), (Leaf, "attend")):
         monkeypatch.setattr(owner, name, fail)
         with pytest.raises(RuntimeError, match="with 1 thread"):
             tiled(one)
@@ -790,7 +835,7 @@ def test_outputs_of_the_last_layer_do_not_keep_those_of_all():
     maths = [layer.maths() for layer in one.layers]
 
     def kept() -> int:
-        return stack_scan(one.x, maths, one.layout)[0].untyped_storage().nbytes()
+        return tiled_stack_scan(one.x, maths, one.layout)[0].untyped_storage().nbytes()
 
     assert kept() == 3 * one.x.nbytes
     with torch.no_grad():

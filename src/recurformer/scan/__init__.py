@@ -1,5 +1,5 @@
-"""Recurrent layers, evaluated: one job ("given a layer's inputs x, return its outputs z"), several exact algorithms.
+"""Scans: several exact algorithms that turn the inputs of a recurrent layer into its outputs.
 
-Every scan has the signature of `recurformer.scan.reference.reference_scan` and answers to it in tests.
-`recurformer.scan.algorithms` has them by name, `recurformer.choose` decides which one runs.
+All scans have the signature of `recurformer.scan.reference.reference_scan` and are tested against it.
+`recurformer.scan.algorithms` lists them by name, and `recurformer.choose` decides which one runs.
 """

@@ -1,4 +1,4 @@
-"""Every scan by its name."""
+"""The scans by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SCANS: dict[str, Callable] = {
     "reference": reference_scan,
     "tiled": tiled_scan,
     "fused": fused_scan,
-    "wavefront": layer_scan,  # of one layer; `wavefront_scan` takes several
+    "wavefront": layer_scan,  # for a single layer; `wavefront_scan` takes several
 }
 
 
 def scan_by_name(name: str) -> Callable:
-    """The function of one scan, for one layer."""
+    """Return the function that runs one scan for one layer."""
     return SCANS[name]

@@ -1,10 +1,10 @@
-"""Several recurrent layers at once (design: wavefront): layer l works on a chunk while layer l - 1 works on the next.
+"""The wavefront: several recurrent layers advanced together, each one chunk of positions behind the layer below.
 
-One layer leaves a machine idle when the batch is small: its products have few rows, and each waits for the one before.
-A stack of L layers needs L times as many of them, but those of different layers are independent as soon as layer l
-stays a chunk behind layer l - 1. They become one batched product, so that for whole chunks N + (L - 1) C steps take the
-place of N L, forward and backward. The work is that of `recurformer.scan.fused` on a GPU and of
-`recurformer.scan.tiled` elsewhere, both of which take a stack; its order is what is new here.
+At a small batch one layer leaves a machine idle: its products have few rows, and each waits for the one before. The
+layers of a stack do not wait for each other when layer l stays a chunk behind layer l - 1. Their products then become
+one batched product: N + (L - 1) C steps over the positions take the place of N L, in the forward and in the backward.
+
+The two stack scans below do the work: `recurformer.scan.fused` on a GPU, `recurformer.scan.tiled` elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from recurformer.hardware import interpreted
 from recurformer.scan.fused import scan as fused
 from recurformer.scan.schedule import WAVEFRONT_CHUNK
-from recurformer.scan.tiled import scan as tiled
+from recurformer.scan.tiled.scan import tiled_stack_scan
 
 if TYPE_CHECKING:
     from recurformer.attention import Layout
@@ -31,30 +31,31 @@ def wavefront_scan(
     past: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     **options: Any,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Outputs of the last of consecutive recurrent layers and the persistent pairs of each.
+    """Return the outputs of the last of several consecutive recurrent layers, and the persistent pairs of each.
 
     Args:
         x: (B, N, D), the first layer's inputs.
-        layers: maths and weights, all of one shape.
-        layout, past: as `stack_scan` of `recurformer.scan.fused` on a GPU and of `recurformer.scan.tiled` elsewhere,
-            whose options are taken too.
+        layers: weights and equations of each layer, all of one shape.
+        layout: positions, padding and documents of the batch.
+        past: keys and values (B, G, P, K) of each layer, without gradient. None: there are none.
+        options: those of the stack scan that runs.
 
     Returns:
         z (B, N, D), and keys and values (B, G, N, K) of each layer.
 
     Raises:
-        ValueError: as `stack_scan`.
+        ValueError: as the stack scan that runs.
     """
-    on_gpu = x.device.type == "cuda" or interpreted()
-    if on_gpu and len(layers) > 1:
+    if x.device.type != "cuda" and not interpreted():
+        return tiled_stack_scan(x, layers, layout, past, **options)
+    if len(layers) > 1:
         options = {"chunk": WAVEFRONT_CHUNK, "leaf": WAVEFRONT_CHUNK, **options}
-    scan = fused.stack_scan if on_gpu else tiled.stack_scan
-    return scan(x, layers, layout, past, **options)
+    return fused.stack_scan(x, layers, layout, past, **options)
 
 
 def layer_scan(
     x: Tensor, layer: LayerMaths, layout: Layout, past: tuple[Tensor, Tensor] | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack of one layer; arguments and results as `reference_scan`."""
+    """Evaluate a stack of one layer; arguments and results are those of `reference_scan`."""
     z, ((keys, values),) = wavefront_scan(x, [layer], layout, [past], **options)
     return z, keys, values

@@ -102,7 +102,8 @@ def estimate_memory(
         if save == "all":  # queries are made again
             loop += short * wide * stack * Q
     elif count:
-        from recurformer.scan.tiled.scan import KEEP_BYTES, POSITION_BLOCK
+        from recurformer.scan.tiled.backward import POSITION_BLOCK
+        from recurformer.scan.tiled.scan import KEEP_BYTES
 
         more = full * (2 * Q + 2 * P + inner)
         recurrent = count * wide * (full * D + (more if wide * more <= KEEP_BYTES else 0))

@@ -1,1 +1,4 @@
-"""The exact tiling in PyTorch operations, on any device, with a hand-written backward."""
+"""The tiled scan: the paper's exact tiling in PyTorch operations, on any device.
+
+Read `scan.py` (the entry), `forward.py`, `backward.py`, and for the arithmetic `blocks.py` and `stack.py`.
+"""
