@@ -71,7 +71,7 @@ def measure(
 def free(device: torch.device) -> None:
     """Give back what the last row held."""
     if device.type == "cuda":
-        from recurformer.scan.fused.scan import release as release_engines
+        from recurformer.scan.fused.engines import release_engines
 
         release_engines()
     release(device)

@@ -118,15 +118,15 @@ MANY = {  # options, and whether there are pads
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
     """Set from which part of the GPU at work the products around GELU end with it; steps are recorded anew."""
-    from recurformer.scan.fused import engine
-    from recurformer.scan.fused.scan import release
+    from recurformer.scan.fused import products
+    from recurformer.scan.fused.engines import release_engines
 
     def choose(part: float) -> None:
-        release()
-        monkeypatch.setattr(engine, "FULL", part)
+        release_engines()
+        monkeypatch.setattr(products, "FULL", part)
 
     yield choose
-    release()
+    release_engines()
 
 
 @pytest.mark.parametrize(("options", "masked"), MANY.values(), ids=MANY.keys())
@@ -143,20 +143,20 @@ def test_library_products_of_many_rows_in_bf16(
 @pytest.mark.parametrize("scan", ["fused", "wavefront"])
 def test_whatever_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch, scan: str, save: str) -> None:
     """With biases, which kernels that start early read too."""
-    monkeypatch.setattr(fused, "affordable", lambda *_: save)
+    monkeypatch.setattr(fused, "affordable_save", lambda *_: save)
     check(scan, {**WIDE, "attention_bias": True, "mlp_bias": True}, 40, 71, True, True, exact="cuda")
 
 
 def test_blocks_of_three_quarters_of_a_power_of_two() -> None:
     """198 of 128 columns would come to some processors twice, 132 of 192 once; the last of these has a part alone."""
-    from recurformer.scan.fused import engine
-    from recurformer.scan.fused.scan import release
+    from recurformer.scan.fused.engines import ENGINES
 
     if torch.cuda.get_device_properties(0).multi_processor_count != 132:
         pytest.skip("for GPUs with 132 processors")
-    release()
+    ENGINES.release()
     check("fused", {**WIDE, "d_mlp": 12600, "mlp_bias": True}, 200, 20, True, False, exact="cuda")
-    tiles = [made.tile(made.F, True) for made in engine._engines.values() if made.F == 12600]
+    products = [engine.forward.products for engine in ENGINES.engines() if engine.shape.sizes.F == 12600]
+    tiles = [one.tile(12600, True) for one in products]
     assert tiles
     assert all((tile["BN"], tile["BR"]) == (128, 64) for tile in tiles)
 
@@ -223,12 +223,13 @@ def test_products_that_end_with_gelu_of_several_blocks_of_rows_in_bf16(
     full: Callable[[float], None], scan: str, activation: str
 ) -> None:
     """Also more rows of a chunk than parts of a norm weight's gradient."""
-    from recurformer.scan.fused.engine import PARTS, WIDE_TILE
+    from recurformer.scan.fused.products import ACTIVATION_TILE
+    from recurformer.scan.fused.workspace import PARTS
     from recurformer.scan.schedule import WAVEFRONT_CHUNK as CHUNK
 
     full(0.0)  # it always is
     B, length = 200, 37
-    assert WIDE_TILE["BM"] < B
+    assert ACTIVATION_TILE["BM"] < B
     assert B * min(CHUNK, length) > PARTS
     check(scan, {**WIDE, "activation": activation}, B, length, True, False, exact="cuda")
 

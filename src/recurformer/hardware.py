@@ -21,6 +21,7 @@ class Device(Protocol):
 
 
 MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
+THIN_ROWS = 16  # rows up to which a product is bound by reading its weights
 MAX_STEP_WIDTH = 2**16  # values in a row that one program of a decode step holds
 FLEX_BLOCK = 128  # queries and keys of a block; shorter sequences take scaled_dot_product_attention
 FLEX_HEAD_WIDTHS = range(16, 129)

@@ -19,7 +19,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from recurformer import ModelConfig
-from recurformer.scan.fused.engine import Engine, Shape
+from recurformer.scan.fused.engine import Engine
+from recurformer.scan.fused.shape import EngineShape
+from recurformer.scan.fused.workspace import DeviceFacts
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
@@ -63,11 +65,13 @@ def main(wanted: list[str]) -> None:
 
     JITFunction.__getitem__ = launcher  # pyright: ignore[reportAttributeAccessIssue]
     config = ModelConfig(vocab_size=1, d_model=1024, n_layers=1, n_heads=16)
-    shape = Shape(config, 1, 32, 32, 8, 16, torch.bfloat16, torch.device("meta"), False, True, True, True, 1.0)
-    engine = Engine(shape)
-    engine.early = True  # as on an H100
-    engine.forward()
-    engine.backward()
+    shape = EngineShape(
+        config, L=1, B=32, C=32, leaf=8, leaf_backward=16, dtype=torch.bfloat16, device=torch.device("meta"),
+        segmented=False, keeps_attention=True, keeps_inner=True, keeps_raw=True, branch_scale=1.0,
+    )  # fmt: skip
+    engine = Engine(shape, DeviceFacts(launches_early=True))  # as on an H100
+    engine.forward.step()
+    engine.backward.step()
     print(json.dumps(narrow))
 
 

@@ -24,8 +24,9 @@ from recurformer import KVCache, LanguageModel, ModelConfig
 from recurformer.attention import Layout
 from recurformer.choose import choose_scan
 from recurformer.layer import LayerMaths
-from recurformer.scan import fused
-from recurformer.scan.fused.scan import stack_scan
+from recurformer.scan.fused import scan as fused
+from recurformer.scan.fused.engines import ENGINES
+from recurformer.scan.fused.scan import fused_stack_scan
 from recurformer.scan.reference import reference_scan
 from recurformer.scan.wavefront import wavefront_scan
 
@@ -40,9 +41,7 @@ CPU = torch.device("cpu")
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     yield
-    from recurformer.scan.fused import engine
-
-    engine._engines.clear()
+    ENGINES.release()
 
 
 def small(**options: Any) -> LanguageModel:
@@ -51,16 +50,25 @@ def small(**options: Any) -> LanguageModel:
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """The activation and direction of the products that our kernel makes from now on."""
-    from recurformer.scan.fused.engine import Engine
+    from recurformer.scan.fused.products import Products
 
     calls: list[tuple[int, bool]] = []
-    original = Engine.product_tiled
+    original = Products.multiply_tiled
 
-    def product(self: Engine, a: Tensor, w: Tensor, out: Tensor, transposed: bool, kind: int = -1, **rest: Any) -> None:
-        calls.append((kind, transposed))
-        original(self, a, w, out, transposed, kind, **rest)
+    def multiply(
+        self: Products,
+        a: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        transposed: bool,
+        activation: int = -1,
+        *rest: Any,
+        **named: Any,
+    ) -> None:
+        calls.append((activation, transposed))
+        original(self, a, weight, out, transposed, activation, *rest, **named)
 
-    monkeypatch.setattr(Engine, "product_tiled", product)
+    monkeypatch.setattr(Products, "multiply_tiled", multiply)
     return calls
 
 
@@ -98,7 +106,7 @@ def compare(
                 z, k, v = reference_scan(z, maths, layout, None if p is None else (p[0].double(), p[1].double()))
                 made.append((k, v))
         else:
-            z, made = stack_scan(x, layers, layout, pairs if past else None, **options)
+            z, made = fused_stack_scan(x, layers, layout, pairs if past else None, **options)
         (z * weight).sum().backward()
         assert x.grad is not None
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -150,7 +158,7 @@ def test_gelu_and_its_slope_are_exact_and_gelu_at_infinity_too(interpreted: None
     import triton
     import triton.language as tl
 
-    from recurformer.scan.fused import kernels
+    from recurformer.scan.fused.kernels import common
 
     @triton.jit
     def both(u, gelu, slope, activated: tl.constexpr, activation_slope: tl.constexpr, N: tl.constexpr):
@@ -163,7 +171,7 @@ def test_gelu_and_its_slope_are_exact_and_gelu_at_infinity_too(interpreted: None
     gelu, slope = torch.empty_like(u), torch.empty_like(u)
     launch: Any = both
     with np.errstate(over="ignore", invalid="ignore"):  # the interpreter's NumPy warns where a GPU does not
-        launch[(1,)](u, gelu, slope, kernels.activated, kernels.activation_slope, len(u))
+        launch[(1,)](u, gelu, slope, common.activated, common.activation_slope, len(u))
     exact = u[:-3].double().requires_grad_()
     expected = torch.nn.functional.gelu(exact)
     expected.sum().backward()
@@ -181,16 +189,16 @@ def test_queries_some_positions_at_a_time(
     interpreted: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, at_once: int, save: str
 ) -> None:
     """Of several chunks, the last of which is not full, with pads and a past."""
-    from recurformer.scan.fused import engine
+    from recurformer.scan.fused import forward
 
     request.getfixturevalue("poisoned_memory")
     model, batch = small(n_kv_heads=1, attention_bias=True), 2
     row = batch * (8 + (2 + 2 * 1) * 4) * 4  # bytes of a position: D, and H + 2 G heads of 4, in float32
-    monkeypatch.setattr(engine, "AT_ONCE", at_once * row)
+    monkeypatch.setattr(forward, "L2_BYTES", at_once * row)
     mask = torch.tensor([[True, False, True, True, True, True], [True, True, True, True, False, True]])
     compare(model, 6, 1e-5, batch=batch, mask=mask, chunk=4, leaf=2, save=save)
-    (made,) = engine._engines.values()
-    assert made.at_once == made.forward_buffers["h_some"].shape[1] == at_once
+    (made,) = ENGINES.engines()
+    assert made.forward.positions_at_once == made.forward.buffers.h_some.shape[1] == at_once
     compare(small(), 5, 1e-5, past=2, chunk=4, leaf=2, save=save)
 
 
@@ -213,7 +221,7 @@ def test_what_is_kept_changes_no_bit(interpreted: None, request: pytest.FixtureR
 
     def gradients(save: str) -> list[Tensor]:
         maths = [layer_of(model, l).maths() for l in range(2)]
-        z, _ = stack_scan(x, maths, layout, chunk=2, leaf=2, save=save)
+        z, _ = fused_stack_scan(x, maths, layout, chunk=2, leaf=2, save=save)
         return [z[mask], *torch.autograd.grad((z * z)[mask].sum(), [x, *model.layers.parameters()])]
 
     for kept, again in zip(gradients("all"), gradients("inner"), strict=True):
@@ -223,17 +231,17 @@ def test_what_is_kept_changes_no_bit(interpreted: None, request: pytest.FixtureR
 
 @interpreter
 def test_what_is_kept_is_bounded_by_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recurformer.scan.fused.scan import affordable
+    from recurformer.scan.fused.memory import affordable_save
 
     config = ModelConfig(d_model=64, n_heads=4, n_layers=3, layers="first:2", d_mlp=256)
     pairs, inner = 2 * 3 * 64, 2 * 256  # values a position, of the two recurrent layers
     for rows, expected in ((1.0, "inner"), (1.01 * (pairs + inner) / pairs, "minimal"), (1.001, "pairs")):
-        assert affordable(config, int(rows * 2**34 / (pairs + inner)), CPU) == expected
+        assert affordable_save(config, int(rows * 2**34 / (pairs + inner)), CPU) == expected
 
     wide = ModelConfig(d_model=1408, n_heads=22, n_layers=1)
     every = (5 + 4) * 1408  # what Q, K and V make of the inputs, pairs, the MLP's inner values
-    assert affordable(wide, 2**34 // every, CPU) == "all"
-    assert affordable(wide, 2**34 // every + 1, CPU) == "inner"
+    assert affordable_save(wide, 2**34 // every, CPU) == "all"
+    assert affordable_save(wide, 2**34 // every + 1, CPU) == "inner"
 
 
 @interpreter
@@ -259,14 +267,15 @@ def test_half_precision_with_the_activation_inside_the_products(
 @interpreter
 def test_half_precision_with_blocks_that_are_small(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where others would be too few; here of 16 rows, for a batch of 17."""
-    from recurformer.scan.fused import engine
+    from recurformer.scan.fused import products
 
-    monkeypatch.setattr(engine, "THIN", 1)
-    monkeypatch.setattr(engine, "BUSY", 1e9)
-    monkeypatch.setattr(engine, "SMALL_TILE", {**engine.SMALL_TILE, "BM": 16})
+    monkeypatch.setattr(products, "THIN_ROWS", 1)
+    monkeypatch.setattr(products, "BUSY", 1e9)
+    monkeypatch.setattr(products, "SMALL_TILE", {**products.SMALL_TILE, "BM": 16})
     compare(small(d_model=16, d_mlp=24), 1, 1e-2, batch=17, dtype=torch.float16, chunk=2, leaf=2)
-    (made,) = engine._engines.values()
-    assert (made.tile(16, False)["BM"], made.tile(16, False)["BK"]) == (16, 128)
+    (made,) = ENGINES.engines()
+    tile = made.forward.products.tile(16, False)
+    assert (tile["BM"], tile["BK"]) == (16, 128)
 
 
 @interpreter
@@ -274,25 +283,23 @@ def test_half_precision_with_the_activation_behind_library_products(
     interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where rows are many and blocks of one size would not fill the GPU."""
-    from recurformer.scan.fused import engine
+    from recurformer.scan.fused import products
 
-    monkeypatch.setattr(engine, "THIN", 0)
-    monkeypatch.setattr(engine, "FULL", 2.0)
+    monkeypatch.setattr(products, "THIN_ROWS", 0)
+    monkeypatch.setattr(products, "FULL", 2.0)
     compare(small(mlp_bias=True), 5, 1e-2, dtype=torch.float16, chunk=4, leaf=4)
-    (made,) = engine._engines.values()
-    assert not made.fused_activation
+    (made,) = ENGINES.engines()
+    assert not made.forward.products.fuses_activation
 
 
 @interpreter
 def test_the_backward_has_leaves_of_its_own(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice as long as the forward's, as by default, in two chunks of two of them."""
-    from recurformer.scan.fused import engine
-
     monkeypatch.setattr(fused, "LEAF", 2)
     monkeypatch.setattr(fused, "LEAF_BACKWARD", 4)
     compare(small(), 11, 1e-5, chunk=8)
-    (made,) = engine._engines.values()
-    assert (made.shape.S, made.shape.R) == (2, 4)
+    (made,) = ENGINES.engines()
+    assert (made.shape.leaf, made.shape.leaf_backward) == (2, 4)
 
 
 @interpreter
@@ -318,14 +325,14 @@ def test_what_one_call_leaves_harms_no_other(interpreted: None, save: str) -> No
     layout = model.layout(2)
 
     def gradients(x: Tensor) -> list[Tensor]:
-        z, _ = stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2, save=save)
+        z, _ = fused_stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2, save=save)
         return list(torch.autograd.grad(z.sum(), list(model.layers.parameters())))
 
     x = torch.randn(1, 2, 8)
     with torch.inference_mode():
-        stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2)
+        fused_stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2)
     with torch.no_grad():
-        stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2)
+        fused_stack_scan(x, [layer_of(model, l).maths() for l in range(2)], layout, chunk=2, leaf=2)
     clean = gradients(x)
     gradients(x * float("nan"))
     for before, after in zip(clean, gradients(x), strict=True):
@@ -334,22 +341,25 @@ def test_what_one_call_leaves_harms_no_other(interpreted: None, save: str) -> No
 
 @interpreter
 def test_engines_are_bounded_by_the_memory_that_they_hold(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recurformer.scan.fused import engine
+    from recurformer.scan.fused import engines
 
     compare(small(), 3, 1e-5, chunk=2, leaf=2)
-    (made,) = engine._engines.values()
-    before = made.bytes
+    (made,) = ENGINES.engines()
+    before, workspace = made.bytes, made.workspace
     assert before == sum(
         t.numel() * t.element_size()
-        for group in (vars(made.w), made.forward_buffers, made.backward_buffers, made.gradients, {"": made.table})
+        for group in (
+            vars(workspace.weights), vars(made.forward.buffers), vars(made.backward.buffers),
+            made.backward.gradients.sums, {"": workspace.table},
+        )
         for t in group.values()
-    )
+    )  # fmt: skip
     compare(small(), 3, 1e-5, batch=2, chunk=2, leaf=2)
-    assert [*engine._engines.values()] != [made]
-    assert [*engine._engines.values()][1].bytes > before
-    monkeypatch.setattr(engine, "ENGINES_PART", 2**40)  # no room beside the one that runs
+    assert ENGINES.engines() != [made]
+    assert ENGINES.engines()[1].bytes > before
+    monkeypatch.setattr(engines, "MEMORY_PART", 2**40)  # no room beside the one that runs
     compare(small(), 3, 1e-5, batch=3, chunk=2, leaf=2)
-    assert [shape.B for shape, _ in engine._engines] == [3]
+    assert [engine.shape.B for engine in ENGINES.engines()] == [3]
 
 
 @interpreter
@@ -359,19 +369,19 @@ def test_outputs_of_the_last_layer_do_not_keep_those_of_all(interpreted: None) -
     maths, layout = [layer_of(model, l).maths() for l in range(2)], model.layout(2)
     for differentiable in (False, True):
         with torch.set_grad_enabled(differentiable):
-            z, _ = stack_scan(x, maths, layout, chunk=2, leaf=2)
+            z, _ = fused_stack_scan(x, maths, layout, chunk=2, leaf=2)
         assert z.untyped_storage().nbytes() == x.nbytes * (2 if differentiable else 1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_attention_kernels_compile_to_wide_loads() -> None:
     """For an H100, which need not be there: 16-bit loads mean that Triton lost the alignment of an address."""
-    kernels = ["attend", "absorb", "leaf_receives", "query_gradient"]
+    kernels = ["attend_leaf", "merge_keys", "leaf_gradient", "query_gradient"]
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, script, *kernels], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     narrow = json.loads(done.stdout)
-    assert set(narrow) == {*kernels, "absorb_pull"}
+    assert set(narrow) == {*kernels, "merge_keys_pull"}
     assert set(narrow.values()) == {0}
 
 
@@ -398,13 +408,13 @@ def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) 
     maths, layout = layer_of(model, 0).maths(), model.layout(2)
     x = torch.randn(1, 2, 8)
     with pytest.raises(ValueError, match="chunk is 12; it must be a power of two"):
-        stack_scan(x, [maths], layout, chunk=12)
+        fused_stack_scan(x, [maths], layout, chunk=12)
     with pytest.raises(ValueError, match="leaf is 3; it must be a power of two"):
         wavefront_scan(x, [maths], layout, leaf=3)
     with pytest.raises(ValueError, match="save is 'some'"):
-        stack_scan(x, [maths], layout, save="some")
+        fused_stack_scan(x, [maths], layout, save="some")
     with pytest.raises(ValueError, match=r"compute dtype is torch\.float64"):
-        stack_scan(x.double(), [layer_of(model.double(), 0).maths()], layout)
+        fused_stack_scan(x.double(), [layer_of(model.double(), 0).maths()], layout)
     with pytest.raises(ValueError, match="head width is 200; in float32 it must be 1 to 128"):
         choose_scan("fused", ModelConfig(d_model=8, n_heads=1, head_dim=200), CPU, dtype=torch.float32)
     wide = ModelConfig(d_model=8, n_heads=1, head_dim=300)

@@ -18,7 +18,7 @@ from recurformer.config import ModelConfig
 from recurformer.experiments.bench.memory import LiveTensors
 from recurformer.experiments.bench.model import random_batches
 from recurformer.hardware import HAS_TRITON
-from recurformer.scan.fused.scan import affordable
+from recurformer.scan.fused.memory import affordable_save
 from recurformer.training import distributed, estimate, load_config
 from recurformer.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from recurformer.training.distributed import OneProcess
@@ -166,8 +166,8 @@ def test_what_the_fused_scan_keeps_depends_on_all_of_the_memory(
     monkeypatch.setattr(estimate, "time_steps", no_room)
     config = load_config(RUNS / f"{run}.toml")
     m, rows = config.model, config.batch_size * config.data.window
-    assert affordable(m, 2 * rows, torch.device("cuda"), estimate.H100_BYTES) == "pairs"
-    assert affordable(m, 2 * rows, torch.device("cuda"), free * GIB) == "minimal"
+    assert affordable_save(m, 2 * rows, torch.device("cuda"), estimate.H100_BYTES) == "pairs"
+    assert affordable_save(m, 2 * rows, torch.device("cuda"), free * GIB) == "minimal"
     for there in (free, 79.0):
         monkeypatch.setattr(estimate, "available_bytes", lambda _, there=there: there * GIB)
         e = estimate.estimate(config)

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from recurformer.generation.state import State
-from recurformer.hardware import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS, interpreted, step_obstacle
+from recurformer.hardware import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS, THIN_ROWS, interpreted, step_obstacle
 
 if TYPE_CHECKING:
     from recurformer.layer import LayerMaths
     from recurformer.model import LanguageModel
 
 MAX_ROW_WIDTH = 2**15  # IN of the products of a single row, which hold whole rows of the weights
-THIN = 16  # rows up to which a product is bound by reading its weights
 
 
 @dataclass(frozen=True)
@@ -411,7 +410,7 @@ class FusedStep:
     def _product(self, a: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None) -> None:
         """out = a W^T + bias, for rows a."""
         rows, width = a.shape[0], weight.shape[0]
-        if bias is None and rows <= THIN and self.dtype.itemsize == 2:
+        if bias is None and rows <= THIN_ROWS and self.dtype.itemsize == 2:
             from recurformer.scan.fused import kernels as scan_kernels
 
             kernel: Any = scan_kernels.product_thin

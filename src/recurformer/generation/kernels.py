@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recurformer.scan.fused.kernels import NOTHING, activated, await_kernel, normalised
+from recurformer.scan.fused.kernels.common import NOTHING, activated, await_kernel, normalised
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from recurformer.hardware import interpreted
-from recurformer.scan.fused import scan as fused
+from recurformer.scan.fused.scan import fused_stack_scan
 from recurformer.scan.schedule import WAVEFRONT_CHUNK
 from recurformer.scan.tiled.scan import tiled_stack_scan
 
@@ -50,7 +50,7 @@ def wavefront_scan(
         return tiled_stack_scan(x, layers, layout, past, **options)
     if len(layers) > 1:
         options = {"chunk": WAVEFRONT_CHUNK, "leaf": WAVEFRONT_CHUNK, **options}
-    return fused.stack_scan(x, layers, layout, past, **options)
+    return fused_stack_scan(x, layers, layout, past, **options)
 
 
 def layer_scan(

@@ -21,7 +21,7 @@ import torch
 
 from recurformer.choose import choose_scan, chosen_attention, chosen_loss, gpu_scan, longest_stack
 from recurformer.config import ModelConfig
-from recurformer.scan.fused.scan import affordable, kept_values, total_memory
+from recurformer.scan.fused.memory import affordable_save, kept_values, total_memory
 from recurformer.training.config import DataConfig, TrainConfig, open_tokens
 from recurformer.units import bytes_text, duration, rate_text
 
@@ -96,7 +96,7 @@ def estimate_memory(
     count, recurrent, loop = kinds.count("recurrent"), 0, 0
     stack = count if scan == "wavefront" else 1  # layers at work at once
     if count and gpu:
-        save = affordable(m, short * wide, torch.device("cuda"), device_bytes)
+        save = affordable_save(m, short * wide, torch.device("cuda"), device_bytes)
         recurrent = count * wide * (full * D + short * Q + 4 * m.n_heads + short * kept_values(m, save))
         loop = wide * (count * 10 if scan == "wavefront" else 24) * D
         if save == "all":  # queries are made again
