@@ -154,7 +154,7 @@ def test_an_h100_that_is_not_here_takes_the_scan_that_one_takes(settings: list[s
 def test_what_the_fused_scan_keeps_depends_on_all_of_the_memory(
     run: str, free: int, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It asks `affordable`, which does not know what is free; and a step that finds no room is not timed."""
+    """It asks `affordable_save`, which does not know what is free; and a step that finds no room is not timed."""
 
     def no_room(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
