@@ -17,7 +17,7 @@ import recurformer
 from recurformer import LanguageModel, ModelConfig, cli
 from recurformer.data import load_tokenizer, prepare
 from recurformer.scan.algorithms import SCANS
-from recurformer.training import load_config, train
+from recurformer.training import read_train_config, train
 
 TEXT = "The quick brown fox jumps over the lazy dog, naïve as it is. " * 8
 
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model.d_model": 32, "model.n_layers": 2, "model.layers": layers, "schedule.steps": 2,
             "evaluation.every": 2, "log.every": 1, "sample.tokens": 0,
         }  # fmt: skip
-        train(load_config(None, [f"{key}={value}" for key, value in settings.items()]), folder / name, quiet=True)
+        train(read_train_config(None, [f"{key}={value}" for key, value in settings.items()]), folder / name, quiet=True)
     return folder
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from recurformer.config import PRESETS, ModelConfig
-from recurformer.training import load_config, train
+from recurformer.training import read_train_config, train
 
 RUNS = Path(__file__).parents[1] / "runs"
 PAPER = sorted(RUNS.glob("*.toml"))
@@ -46,7 +46,7 @@ launcher, evaluation, results = script("launch.py"), script("evaluate.py"), scri
 
 @pytest.mark.parametrize("file", PAPER, ids=lambda file: file.stem)
 def test_a_run_of_the_paper(file: Path) -> None:
-    config = load_config(file)
+    config = read_train_config(file)
     preset, _, kind = file.stem.rpartition("-")
     layers = {"recurrent": "recurrent", "transformer": "standard"}[kind]
     assert config.model == ModelConfig.preset(preset, layers=layers)
@@ -64,7 +64,7 @@ def test_a_run_of_the_paper(file: Path) -> None:
 
 def test_the_run_on_bytes_has_the_models_of_the_page() -> None:
     (file,) = BYTES
-    config = load_config(file)
+    config = read_train_config(file)
     assert config.model.num_parameters() == pytest.approx(3.15e6, rel=0.005)
     assert (config.schedule.steps, config.batch_size * config.data.window) == (1000, 8192)
     found = json.loads((RUNS.parent / "docs" / "figures" / "gpu" / "bytes.json").read_text())["runs"]
@@ -83,17 +83,17 @@ def test_every_shape_of_the_paper_has_its_runs() -> None:
 
 
 def test_a_run_of_the_paper_fits_an_80_gb_gpu() -> None:
-    from recurformer.training.estimate import H100_BYTES, estimate_memory
+    from recurformer.training.memory import H100_BYTES, estimate_memory
 
     for file in PAPER:
-        config = load_config(file)
+        config = read_train_config(file)
         scan = "none" if config.model.layers == "standard" else "fused"
         total = estimate_memory(config, gpu=True, scan=scan, device_bytes=H100_BYTES).total
         assert total < 0.9 * H100_BYTES, file
 
 
 def test_the_models_of_the_results_are_matched() -> None:
-    configs = {file.stem: load_config(file) for file in RESULTS}
+    configs = {file.stem: read_train_config(file) for file in RESULTS}
     assert set(configs) == {"transformer-8", "transformer-4", "recurrent-8", "recurrent-4", "first-1", "first-2"}
     counts = {name: config.model.num_parameters() for name, config in configs.items()}
     assert all(count == pytest.approx(19.3e6, rel=0.02) for count in counts.values())
@@ -121,7 +121,7 @@ def test_the_grid_of_the_paper(tmp_path: Path) -> None:
     assert len(runs) == len({run.folder for run in runs}) == 10 * 3 * 2
     (run,) = [r for r in runs if r.name == "300m-6-recurrent-lr3.16e-3-beta2-0.99"]
     assert run.folder == tmp_path / "paper" / run.name
-    config = load_config(run.config, run.settings)
+    config = read_train_config(run.config, run.settings)
     assert (config.optimizer.lr, config.optimizer.beta2) == (3.16e-3, 0.99)
     assert len(launcher.expand(RUNS / "grids" / "table1.toml", tmp_path)) == 30
     few = launcher.expand(RUNS / "grids" / "paper.toml", tmp_path, ["seed=1"], ["300m-6-*-lr0.01-*"])
@@ -132,7 +132,7 @@ def test_the_grid_of_the_paper(tmp_path: Path) -> None:
 def test_the_grid_of_learning_rates_is_short(tmp_path: Path) -> None:
     runs = launcher.expand(RUNS / "results" / "grids" / "lr.toml", tmp_path)
     assert len(runs) == 18
-    configs = [load_config(run.config, run.settings) for run in runs]
+    configs = [read_train_config(run.config, run.settings) for run in runs]
     assert {c.optimizer.lr for c in configs} == {1e-3, 3.16e-3, 1e-2}
     assert all(c.schedule.steps * c.batch_size * c.data.window == pytest.approx(15e6, rel=0.01) for c in configs)
 
@@ -233,9 +233,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     item = {"context": "It was the", "choices": [" best", " worst"], "label": 0}
     (place / "tasks" / "times.jsonl").write_text("".join(json.dumps(item) + "\n" for _ in range(3)))
     for run in launcher.expand(place / "grids" / "lr.toml", place / "out"):
-        train(load_config(run.config, run.settings), run.folder, quiet=True)
+        train(read_train_config(run.config, run.settings), run.folder, quiet=True)
     for run in launcher.expand(place / "grids" / "main.toml", place / "out", only=["slow"]):
-        train(load_config(run.config, run.settings), run.folder, quiet=True)
+        train(read_train_config(run.config, run.settings), run.folder, quiet=True)
     return place
 
 
@@ -281,7 +281,7 @@ def test_launching_goes_on_where_it_was_and_evaluates(place: Path, capfd: pytest
     assert launcher.expand(grid, out, only=["transformer-2"]) == launcher.expand(grid, out, only=[run.name]) == [run]
     with pytest.raises(ValueError, match="as-long-as-fast"):
         launcher.expand(grid, out, only=["transformer-2-as-long-as-fast"])
-    train(load_config(run.config, run.settings), run.folder, quiet=True)
+    train(read_train_config(run.config, run.settings), run.folder, quiet=True)
     assert results.main([str(out), "--docs", str(place / "docs")]) == 0
     text = capfd.readouterr().out
     assert "| recurrent, 2 x 16 |" in text
@@ -319,7 +319,7 @@ def test_time_that_is_up_saves_and_goes_on(
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     steps = int(checkpoint.name.removeprefix("step-"))
     end = [f"schedule.steps={steps + 1}", f"evaluation.every={steps + 1}"]
-    config = load_config(run / "config.json", end)
+    config = read_train_config(run / "config.json", end)
     assert train(config, run, resume=True, allow_change=["schedule.steps"], quiet=True).step == steps + 1
 
 

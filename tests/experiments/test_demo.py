@@ -11,7 +11,7 @@ from recurformer import cli
 from recurformer.data import TokenDataset
 from recurformer.experiments import demo
 from recurformer.store.runs import read_metrics
-from recurformer.training import load_config
+from recurformer.training import read_train_config
 
 # The package's text, but models, windows and evaluations that take a second.
 SHORT = ["data.window=16", "batch_size=2", "evaluation.batches=1", "evaluation.batch_size=2"]
@@ -51,7 +51,7 @@ def test_the_text_is_in_the_package(data: Path) -> None:
 
 def test_the_models_are_of_one_size_and_learn_from_the_same(data: Path) -> None:
     configs = {
-        name: load_config(None, demo.settings_of(model, data / "data", demo.STEPS))
+        name: read_train_config(None, demo.settings_of(model, data / "data", demo.STEPS))
         for name, model in demo.MODELS.items()
     }
     matrices, depths = set(), {}

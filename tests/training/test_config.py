@@ -14,8 +14,9 @@ from click.testing import CliRunner
 import recurformer
 from recurformer import LanguageModel, ModelConfig
 from recurformer.cli import cli
-from recurformer.training import TrainConfig, load_config
-from recurformer.training.config import OptimizerConfig, ScheduleConfig, markdown, names
+from recurformer.training import TrainConfig, read_train_config
+from recurformer.training.config import OptimizerConfig, ScheduleConfig, names
+from recurformer.training.reference import markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -46,10 +47,10 @@ log: {loggers: [tensorboard]}
 def test_toml_yaml_and_json_say_the_same(tmp_path):
     (tmp_path / "a.toml").write_text(TOML)
     (tmp_path / "a.yaml").write_text(YAML)
-    config = load_config(tmp_path / "a.toml")
-    assert config == load_config(tmp_path / "a.yaml")
+    config = read_train_config(tmp_path / "a.toml")
+    assert config == read_train_config(tmp_path / "a.yaml")
     (tmp_path / "a.json").write_text(json.dumps(config.to_dict()))
-    assert config == load_config(tmp_path / "a.json")
+    assert config == read_train_config(tmp_path / "a.json")
     assert config.optimizer == OptimizerConfig(lr=0.001, grad_clip=None)
     assert config.model == ModelConfig(
         d_model=16, n_heads=2, n_layers=2, vocab_size=256, layers=("recurrent", "standard")
@@ -63,7 +64,7 @@ def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
         "optimizer.lr=3e-4", "model.layers=first:1", "model.qk_norm=none", "data.validation=none",
         "sample.prompt=Hello", "model.tie_embeddings=true", "log.loggers=[]", "batch_size=4", "data.train=a=b",
     ]  # fmt: skip
-    config = load_config(tmp_path / "a.toml", settings)
+    config = read_train_config(tmp_path / "a.toml", settings)
     assert (config.optimizer.lr, config.model.layers, config.batch_size) == (3e-4, "first:1", 4)
     assert config.model.qk_norm == "none"  # a choice of that name, not the absence of one
     assert config.data.validation is None
@@ -95,19 +96,22 @@ def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
         ("recurrent_micro_batch_size=64", "recurrent_micro_batch_size is 64; it must be at most batch_size 32"),
         ("timeout=1e14", "timeout is 100000000000000.0; it must be a number above 0 and at most 31,536,000"),
         ("model.d_model=130", "model.d_model 130 is not divisible by n_heads 4"),
-        ("model.preset=nanoo", "model.preset is 'nanoo'; choose one of nano"),
+        ("model.preset=nanoo", "model.preset is 'nanoo'; choose one of 'nano'"),
         ("batch_size", "--set 'batch_size' has no '='"),
         ("compile=1", "compile is 1; it must be true or false or none"),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_named_with_its_value(setting, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_config(None, ["model.vocab_size=256", setting])
+        read_train_config(None, ["model.vocab_size=256", setting])
 
 
 def test_the_share_of_a_process():
-    config = load_config(None, ["model.vocab_size=256", "model.layers=first:1", "batch_size=32", "micro_batch_size=8",
-                                "recurrent_micro_batch_size=16"])  # fmt: skip
+    config = read_train_config(
+        None,
+        ["model.vocab_size=256", "model.layers=first:1", "batch_size=32", "micro_batch_size=8",
+         "recurrent_micro_batch_size=16"],
+    )  # fmt: skip
 
     def sizes(config):
         return config.batch_size, config.micro_batch_size, config.recurrent_micro_batch_size
@@ -138,9 +142,9 @@ def test_the_share_of_a_process():
 def test_a_bad_file_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_config(tmp_path / name)
+        read_train_config(tmp_path / name)
     with pytest.raises(ValueError, match="no such file"):
-        load_config(tmp_path / f"missing-{name}".replace(".ini", ".toml"))
+        read_train_config(tmp_path / f"missing-{name}".replace(".ini", ".toml"))
 
 
 def test_limits_hold_without_a_file_too():

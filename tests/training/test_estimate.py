@@ -19,7 +19,8 @@ from recurformer.experiments.bench.memory import LiveTensors
 from recurformer.experiments.bench.model import random_batches
 from recurformer.hardware import HAS_TRITON
 from recurformer.scan.fused.memory import affordable_save
-from recurformer.training import distributed, estimate, load_config
+from recurformer.training import estimate, read_train_config, timing
+from recurformer.training import memory as memory_of_step
 from recurformer.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from recurformer.training.distributed import OneProcess
 from recurformer.training.optimizer import make_optimizer, set_rates
@@ -71,7 +72,7 @@ def measured_peak(config: TrainConfig) -> int:
 )
 def test_memory_is_that_of_a_small_run(window: int, model: dict[str, Any], settings: dict[str, Any]) -> None:
     config = run_of(window, model, **settings)
-    expected = estimate.estimate_memory(config, gpu=False, scan=estimate.scan_of(config, CPU)).total
+    expected = memory_of_step.estimate_memory(config, gpu=False, scan=memory_of_step.scan_of(config, CPU)).total
     peak = measured_peak(config)
     assert peak / FACTOR <= expected <= peak * FACTOR, f"estimated {expected / 1e6:.1f} MB, measured {peak / 1e6:.1f}"
 
@@ -96,9 +97,11 @@ def test_memory_is_that_of_the_benchmarks() -> None:
     rows = stored()
     assert len(rows) == 10
     for config, row in rows:
-        expected = estimate.estimate_memory(config, gpu=True, scan="fused", device_bytes=estimate.H100_BYTES).total
+        expected = memory_of_step.estimate_memory(
+            config, gpu=True, scan="fused", device_bytes=memory_of_step.H100_BYTES
+        ).total
         if "failed" in row:
-            assert expected > estimate.H100_BYTES, row
+            assert expected > memory_of_step.H100_BYTES, row
         else:
             assert expected == pytest.approx(row["peak_bytes"], rel=0.1), row
 
@@ -111,9 +114,9 @@ def test_memory_of_layers_side_by_side_is_that_of_the_benchmark() -> None:
     (measured,) = [row["both_peak_bytes"] for row in found["rows"] if row["path"] == "wavefront"]
     model = {"n_layers": 12, "d_model": 1024, "n_heads": 16, "layers": "recurrent", "vocab_size": 256}
     config = run_of(512, model, batch_size=64, precision="bf16")
-    scan = estimate.h100_scan(config)
+    scan = memory_of_step.h100_scan(config)
     assert scan == "wavefront"
-    memory = estimate.estimate_memory(config, gpu=True, scan=scan, device_bytes=estimate.H100_BYTES)
+    memory = memory_of_step.estimate_memory(config, gpu=True, scan=scan, device_bytes=memory_of_step.H100_BYTES)
     assert (memory.total - memory.optimizer) / GIB == pytest.approx(measured / GIB, rel=0.1)
 
 
@@ -124,7 +127,7 @@ def test_memory_of_a_wide_layer_is_that_of_the_benchmark() -> None:
     assert (s["batch_size"], s["length"], s["n_heads"], s["stack"], s["dtype"]) == (512, 512, 22, 1, "bf16")
     model = {"n_layers": 1, "d_model": 1408, "n_heads": 22, "layers": "recurrent", "vocab_size": 256}
     config = run_of(512, model, batch_size=512, precision="bf16")
-    memory = estimate.estimate_memory(config, gpu=True, scan="fused", device_bytes=estimate.H100_BYTES)
+    memory = memory_of_step.estimate_memory(config, gpu=True, scan="fused", device_bytes=memory_of_step.H100_BYTES)
     assert memory.total - memory.optimizer == pytest.approx(found["rows"][0]["both_peak_bytes"], rel=0.1)
 
 
@@ -142,12 +145,12 @@ def test_memory_of_a_wide_layer_is_that_of_the_benchmark() -> None:
     ids=str,
 )
 def test_an_h100_that_is_not_here_takes_the_scan_that_one_takes(settings: list[str], together: bool, scan: str) -> None:
-    config = load_config(RUNS / "300m-24-recurrent.toml", settings)
-    assert estimate.h100_scan(config, together) == scan
+    config = read_train_config(RUNS / "300m-24-recurrent.toml", settings)
+    assert memory_of_step.h100_scan(config, together) == scan
     if (
         config.scan == "auto" and HAS_TRITON and not torch.cuda.is_available()
     ):  # with which the device needs not be here
-        assert estimate.scan_of(config, torch.device("cuda"), together) == scan
+        assert memory_of_step.scan_of(config, torch.device("cuda"), together) == scan
 
 
 @pytest.mark.parametrize(("run", "free", "expected"), [("300m-6-recurrent", 60, 55.5), ("150m-12-recurrent", 40, 45.8)])
@@ -159,14 +162,15 @@ def test_what_the_fused_scan_keeps_depends_on_all_of_the_memory(
     def no_room(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(distributed, "training_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(estimate, "scan_of", lambda *_, **__: "fused")
-    monkeypatch.setattr(estimate, "total_memory", lambda _: estimate.H100_BYTES)
-    monkeypatch.setattr(estimate, "product_rate", lambda *_: 1e15)
-    monkeypatch.setattr(estimate, "time_steps", no_room)
-    config = load_config(RUNS / f"{run}.toml")
+    monkeypatch.setattr(estimate, "training_device", lambda _: torch.device("cuda"))
+    for module in (estimate, timing):
+        monkeypatch.setattr(module, "scan_of", lambda *_, **__: "fused")
+    monkeypatch.setattr(memory_of_step, "total_memory", lambda _: memory_of_step.H100_BYTES)
+    monkeypatch.setattr(timing, "product_rate", lambda *_: 1e15)
+    monkeypatch.setattr(timing, "time_steps", no_room)
+    config = read_train_config(RUNS / f"{run}.toml")
     m, rows = config.model, config.batch_size * config.data.window
-    assert affordable_save(m, 2 * rows, torch.device("cuda"), estimate.H100_BYTES) == "pairs"
+    assert affordable_save(m, 2 * rows, torch.device("cuda"), memory_of_step.H100_BYTES) == "pairs"
     assert affordable_save(m, 2 * rows, torch.device("cuda"), free * GIB) == "minimal"
     for there in (free, 79.0):
         monkeypatch.setattr(estimate, "available_bytes", lambda _, there=there: there * GIB)
@@ -180,12 +184,12 @@ def test_the_rate_of_an_h100_is_that_of_the_benchmarks() -> None:
     rows = [(c, row) for c, row in stored() if row.get("fastest")]
     assert len(rows) == 4
     for config, row in rows:
-        assert estimate.h100_seconds(config) == pytest.approx(row["step_s"], rel=0.05), row
+        assert timing.h100_seconds(config) == pytest.approx(row["step_s"], rel=0.05), row
 
 
 def test_operations_are_counted() -> None:
     model = {"vocab_size": 512, "d_model": 64, "n_layers": 2, "layers": "first:1"}
-    operations = estimate.step_operations(run_of(32, model))
+    operations = timing.step_operations(run_of(32, model))
     layer = ModelConfig(**model).num_parameters() / 2 + 64 * 32
     tokens = 8 * 32
     assert operations == {"standard": 6 * tokens * (layer + 512 * 64), "recurrent": 6 * tokens * layer}
@@ -220,7 +224,7 @@ def test_the_numbers_of_a_table() -> None:
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_several_processes_share_each_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "time_steps", lambda config, _: 0.5 * config.batch_size)
+    monkeypatch.setattr(timing, "time_steps", lambda config, _: 0.5 * config.batch_size)
     config = run_of(
         16, {"n_layers": 2, "d_model": 32, "vocab_size": 100, "layers": "first:1"},
         batch_size=16, micro_batch_size=8, recurrent_micro_batch_size=16, parallel=way,
@@ -245,15 +249,15 @@ def test_several_processes_share_each_step(way: str, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_too_large_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "time_steps", lambda *_: pytest.fail("it was timed"))
-    monkeypatch.setattr(estimate, "product_rate", lambda *_: 1e12)
+    monkeypatch.setattr(timing, "time_steps", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(timing, "product_rate", lambda *_: 1e12)
     monkeypatch.setattr(estimate, "available_bytes", lambda _: 2.0**30)
     config = TrainConfig(
         model=ModelConfig.preset("300m-6"), data=DataConfig(window=512), batch_size=512, precision="bf16", device="cpu"
     )
     e = estimate.estimate(config)
-    operations = sum(estimate.step_operations(config).values())
-    assert e.time.step == pytest.approx(operations / (1e12 * estimate.RATE_SHARE), rel=1e-6)
+    operations = sum(timing.step_operations(config).values())
+    assert e.time.step == pytest.approx(operations / (1e12 * timing.RATE_SHARE), rel=1e-6)
     text = " ".join(table(e).split())
     assert "no memory to time it: from 1e+03 GFLOP/s of a product here, at 40 %" in text
     assert text.endswith("This is more memory than is free here: lower micro_batch_size.")  # nothing to recompute
@@ -267,7 +271,7 @@ def test_timing_leaves_the_random_state_alone() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    assert estimate.time_steps(config, CPU, repeats=1) > 0
+    assert timing.time_steps(config, CPU, repeats=1) > 0
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -282,7 +286,7 @@ def test_the_command_writes_nothing(
     out, err = capsys.readouterr()
     assert "data/train is missing" in out
     assert not err
-    monkeypatch.setattr(estimate, "time_steps", lambda *_: 1.0)
+    monkeypatch.setattr(timing, "time_steps", lambda *_: 1.0)
     for rank, said in (("0", True), ("1", False)):  # one process speaks for all
         several = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         for name, value in several.items():
@@ -324,6 +328,6 @@ def test_data_that_are_there_are_counted(tmp_path: Path) -> None:
 
     (tmp_path / "text.txt").write_text("a" * 399)
     prepare([tmp_path / "text.txt"], tmp_path / "data", progress=False)
-    line = estimate.describe_data(DataConfig(), str(tmp_path / "data"), 1000)
+    line = estimate.describe_data(DataConfig(train=str(tmp_path / "data")), "train", 1000)
     assert line == f"400 tokens in {tmp_path / 'data'}, read 2.50 times"
-    assert estimate.describe_data(DataConfig(), "nowhere") == "nowhere is missing"
+    assert estimate.describe_data(DataConfig(train="nowhere"), "train") == "nowhere is missing"

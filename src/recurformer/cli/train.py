@@ -11,7 +11,7 @@ class _DocumentsSettings(click.Command):
     """A command whose help ends with every setting of a training run."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from recurformer.training.config import reference
+        from recurformer.training.reference import reference
 
         for section, summary, entries in reference():
             with formatter.section(f"Settings of [{section}]" if section else "Settings"):
@@ -53,14 +53,9 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM save after the step at hand and exit with 130 and 143; a second one aborts at once. The
     exit code is 0 when the run is finished or --stop-at is reached, and 2 after an error.
     """
-    import json
-
     from recurformer import training
     from recurformer.report import load_runs, write_report
     from recurformer.training.distributed import torchrun_environment
-
-    if init_from is not None:
-        settings = (*settings, f"init_from={json.dumps(init_from)}")
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'; only --dry-run goes without.")
@@ -75,13 +70,15 @@ def train(
 
         rank, started, _ = torchrun_environment()
         if rank == 0:
-            found = estimate.estimate(training.load_config(file, settings), processes or started)
+            found = estimate.estimate(
+                training.read_train_config(file, settings, init_from=init_from), processes or started
+            )
             estimate.show(found, Console(width=80))
         return 0
     assert out is not None
     try:
         result = training.train(
-            training.load_config(file, settings), out,
+            training.read_train_config(file, settings, init_from=init_from), out,
             resume=resume, allow_change=allow_change, stop_at=stop_at, quiet=quiet,
         )  # fmt: skip
     except training.EndedElsewhereError:

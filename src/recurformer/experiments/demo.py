@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from recurformer.training.config import TrainConfig, load_config
+from recurformer.training.config import TrainConfig
+from recurformer.training.reading import read_train_config
 
 STEPS = 240  # what decides how long the demo takes
 WINDOW, BATCH_SIZE = 64, 32  # many small steps: at this length they teach more than fewer of long windows
@@ -74,7 +75,7 @@ def train_all(out: Path, steps: int, settings: Sequence[str], say: Callable[[str
     folders: list[Path] = []
     for name, model in MODELS.items():
         folder = out / name
-        config: TrainConfig = load_config(None, [*settings_of(model, out / "data", steps), *settings])
+        config: TrainConfig = read_train_config(None, [*settings_of(model, out / "data", steps), *settings])
         say(f"\n{name}: {_shape(config)}")
         try:
             result = train(config, folder, resume=True)

@@ -2,9 +2,10 @@
 
 from recurformer.store.checkpoints import resolve
 from recurformer.store.runs import read_metrics
-from recurformer.training.config import TrainConfig, load_config
+from recurformer.training.config import TrainConfig
 from recurformer.training.distributed import EndedElsewhereError
 from recurformer.training.loop import NonFiniteError, TrainResult, train
+from recurformer.training.reading import read_train_config
 from recurformer.training.run import TrainingError, read_run_config
 
 __all__ = [
@@ -13,9 +14,9 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TrainingError",
-    "load_config",
     "read_metrics",
     "read_run_config",
+    "read_train_config",
     "resolve",
     "train",
 ]

@@ -1,17 +1,14 @@
-"""Every choice a training run is made of, documented where it is declared; read from TOML, YAML and `--set a.b=c`."""
+"""The settings of a training run, each documented where it is declared, and their strict reading from dictionaries."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-import tomllib
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import Field
 
 from recurformer.config import LATER_SETTINGS, PRESETS, ModelConfig
@@ -25,8 +22,10 @@ from recurformer.settings import (
     Seed,
     Settings,
     Text,
+    check,
     field_types,
     setting,
+    shown,
     suggest,
 )
 
@@ -46,23 +45,31 @@ Parallel = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings):
-    """What is read, and in which order."""
+    """The tokens of a run, and the order in which it reads them."""
 
     train: Text = setting(
         "data/train", "Training tokens: a folder made by `recurformer prepare`, or of raw `.npy` shards."
     )
-    validation: str | None = setting("data/validation", "Held-out tokens, likewise; none: no evaluation.")
-    window: Count = setting(128, "N, the positions of one sequence.")
+    validation: str | None = setting(
+        "data/validation", "Held-out tokens, in a folder of either kind; none: no evaluation."
+    )
+    window: Count = setting(128, "N, positions of one sequence.")
     packing: Packing = setting(
         "concat",
         '"concat": windows over the concatenated documents; "documents": several documents in a window, '
-        "no attention from one to another.",
+        "and no attention between documents.",
     )
-    seed: Seed = setting(0, "Seed of the order of the windows, drawn anew in each epoch.")
-    vocab_size: Count | None = setting(None, "Of raw shards, which do not say it; none: as prepared.")
-    dtype: Literal["uint16", "uint32"] | None = setting(None, "Of raw shards; none: the narrowest for vocab_size.")
-    eos_id: Natural | None = setting(None, "Of raw shards: the token that ends a document; none: each file is one.")
-    workers: Natural = setting(0, "Background processes that read ahead; 0 reads in the training process.")
+    seed: Seed = setting(0, "Seed of the order of the windows. Each epoch has an order of its own.")
+    vocab_size: Count | None = setting(
+        None, "Vocabulary size of raw `.npy` shards, which do not store one. Leave empty for prepared data."
+    )
+    dtype: Literal["uint16", "uint32"] | None = setting(
+        None, "Type of the integers in raw shards; none: the narrowest that holds vocab_size."
+    )
+    eos_id: Natural | None = setting(
+        None, "Token that ends each document in raw shards; none: each file is one document."
+    )
+    workers: Natural = setting(0, "Background threads that read ahead; 0: the training loop reads.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ class OptimizerConfig(Settings):
     eps: Positive = setting(1e-8, "Added to the root of the mean square.")
     weight_decay: NonNegative = setting(
         0.1,
-        "Of the matrices inside the layers and of the output layer. Embedding, norms and biases are never decayed.",
+        "Decay of the matrices inside the layers and of the output layer. Embedding, norms and biases never decay.",
     )
     grad_clip: Positive | None = setting(1.0, "Largest norm of the whole gradient; none: no clipping.")
 
@@ -85,8 +92,10 @@ class ScheduleConfig(Settings):
     """Linear warm-up from start_fraction * lr to lr, then a cosine down to final_fraction * lr at the last step."""
 
     steps: Count = setting(1000, "Optimizer steps of the whole run.")
-    warmup_fraction: Fraction = setting(0.1, "Part of the steps spent warming up.")
-    warmup_steps: Natural | None = setting(None, "Warm-up in steps, instead of the fraction.")
+    warmup_fraction: Fraction = setting(0.1, "Part of the steps in which the learning rate rises.")
+    warmup_steps: Natural | None = setting(
+        None, "Steps of warm-up, instead of warmup_fraction; none: warmup_fraction decides."
+    )
     start_fraction: Fraction = setting(0.1, "Learning rate of the first step, as a part of the peak.")
     final_fraction: Fraction = setting(0.1, "Learning rate of the last step, as a part of the peak.")
 
@@ -105,9 +114,9 @@ class ScheduleConfig(Settings):
 class EvaluationConfig(Settings):
     """Loss on held-out text while training."""
 
-    every: Count = setting(100, "Steps between evaluations; there is always one at the start and one at the end.")
-    batches: Count | None = setting(32, "Batches of an evaluation, always the first ones; none: all.")
-    batch_size: Count | None = setting(None, "Sequences of an evaluation batch; none: those of a micro-batch.")
+    every: Count = setting(100, "Steps between evaluations. Two more come at the start and at the end.")
+    batches: Count | None = setting(32, "Batches of an evaluation, always the first ones of the data; none: all.")
+    batch_size: Count | None = setting(None, "Sequences of an evaluation batch; none: as many as a micro-batch.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,32 +124,35 @@ class SampleConfig(Settings):
     """The text drawn from the model at each evaluation."""
 
     tokens: Natural = setting(64, "New tokens of the sample; 0: no sample.")
-    prompt: str = setting("", "Text that is continued; empty: the end-of-text token.")
-    temperature: NonNegative = setting(0.8, "Of the sampling; 0: the most probable token.")
-    seed: Seed = setting(0, "Seed of the sampling, which never touches the random state of the training.")
+    prompt: str = setting("", "Text to continue; empty: the end-of-text token.")
+    temperature: NonNegative = setting(0.8, "Temperature of the sampling; 0: the most probable token.")
+    seed: Seed = setting(0, "Seed of the sampling. Samples never change the random state of the training.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Settings):
-    """What is kept on disk."""
+    """Which checkpoints stay on disk."""
 
-    every: Count | None = setting(None, "Steps between checkpoints; none: one with each evaluation.")
-    keep_last: Count = setting(2, "Newest checkpoints kept, besides the one of the lowest validation loss.")
+    every: Count | None = setting(None, "Steps between checkpoints; none: one at each evaluation.")
+    keep_last: Count = setting(
+        2, "Number of newest checkpoints to keep. The one of the lowest validation loss stays, too."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig(Settings):
-    """Where numbers go. `metrics.jsonl` is always written."""
+    """Where numbers are recorded. `metrics.jsonl` is always written."""
 
     every: Count = setting(10, "Steps between records of the training loss.")
-    loggers: tuple[Logger, ...] = setting((), 'Also log to "tensorboard", "wandb" (extra: recurformer[loggers]).')
-    wandb_project: str = setting("recurformer", "Weights & Biases project.")
+    loggers: tuple[Logger, ...] = setting((), 'Further loggers: "tensorboard", "wandb" (extra: recurformer[loggers]).')
+    wandb_project: str = setting("recurformer", "Project in Weights & Biases.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """One training run. Step 0 is the state before any update; the learning rate of each update, the data and the
-    weights are functions of this configuration alone.
+    """Every setting of one training run. Step 0 is the state before any update.
+
+    The initial weights, the data of each step and its learning rate depend on this configuration alone.
 
     Raises:
         ValueError: for a value of the wrong type or outside its limits.
@@ -157,39 +169,39 @@ class TrainConfig(Settings):
 
     batch_size: Count = setting(32, "Sequences of one optimizer step, over all micro-batches and processes.")
     micro_batch_size: Count | None = setting(
-        None, "Sequences in memory at once, in each process; none: all of its share of the batch."
+        None, "Sequences in memory at once, in each process; none: the process's whole share of the batch."
     )
     recurrent_micro_batch_size: Count | None = setting(
         None,
-        "Sequences at once in the recurrent layers at the bottom of a hybrid, which need many and keep little; none: "
-        "micro_batch_size.",
+        "Sequences at once in the recurrent layers at the bottom of a hybrid; none: micro_batch_size. These layers are "
+        "fast with many sequences, and keep little memory.",
     )
     precision: Precision = setting(
-        "fp32", '"fp32", "bf16" (autocast: weights stay float32) or "fp64" (for checking; CPU).'
+        "fp32", '"fp32", "bf16" (autocast: weights stay float32) or "fp64" (for exact checks, on a CPU).'
     )
-    scan: str = setting("auto", 'How recurrent layers are evaluated: "auto" or the name of a scan, as `model.scan`.')
+    scan: str = setting("auto", 'Scan that evaluates recurrent layers: "auto" or a name, as in `model.scan`.')
     compile: bool | None = setting(
-        None, "Fuse the element-wise steps of standard layers with torch.compile; none: on a GPU only."
+        None, "Whether torch.compile fuses the element-wise steps of standard layers; none: on a GPU only."
     )
     recompute: bool = setting(
-        False, "Standard layers keep only their inputs and are evaluated again in the backward: less memory, slower."
+        False, "Whether standard layers keep only their inputs, and run again in the backward: less memory, slower."
     )
-    device: str = setting("auto", '"auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...')
+    device: str = setting("auto", 'Device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...')
     parallel: Parallel = setting(
         "ddp",
-        'How the processes that torchrun starts share a run: "ddp" (each has the whole model) or "fsdp" (weights, '
-        "gradients and optimizer state are split over them).",
+        'How the processes that torchrun starts share a run: "ddp" (each holds the whole model) or "fsdp" (each holds '
+        "a part of weights, gradients and optimizer state).",
     )
-    timeout: Timeout = setting(600.0, "Seconds after which a process gives up waiting for the others.")
+    timeout: Timeout = setting(600.0, "Seconds that a process waits for the others before it gives up.")
     seed: Seed = setting(0, "Seed of the initial weights.")
     init_from: str | None = setting(
         None,
-        "Model folder or run whose weights the run starts from. Model settings left out are taken from it; layers, "
-        "scan and the like may differ, shapes may not.",
+        "Model folder or run that gives the initial weights, and every model setting that is left out. Settings such "
+        "as layers may differ from the folder's; shapes may not.",
     )
     trained: Trained = setting(
         "all",
-        'Parameters that learn: "all", or "recurrent": those of the recurrent layers; the others stay as they are.',
+        'Parameters that learn: "all", or "recurrent" (those of recurrent layers; all others stay as they are).',
     )
 
     def __post_init__(self) -> None:
@@ -215,22 +227,22 @@ class TrainConfig(Settings):
             )
 
     def share(self, processes: int) -> TrainConfig:
-        """The part of one of several processes: its sequences of each step, and micro-batches of no more than these.
+        """Return the configuration of one of several processes: its sequences of a step, and micro-batches to match.
 
         Raises:
-            ValueError: where a step's sequences do not split evenly, or recurrent layers would take fewer at once than
-                the others.
+            ValueError: when a step's sequences do not split evenly, or recurrent layers would take fewer sequences at
+                once than standard ones.
         """
         if self.batch_size % processes:
             raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by {processes} processes; it counts the sequences of "
-                "all, so change either"
+                f"batch_size {self.batch_size} is not divisible by {processes} processes, which share its sequences; "
+                "change either"
             )
         mine, wide = self.batch_size // processes, self.recurrent_micro_batch_size
         if self.micro_batch_size is None and wide is not None and wide < mine:
             raise ValueError(
                 f"recurrent_micro_batch_size is {wide}, less than the {mine} sequences that a process has of a step; "
-                "raise it, or set micro_batch_size to at most as many"
+                f"raise it, or set micro_batch_size to at most {wide}"
             )
         return dataclasses.replace(
             self,
@@ -245,103 +257,29 @@ class TrainConfig(Settings):
         return self.checkpoint.every or self.evaluation.every
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionary of plain values, ready for JSON; `from_dict` inverts it."""
+        """Return nested dictionaries of plain values, ready for JSON. `from_dict` inverts it."""
         return _plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build from nested dictionaries, as TOML, YAML and JSON files give them.
+        """Build a configuration from nested dictionaries, as TOML, YAML and JSON files give them.
 
         The `model` table takes every `ModelConfig` field, and `preset`: a named shape that the other fields change.
-        `model.vocab_size` left out becomes that of `data.train`. The text "none" stands for None where None is allowed.
+        `model.vocab_size` defaults to the vocabulary of `data.train`. The text "none" means None where None is allowed.
 
         Raises:
-            ValueError: for an unknown setting (with the nearest known one) and for a bad value, under its full name.
+            ValueError: for an unknown setting (naming the nearest known one) and for a bad value, under its full name.
         """
         _refuse_unknown(values)
-        values = dict(values)
-        model = _model(values, values.pop("model", {}))
-        return dataclasses.replace(_build(cls, values, ""), model=model)
+        others = _build(cls, {name: values[name] for name in values if name != "model"}, "")
+        return dataclasses.replace(others, model=_build(ModelConfig, _model_table(values, others), "model."))
 
 
-# --- files and --set ------------------------------------------------------------------------------------------------
-
-
-def load_config(file: str | Path | None = None, settings: Sequence[str] = ()) -> TrainConfig:
-    """Read a configuration file and apply `--set`-style changes to it.
-
-    Args:
-        file: .toml, .yaml, .yml or .json; none: the defaults.
-        settings: "a.b=value" each. The value is read as TOML ("1e-3", "true", "[1, 2]", a quoted string) and, where it
-            is no TOML, as text.
-
-    Raises:
-        ValueError: for an unreadable file, a setting without "=", an unknown name or a bad value.
-    """
-    values = {} if file is None else read_file(Path(file))
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set {text!r} has no '='; write it as section.name=value")
-        *sections, name = key.strip().split(".")
-        node = values
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"--set {text!r}: {section!r} is a single value, not a section")
-        node[name] = _scalar(value)
-    return TrainConfig.from_dict(values)
-
-
-def read_file(file: Path) -> dict[str, Any]:
-    """The nested dictionaries of a TOML, YAML or JSON file.
-
-    Raises:
-        ValueError: for another suffix, text that does not parse or a file that is no table of settings.
-    """
-    readers = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": json.loads}
-    if file.suffix not in readers:
-        raise ValueError(f"configuration {str(file)!r}: the name must end in {', '.join(readers)}")
-    if not file.is_file():
-        raise ValueError(f"configuration {str(file)!r}: there is no such file")
-    try:
-        values = readers[file.suffix](file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"configuration {str(file)!r} cannot be read: {error}") from None
-    if values is None:  # an empty YAML file
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"configuration {str(file)!r} holds a {type(values).__name__}, not a table of settings")
-    return values
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML's 1.1 rules take 1e-3 for text."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-
-def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_YamlLoader)
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text.strip()
-
-
-# --- building, strictly ---------------------------------------------------------------------------------------------
+# --- from dictionaries, strictly --------------------------------------------------------------------------------------
 
 
 def names(section: type = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """The full names of all settings, `model.preset` included."""
+    """Yield the full names of all settings, `model.preset` included."""
     for name, annotation in field_types(section).items():
         if dataclasses.is_dataclass(annotation):
             yield from names(annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
@@ -352,46 +290,62 @@ def names(section: type = TrainConfig, prefix: str = "") -> Iterator[str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Return {"a": {"b": 1}} as {"a.b": 1}. An empty dictionary is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        nested = isinstance(value, Mapping) and value
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return flat
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a name that is no setting, and for a section that is written as a value."""
     known = list(names())
-    sections = {name.rpartition(".")[0] for name in known}
-    for key in flatten(values):
-        if key in known:
-            continue
-        section, _, name = key.rpartition(".")
-        if key in sections:
-            raise ValueError(f"{key} is {flatten(values)[key]!r}; it is a section, so set {key}.NAME")
-        # The right name in the wrong section, then a slip in this section, then anything that looks alike.
-        same = [k for k in known if k.rpartition(".")[2] == name]
-        siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-        if len(same) == 1:
-            hint = f"; did you mean {same[0]!r}?"
-        elif near := suggest(name, siblings):
-            hint = near.replace("mean '", f"mean '{section}.") if section else near
-        else:
-            hint = suggest(key, known)
-        raise ValueError(f"unknown setting {key!r}{hint}")
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    _refuse_dotted(values, known)
+    for key, value in flatten(values).items():
+        if key in sections and value != {}:
+            raise ValueError(f"{key} is {shown(value)}; it is a section, so set {key}.NAME")
+        if key not in known and key not in sections:
+            raise ValueError(f"unknown setting {shown(key)}{_nearest(key, known)}")
 
 
-def _build(section: type[S], values: Mapping[str, Any], prefix: str) -> S:
+def _refuse_dotted(values: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise ValueError for {"optimizer.lr": 1}, which is one name and not a name in a section."""
+    for key, value in values.items():
+        if isinstance(key, str) and "." in key and key in known:
+            section, _, name = key.rpartition(".")
+            raise ValueError(f"{key!r} is written as one name; write {name} in the table {section}")
+        if isinstance(value, Mapping):
+            _refuse_dotted(value, known)
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """Return a hint at the setting that was meant, "" when nothing is near."""
+    section, _, name = key.rpartition(".")
+    places = {k: k.rpartition(".") for k in known}  # full name -> section, ".", name
+    same = [k for k, (_, _, last) in places.items() if last == name]
+    if len(same) == 1:  # the right name in the wrong section
+        return f"; did you mean {same[0]!r}?"
+    if near := suggest(name, [last for place, _, last in places.values() if place == section]):
+        return near.replace("mean '", f"mean '{section}.") if section else near
+    # Only the last parts are compared: two names of one section look alike because of the section.
+    found = difflib.get_close_matches(name, [last for _, _, last in places.values()], n=1, cutoff=0.7)
+    matches = [k for k, (_, _, last) in places.items() if found and last == found[0]]
+    return f"; did you mean {matches[0]!r}?" if len(matches) == 1 else ""
+
+
+def _build(section: type[S], values: Any, prefix: str) -> S:
+    """Build a section and all sections below it; a message names the setting in full."""
     fields: dict[str, Any] = {}
     if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix.rstrip('.')} is {values!r}; it is a section of settings")
+        raise ValueError(f"{prefix.rstrip('.')} is {shown(values)}; it is a section of settings")
     for name, value in values.items():
         annotation = field_types(section)[name]
         if dataclasses.is_dataclass(annotation):
             value = _build(annotation, value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
         elif value == "none" and type(None) in get_args(annotation):
             value = None
-        elif isinstance(value, list):  # what TOML, YAML and JSON give
-            value = tuple(value)
         fields[name] = value
     try:
         return section(**fields)
@@ -399,31 +353,35 @@ def _build(section: type[S], values: Mapping[str, Any], prefix: str) -> S:
         raise ValueError(f"{prefix}{error}") from None
 
 
-def _model(values: Mapping[str, Any], table: Any) -> ModelConfig:
-    """The `model` table with preset, starting folder and the data's vocabulary filled in."""
+def _model_table(values: Mapping[str, Any], others: TrainConfig) -> dict[str, Any]:
+    """Return the `model` table with what `preset`, `init_from` and the training data add to it."""
+    table = values.get("model", {})
     if not isinstance(table, Mapping):
-        raise ValueError(f"model is {table!r}; it is a section of settings")
+        raise ValueError(f"model is {shown(table)}; it is a section of settings")
     table = dict(table)
     preset = table.pop("preset", None)
-    source = values.get("init_from")
-    whole = {f.name for f in dataclasses.fields(ModelConfig)} - LATER_SETTINGS
-    if source not in (None, "none") and not whole <= set(table):
+    if preset is not None:
+        preset = check("model.preset", preset, Literal[tuple(PRESETS)])  # pyright: ignore[reportInvalidTypeForm]
+    if others.init_from is not None and not _is_whole(table):
         from recurformer.store.folders import read_model_config
 
         if preset is not None:
-            raise ValueError(f"model.preset is {preset!r}, but init_from {source!r} gives the shape; drop one of them")
-        table = {**read_model_config(source).to_dict(), **table}
-    elif preset is not None:
-        if preset not in PRESETS:
             raise ValueError(
-                f"model.preset is {preset!r}; choose one of {', '.join(PRESETS)}{suggest(str(preset), PRESETS)}"
+                f"model.preset is {preset!r}, but init_from {others.init_from!r} gives the shape; drop one of them"
             )
-        # A preset's vocabulary is its paper's; the data decide unless the table itself says otherwise.
-        table = {**{k: v for k, v in PRESETS[preset].items() if k != "vocab_size"}, **table}
+        table = {**read_model_config(others.init_from).to_dict(), **table}
+    elif preset is not None:
+        # A preset's vocabulary is its paper's. The data decide, unless the table says otherwise.
+        table = {**{name: value for name, value in PRESETS[preset].items() if name != "vocab_size"}, **table}
     if "vocab_size" not in table:
-        data = _build(DataConfig, values.get("data", {}), "data.")
-        table["vocab_size"] = open_tokens(data, data.train).vocab_size
-    return _build(ModelConfig, table, "model.")
+        table["vocab_size"] = open_tokens(others.data, "train").vocab_size
+    return table
+
+
+def _is_whole(table: Mapping[str, Any]) -> bool:
+    """Return whether a table has every model setting, as a run's config.json does. A run that is resumed therefore
+    does without the folder that it began from."""
+    return {f.name for f in dataclasses.fields(ModelConfig)} - LATER_SETTINGS <= set(table)
 
 
 def _plain(value: Any) -> Any:
@@ -432,63 +390,19 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def open_tokens(data: DataConfig, source: str) -> TokenDataset:
-    """The tokens of `data.train` or `data.validation`."""
+def open_tokens(data: DataConfig, which: Literal["train", "validation"]) -> TokenDataset:
+    """Open the tokens of `data.train` or `data.validation`.
+
+    Raises:
+        ValueError: for data that are missing, damaged or no tokens; the message names the setting.
+    """
     from recurformer.data import TokenDataset
 
+    source = getattr(data, which)
+    assert source is not None
+    if Path(source).is_file() and Path(source).suffix != ".npy":
+        raise ValueError(
+            f"data.{which} is {source!r}, a file of text or of something else; it must be a folder of tokens. Make "
+            f"one: recurformer prepare {source} --out DIR, then --set data.{which}=DIR"
+        )
     return TokenDataset(source, vocab_size=data.vocab_size, dtype=data.dtype, eos_id=data.eos_id)
-
-
-# --- documentation --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One setting as the documentation shows it."""
-
-    name: str
-    default: str
-    doc: str
-
-
-def reference(section: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, str, list[Entry]]]:
-    """(section name, its sentence, its settings), the top level first: what `--help` and the docs print."""
-    entries: list[Entry] = []
-    below: list[tuple[str, str, list[Entry]]] = []
-    if section is ModelConfig:
-        entries.append(Entry("model.preset", "none", f"A named shape the other settings change: {', '.join(PRESETS)}."))
-    for field in dataclasses.fields(section):
-        annotation = field_types(section)[field.name]
-        if dataclasses.is_dataclass(annotation):
-            below += reference(annotation, f"{prefix}{field.name}.")  # pyright: ignore[reportArgumentType]
-            continue
-        default = "that of the data" if (prefix, field.name) == ("model.", "vocab_size") else _show(field.default)
-        entries.append(Entry(prefix + field.name, default, field.metadata["doc"]))
-    summary = "" if section is TrainConfig else " ".join((section.__doc__ or "").split("\n\n")[0].split())
-    yield prefix.rstrip("."), summary, entries
-    yield from below
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "none"
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
-
-
-def markdown() -> str:
-    """The text of `docs/configuration.md`."""
-    lines = [
-        "# Configuration of a training run",
-        "",
-        "<!-- Written by recurformer.training.config.markdown(); a test compares. -->",
-        "",
-        "Settings come from a TOML, YAML or JSON file (`recurformer train --config FILE`) and from `--set",
-        "NAME=VALUE`, which wins. Sections are tables: `optimizer.lr` is `lr` under `[optimizer]`. `none` is no value.",
-        "An unknown name and a value of the wrong type or outside its limits are errors.",
-    ]
-    for name, summary, entries in reference():
-        lines += ["", f"## `[{name}]`" if name else "## Top level", ""]
-        lines += [summary, ""] if summary else []
-        lines += ["| setting | default | meaning |", "|---|---|---|"]
-        lines += [f"| `{e.name}` | `{e.default}` | {e.doc} |" for e in entries]
-    return "\n".join(line.rstrip() for line in lines) + "\n"

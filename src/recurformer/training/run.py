@@ -12,7 +12,8 @@ from typing import TextIO
 
 from recurformer.files import replacing
 from recurformer.settings import suggest
-from recurformer.training.config import TrainConfig, flatten, names, read_file
+from recurformer.training.config import TrainConfig, flatten, names
+from recurformer.training.reading import read_file
 
 try:
     import fcntl

@@ -43,8 +43,8 @@ def open_data(config: TrainConfig) -> RunData:
     from recurformer.data import TrainingWindows
 
     data = config.data
-    training = open_tokens(data, data.train)
-    validation = None if data.validation is None else open_tokens(data, data.validation)
+    training = open_tokens(data, "train")
+    validation = None if data.validation is None else open_tokens(data, "validation")
     for dataset in filter(None, (training, validation)):
         check_vocabulary(config.model.vocab_size, dataset)
     for name in config.log.loggers:
