@@ -1,13 +1,15 @@
-"""Which of several exact algorithms runs where, and why: scan, attention, loss and decode step. Imports no torch."""
+"""Decides which of several exact algorithms runs where, and says why: scan, attention, loss and decoding step.
+
+Nothing here imports torch, except for a GPU whose capabilities decide.
+"""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from recurformer.config import ModelConfig
 from recurformer.hardware import (
@@ -21,23 +23,69 @@ from recurformer.hardware import (
     step_obstacle,
 )
 from recurformer.scan.schedule import WAVEFRONT_CHUNK
+from recurformer.settings import shown
 
 if TYPE_CHECKING:
     import torch
 
+
+class Choice(NamedTuple):
+    """The name of an algorithm and the reason for it, in words."""
+
+    name: str
+    why: str
+
+
+SUBJECTS = ("scan", "attention", "loss", "decoding")  # what `choices` decides
+
+
+def choices(config: ModelConfig, device: Device) -> dict[str, Choice]:
+    """Return what a model runs on a device by default, for each of SUBJECTS.
+
+    The scan and the decoding step are those of "auto". Decoding is of one sequence, in a dtype that the kernels take.
+    """
+    kinds = config.layer_kinds
+    return {
+        "scan": choose_scan("auto", config, device)
+        if "recurrent" in kinds
+        else Choice("none", "the model has no recurrent layer"),
+        "attention": choose_attention(config, device)
+        if "standard" in kinds
+        else Choice("none", "the model has no standard layer"),
+        "loss": choose_loss(device),
+        "decoding": choose_step("auto", config, device, None, 1),
+    }
+
+
+# --- scan of recurrent layers ----------------------------------------------------------------------------------------
+
 GPU_SCANS = ("fused",)
 SCAN_CHOICES = ("auto", "reference", "tiled", "fused", "wavefront")
-SHORT = 8  # positions up to which a call is made of plain operations: decoding, above all
-WAVEFRONT_ROWS = 128  # batch up to which layers side by side beat one after the other on a GPU
-# There too: of what a stack does, the part that counts, at least. Until the last layer has begun and after the first
-# one has ended, layers without work go through all products too. An estimate, from times of long sequences.
+
+# Up to this many positions, a call on a GPU uses PyTorch operations: the kernels need buffers and graphs for each new
+# shape, which pays only for longer calls. Such short calls come from decoding.
+SHORT = 8
+
+# On a GPU, the wavefront is faster than one layer after the other up to this batch. Larger batches fill the GPU anyway.
+WAVEFRONT_ROWS = 128
+
+# On a GPU, the least share of useful work in the wavefront. While the stack fills and empties, the layers that have no
+# positions take part in every product all the same. The limit is an estimate from the times of long sequences.
 WAVEFRONT_AT_WORK = 0.4
-# On a CPU, where they do: multiply-adds of a position's largest product, and numbers of a layer's largest matrix, at
-# most. Larger products are worth a launch each, and the weights of a whole stack must fit the cache.
-WAVEFRONT_PRODUCT, WAVEFRONT_MATRIX = 2**23, 2**19
-# There too: positions at least and at most, and bytes of the pairs, queries, inputs and outputs of all layers at most.
-# Behind a past that is longer than the call there is more to pull than to do side by side.
-WAVEFRONT_LENGTHS, WAVEFRONT_BYTES = (128, 4096), 2**30
+
+# On a CPU, the wavefront joins products up to this many multiply-adds per position. For larger ones, a launch of each
+# costs little beside its arithmetic.
+WAVEFRONT_PRODUCT = 2**23
+
+# On a CPU, the most numbers of a layer's largest matrix in the wavefront: the weights of all layers share the cache.
+WAVEFRONT_MATRIX = 2**19
+
+# On a CPU, the fewest and the most positions of a call in the wavefront. A call must also be no shorter than its past:
+# otherwise pulling the past, which is no faster in the wavefront, takes most of the time.
+WAVEFRONT_LENGTHS = (128, 4096)
+
+# On a CPU, the most bytes of pairs, queries, inputs and outputs in the wavefront, which holds those of all layers.
+WAVEFRONT_BYTES = 2**30
 
 
 def choose_scan(
@@ -50,26 +98,28 @@ def choose_scan(
     past: int = 0,
     dtype: torch.dtype | None = None,
     together: bool = True,
-) -> tuple[str, str]:
-    """The scan that will run and why, in words.
+) -> Choice:
+    """Return the scan that evaluates the recurrent layers of a call.
 
     Args:
-        requested: the model's setting.
-        config, device: of the model.
-        batch_size, length: B and N of the call; None: not known, and taken for those of a usual training step.
+        requested: the model's `scan`, one of SCAN_CHOICES.
+        config: of the model.
+        device: of the model.
+        batch_size: B of the call. None: not known, and taken as that of a usual training step.
+        length: N of the call. None: not known, and taken as that of a usual training step.
         past: P, positions in the cache.
-        dtype: the compute dtype; None: not known, and taken for one that the kernels take.
-        together: False where layers are evaluated one by one whatever the scan, as when activations are recomputed.
+        dtype: the compute dtype. None: not known, and taken as one that the kernels support.
+        together: False where layers are evaluated one by one in any case, as when activations are recomputed.
 
     Raises:
-        ValueError: if the scan asked for can't run here, naming what can.
+        ValueError: if the requested scan can't run here. The message names a scan that can.
     """
     obstacle = scan_obstacle(config, device, dtype)
     if requested != "auto":
         kernels = requested in GPU_SCANS or (requested == "wavefront" and (device.type == "cuda" or interpreted()))
         if kernels and obstacle is not None:
             raise ValueError(f"model.scan is {requested!r}, which can't run: {obstacle}")
-        return requested, "as asked"
+        return Choice(requested, "as asked")
     stack = longest_stack(config) if together else 1
     if device.type == "cuda" and obstacle is None:
         return gpu_scan(stack, batch_size, length)
@@ -79,63 +129,75 @@ def choose_scan(
         limit = wavefront_batch(config, stack, length, past, dtype)
         if (batch_size or 1) <= limit:
             why = "exact tiling, recurrent layers side by side: small products of several layers as one"
-            return "wavefront", why if batch_size is not None else f"{why}, up to a batch of {limit}"
+            return Choice("wavefront", why if batch_size is not None else f"{why}, up to a batch of {limit}")
     why = "exact tiling with a hand-written backward, in PyTorch operations on any device"
-    return "tiled", why if device.type != "cuda" else f"{why}; not fused: {obstacle}"
+    return Choice("tiled", why if device.type != "cuda" else f"{why}; not fused: {obstacle}")
 
 
 def longest_stack(config: ModelConfig) -> int:
-    """Recurrent layers that could work side by side."""
+    """Return the largest number of consecutive recurrent layers, which could be evaluated together."""
     runs = [len(list(run)) for kind, run in groupby(config.layer_kinds) if kind == "recurrent"]
     return max(runs, default=0)
 
 
-def gpu_scan(stack: int, batch_size: int | None, length: int | None) -> tuple[str, str]:
-    """The scan of a GPU that runs the kernels, and why; arguments as of `choose_scan`."""
+def gpu_scan(stack: int, batch_size: int | None, length: int | None) -> Choice:
+    """Return the scan of a GPU that runs the kernels.
+
+    Args:
+        stack: consecutive recurrent layers that may be evaluated together.
+        batch_size: as `choose_scan`.
+        length: as `choose_scan`.
+    """
     if length is not None and length <= SHORT:
-        return "tiled", f"{length} positions are too few for the kernels' set-up to pay"
+        return Choice("tiled", f"{length} positions are too few for the kernels' set-up to pay")
     chunks = None if length is None else -(-length // WAVEFRONT_CHUNK)
     at_work = 1.0 if chunks is None or stack < 2 else chunks / (chunks + stack - 1)
     if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS and at_work >= WAVEFRONT_AT_WORK:
-        return "wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}"
-    aside = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""
-    return "fused", f"Triton kernels and CUDA graphs, one layer after the other{aside}"
+        return Choice("wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}")
+    otherwise = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""
+    return Choice("fused", f"Triton kernels and CUDA graphs, one layer after the other{otherwise}")
 
 
 def wavefront_batch(config: ModelConfig, stack: int, length: int | None, past: int, dtype: torch.dtype | None) -> int:
-    """The largest batch at which `stack` layers work side by side on a CPU: there launches are what a position costs.
+    """Return the largest batch for which the wavefront of `stack` layers pays on a CPU.
 
-    0 where they never do, for their width or the length of the call.
+    Returns 0 where it never pays, because of the model's width or the length of the call.
     """
     matrix, (shortest, longest) = config.d_model * config.mlp_width, WAVEFRONT_LENGTHS
     N = shortest if length is None else length
     if matrix > WAVEFRONT_MATRIX or not max(shortest, past) <= N <= longest:
         return 0
     numbers = 2 * config.d_model + (config.n_heads + 2 * config.kv_heads) * config.head_width  # a position and layer
-    itemsize = 8 if str(dtype) == "torch.float64" else 4  # of pairs and states, in at least float32
+    itemsize = 8 if str(dtype) == "torch.float64" else 4  # pairs and states have at least float32
     return min(WAVEFRONT_PRODUCT // matrix, WAVEFRONT_BYTES // (N * stack * numbers * itemsize))
 
 
 @cache
 def warn_unknown_device(name: str) -> None:
-    """Say once a process that a device gets the plain path."""
+    """Warn once per process that there are no kernels for a device."""
     warnings.warn(
         f"recurformer has no kernels of its own for {name}: recurrent layers run the plain PyTorch path there",
         stacklevel=3,
     )
 
 
-def choose_attention(config: ModelConfig, device: Device) -> tuple[str, str]:
-    """What the standard layers of a model run on a device, and why, in words."""
+# --- attention of standard layers ------------------------------------------------------------------------------------
+
+
+def choose_attention(config: ModelConfig, device: Device) -> Choice:
+    """Return the attention of the standard layers of a model: "sdpa" or "flex"."""
     if device.type != "cuda" or not compiler_present():
-        return "sdpa", "scaled_dot_product_attention"
+        return Choice("sdpa", "scaled_dot_product_attention")
     if config.head_width not in FLEX_HEAD_WIDTHS:
-        return (
+        return Choice(
             "sdpa",
             f"FlexAttention takes heads of {FLEX_HEAD_WIDTHS[0]} to {FLEX_HEAD_WIDTHS[-1]}, not {config.head_width}",
         )
     when = "" if config.position == "alibi" else "with pads or documents, "
-    return "flex", f"FlexAttention {when}from {FLEX_BLOCK} tokens on; else scaled_dot_product_attention"
+    return Choice("flex", f"FlexAttention {when}from {FLEX_BLOCK} tokens on; else scaled_dot_product_attention")
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -149,80 +211,52 @@ def liger_version() -> str | None:
         return ""
 
 
-def choose_loss(device: Device, dtype: torch.dtype | None = None) -> tuple[str, str]:
-    """How the loss is made where no logits are wanted, "fused" or "chunked", and why, in words.
+def choose_loss(device: Device, dtype: torch.dtype | None = None) -> Choice:
+    """Return how the loss is computed where no logits are wanted: "fused" or "chunked".
 
     Args:
         device: of the model.
-        dtype: of the output layer's product.
+        dtype: of the output layer's product. None: not known, and taken as one that the fused loss supports.
     """
     if device.type != "cuda":
-        return "chunked", "blocks of logits in PyTorch operations, made again in the backward"
+        return Choice("chunked", "blocks of logits in PyTorch operations, made again in the backward")
     if str(dtype) == "torch.float64":
-        return "chunked", "the fused loss works in float32"
+        return Choice("chunked", "the fused loss works in float32")
     if (version := liger_version()) is None:
-        return "chunked", "liger-kernel is not installed (extra: recurformer[gpu])"
-    return "fused", f"liger-kernel {version}: logits and their gradient in one pass, by blocks"
+        return Choice("chunked", "liger-kernel is not installed (extra: recurformer[gpu])")
+    return Choice("fused", f"liger-kernel {version}: logits and their gradient in one pass, by blocks")
 
+
+# --- decoding step ---------------------------------------------------------------------------------------------------
 
 STEPS = ("plain", "fused")
-
-
 STEP_CHOICES = ("auto", *STEPS)
 
 
 def choose_step(
     requested: str, config: ModelConfig, device: Device, dtype: torch.dtype | None, batch_size: int
-) -> tuple[str, str]:
-    """The step that an engine will run, "plain" or "fused", and why, in words.
+) -> Choice:
+    """Return the step with which an engine decodes: "plain" or "fused".
+
+    Args:
+        requested: one of STEP_CHOICES.
+        config: of the model.
+        device: of the model.
+        dtype: the compute dtype. None: not known, and taken as one that the kernels support.
+        batch_size: sequences that are decoded together.
 
     Raises:
-        ValueError: if the step asked for can't run here, naming what can, or does not exist.
+        ValueError: for an unknown step, and for a step that can't run here. The message names one that can.
     """
     if requested not in STEP_CHOICES:
-        raise ValueError(f"step is {requested!r}; choose one of {', '.join(map(repr, STEP_CHOICES))}")
+        raise ValueError(f"step is {shown(requested)}; choose one of {', '.join(map(repr, STEP_CHOICES))}")
     if requested == "plain":
-        return "plain", "as asked"
-    reason = step_obstacle(config, device, dtype, batch_size)
+        return Choice("plain", "as asked")
+    obstacle = step_obstacle(config, device, dtype, batch_size)
     if requested == "fused":
-        if reason is not None:
-            raise ValueError(f"step is 'fused', which can't run: {reason}")
-        return "fused", "as asked"
-    if device.type == "cuda" and reason is None:
-        return "fused", "Triton kernels in one CUDA graph"
-    return "plain", f"PyTorch operations; not fused: {reason or f'the device is {device.type}'}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several ways to compute the same, and why it is the one."""
-
-    name: str
-    why: str
-
-
-def chosen_scan(config: ModelConfig, device: Device) -> Choice:
-    """What `auto` means for a model on a device."""
-    if "recurrent" not in config.layer_kinds:
-        return Choice("none", "the model has no recurrent layer")
-    return Choice(*choose_scan("auto", config, device))
-
-
-def chosen_attention(config: ModelConfig, device: Device) -> Choice:
-    """How standard layers attend on a device."""
-    if "standard" not in config.layer_kinds:
-        return Choice("none", "the model has no standard layer")
-    return Choice(*choose_attention(config, device))
-
-
-def chosen_loss(_: ModelConfig, device: Device) -> Choice:
-    """How training takes its loss on a device."""
-    return Choice(*choose_loss(device))
-
-
-def chosen_step(config: ModelConfig, device: Device) -> Choice:
-    """What makes a token on a device, after the prompt: of one row, in a dtype that kernels take."""
-    return Choice(*choose_step("auto", config, device, None, 1))
-
-
-CHOOSERS = {"scan": chosen_scan, "attention": chosen_attention, "loss": chosen_loss, "decoding": chosen_step}
+        if obstacle is not None:
+            raise ValueError(f"step is 'fused', which can't run: {obstacle}")
+        return Choice("fused", "as asked")
+    if device.type == "cuda" and obstacle is None:
+        return Choice("fused", "Triton kernels in one CUDA graph")
+    return Choice("plain", f"PyTorch operations; not fused: {obstacle or f'the device is {device.type}'}")

@@ -1,4 +1,7 @@
-"""What the kernels of this package need of a device, and why they can't run where they can't. Imports no torch."""
+"""The limits of this package's kernels, and the reason why they can't run where they can't.
+
+Nothing here imports torch, except for a GPU whose capabilities decide.
+"""
 
 from __future__ import annotations
 
@@ -14,86 +17,88 @@ if TYPE_CHECKING:
 
 
 class Device(Protocol):
-    """A `torch.device`, or anything that names its type: "cpu", "cuda", "mps", "meta"."""
+    """A `torch.device`, or any object with the name of a device type: "cpu", "cuda", "mps" or "meta"."""
 
     @property
-    def type(self) -> str: ...
+    def type(self) -> str:
+        """The name."""
+        ...
 
 
-MAX_HEAD_WIDTH, MAX_HEAD_WIDTH_32_BIT = 256, 128
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+MAX_HEAD_WIDTH = 256  # widest head of the fused scan and step: a program of a kernel holds whole heads
+MAX_HEAD_WIDTH_32_BIT = 128  # the same in float32, where a head takes twice the room
 THIN_ROWS = 16  # rows up to which a product is bound by reading its weights
-MAX_STEP_WIDTH = 2**16  # values in a row that one program of a decode step holds
-FLEX_BLOCK = 128  # queries and keys of a block; shorter sequences take scaled_dot_product_attention
+MAX_STEP_WIDTH = 2**16  # numbers of a row, which one program of the fused decoding step holds
+
+FLEX_BLOCK = 128  # queries and keys of a FlexAttention block; shorter sequences use scaled_dot_product_attention
 FLEX_HEAD_WIDTHS = range(16, 129)
 
-CAPABILITY = (8, 0)  # of the GPU, from Ampere on
-
-
-EARLY_CAPABILITY = (9, 0)  # from which a kernel can be started before the one ahead of it has ended
-
+CAPABILITY = (8, 0)  # least compute capability of a GPU: Ampere, the first with bfloat16
+EARLY_CAPABILITY = (9, 0)  # least compute capability for programmatic dependent launches: Hopper
 
 HAS_TRITON = util.find_spec("triton") is not None
 
+# Numbers by which kernels know the options of a layer.
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}  # KIND
+QK_NORMS = {"none": 0, "head": 1, "full": 2}  # NORM
 
-ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}  # what kernels call KIND
 
-
-QK_NORMS = {"none": 0, "head": 1, "full": 2}  # what kernels call NORM
+# --- obstacles -------------------------------------------------------------------------------------------------------
 
 
 def interpreted() -> bool:
-    """True when Triton's interpreter runs the kernels, on the CPU."""
+    """Return True when Triton's interpreter runs the kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernel_obstacle(device: Device, dtype: torch.dtype | None, instead: str) -> str | None:
-    """Why no Triton kernel of ours can run on a device in a dtype (None: in any), in words with a remedy, or None.
+    """Return why no Triton kernel of this package can run, in words and with a remedy, or None where one can.
 
     Args:
-        instead: what can, as half a sentence.
+        device: where it would run.
+        dtype: the compute dtype. None: any that the kernels support.
+        instead: the remedy, as half a sentence.
     """
     if not HAS_TRITON:
         return f"triton is not installed; install it, or {instead}"
     if device.type not in ("cuda", "meta") and not interpreted():
         return f"the device is {device.type}; it needs an NVIDIA GPU, {instead}"
-    import torch  # late: what comes before answers for a CPU
+    import torch  # not at the top, because the answers above need no torch
 
     if torch.version.hip:
         return f"the GPU is not NVIDIA's; {instead}"
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the compute dtype is {dtype}; float32, bfloat16 and float16 are possible, {instead}"
     if device.type == "cuda" and torch.cuda.is_available():
-        found = torch.cuda.get_device_capability(
-            torch.device(device.type) if not isinstance(device, torch.device) else device
+        capability = torch.cuda.get_device_capability(
+            device if isinstance(device, torch.device) else torch.device(device.type)
         )
-        if found < CAPABILITY:
-            return f"the GPU has compute capability {found}; it must be at least {CAPABILITY}, {instead}"
+        if capability < CAPABILITY:
+            return f"the GPU has compute capability {capability}; it must be at least {CAPABILITY}, {instead}"
     return None
 
 
 def scan_obstacle(config: ModelConfig, device: Device, dtype: torch.dtype | None = None) -> str | None:
-    """Why the fused scan can't run here, in words with a remedy, or None."""
-    reason = kernel_obstacle(device, dtype, "model.scan = 'tiled' runs anywhere")
-    if reason is not None:
-        return reason
-    if config.head_width > MAX_HEAD_WIDTH:
-        return (
-            f"the head width is {config.head_width}; it must be 1 to {MAX_HEAD_WIDTH}, model.scan = 'tiled' takes any"
-        )
-    if str(dtype) == "torch.float32" and config.head_width > MAX_HEAD_WIDTH_32_BIT:
-        limit = MAX_HEAD_WIDTH_32_BIT
-        return (
-            f"the head width is {config.head_width}; in float32 it must be 1 to {limit}, model.scan = 'tiled' takes any"
-        )
+    """Return why the fused scan can't run, in words and with a remedy, or None where it can."""
+    obstacle = kernel_obstacle(device, dtype, "model.scan = 'tiled' runs anywhere")
+    if obstacle is not None:
+        return obstacle
+    where, limit = "", MAX_HEAD_WIDTH
+    if str(dtype) == "torch.float32" and config.head_width <= MAX_HEAD_WIDTH:
+        where, limit = "in float32 ", MAX_HEAD_WIDTH_32_BIT
+    if config.head_width > limit:
+        return f"the head width is {config.head_width}; {where}it must be 1 to {limit}, model.scan = 'tiled' takes any"
     return None
 
 
 def step_obstacle(config: ModelConfig, device: Device, dtype: torch.dtype | None, batch_size: int) -> str | None:
-    """Why the fused decode step can't run, in words with a remedy, or None."""
+    """Return why the fused decoding step can't run, in words and with a remedy, or None where it can."""
     plain = "the plain step runs anywhere"
-    reason = kernel_obstacle(device, dtype, plain)
-    if reason is not None:
-        return reason
+    obstacle = kernel_obstacle(device, dtype, plain)
+    if obstacle is not None:
+        return obstacle
     if config.head_width > MAX_HEAD_WIDTH:
         return f"the head width is {config.head_width}; it must be 1 to {MAX_HEAD_WIDTH}, {plain}"
     for name, width in (("d_model", config.d_model), ("head_dim * n_heads", config.head_width * config.n_heads)):
@@ -105,7 +110,7 @@ def step_obstacle(config: ModelConfig, device: Device, dtype: torch.dtype | None
 
 
 def on_amd(device: Device) -> bool:
-    """Whether a device of type "cuda" is an AMD GPU."""
+    """Return whether a device of type "cuda" is an AMD GPU."""
     if device.type != "cuda":
         return False
     import torch
@@ -115,7 +120,7 @@ def on_amd(device: Device) -> bool:
 
 @cache
 def compiler_present() -> bool:
-    """Whether torch.compile can make kernels for an NVIDIA GPU."""
+    """Return whether torch.compile can make kernels for an NVIDIA GPU."""
     import torch
 
     return torch.version.hip is None and HAS_TRITON

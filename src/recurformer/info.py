@@ -7,13 +7,13 @@ import platform
 import re
 import sys
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recurformer.choose import CHOOSERS
+from recurformer.choose import SUBJECTS, choices
 from recurformer.config import PRESETS, ModelConfig
 from recurformer.hardware import Device
 from recurformer.settings import shown, suggest
@@ -78,8 +78,9 @@ def describe(target: str, layers: str | None = None) -> dict[str, Any]:
         "kv_bytes_per_token_16_bit": config.kv_bytes_per_token(2),
         "kv_bytes_per_token_32_bit": config.kv_bytes_per_token(4),
     }
-    for subject, choose in CHOOSERS.items():
-        facts[subject] = {str(device): asdict(choose(config, device)) for device in devices()}
+    chosen = {str(device): choices(config, device) for device in devices()}
+    for subject in SUBJECTS:
+        facts[subject] = {device: found[subject]._asdict() for device, found in chosen.items()}
     return facts
 
 
@@ -171,7 +172,7 @@ def show(facts: dict[str, Any]) -> None:
     )
     half, full = facts["kv_bytes_per_token_16_bit"], facts["kv_bytes_per_token_32_bit"]
     _lines("KV cache", f"{half:,} bytes a token in 16 bits, {full:,} in 32")
-    for subject in CHOOSERS:
+    for subject in SUBJECTS:
         for device, choice in facts[subject].items():
             where = "" if choice["name"] == "none" else f" on {device}"
             _lines(subject, f"{choice['name']}{where}: {choice['why']}")

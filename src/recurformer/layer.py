@@ -3,9 +3,11 @@
     h_i  = RMS(x_i)                                          attention_input
     q_i  = RMSq(Q h_i)                                       queries
     k^_i = RMSk(K h_i)         v^_i = V h_i                  pairs
+
     a_i  = attention of q_i to (k_1, v_1) ... (k_{i-1}, v_{i-1}), (k^_i, v^_i)
     y_i  = x_i + s O a_i                                     after_attention
     z_i  = y_i + s MLP(RMS(y_i))                             after_mlp
+
     k_i  = RMSk(K RMS(z_i))    v_i  = V RMS(z_i)             attention_input, then pairs
 
 z is the layer's output. The temporary pair (k^, v^), called k_tmp and v_tmp in code, is used by its own position only.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from recurformer.choose import chosen_attention, chosen_loss
+from recurformer.choose import choices
 from recurformer.training.config import DataConfig, TrainConfig, open_tokens
 from recurformer.training.distributed import training_device
 from recurformer.training.memory import H100_BYTES, Memory, available_bytes, memory_on, memory_on_h100, rows_of, scan_of
@@ -144,7 +144,8 @@ def _step_rows(e: Estimate) -> list[Row]:
 
 def _memory_rows(e: Estimate) -> list[Row]:
     c, m, memory = e.config, e.config.model, e.memory
-    attention, loss = chosen_attention(m, e.device).name, chosen_loss(m, e.device).name
+    chosen = choices(m, e.device)
+    attention, loss = chosen["attention"].name, chosen["loss"].name
     free = "an unknown size" if math.isinf(e.free_bytes) else bytes_text(e.free_bytes)
     each = "; of each process" if e.processes > 1 else ""
     weights = c.precision + (", with a float32 copy" if c.precision == "bf16" else "")

@@ -221,4 +221,4 @@ def h100_scan(config: TrainConfig, together: bool = True) -> str:
     if config.scan != "auto":
         return config.scan
     stack = longest_stack(config.model) if together and not config.recompute else 1
-    return gpu_scan(stack, rows_of(config), config.data.window)[0]
+    return gpu_scan(stack, rows_of(config), config.data.window).name

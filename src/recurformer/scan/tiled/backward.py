@@ -4,7 +4,7 @@ gX is the gradient of the loss by X. The gradient of a persistent pair is comple
 so the positions run from the last to the first. Only gradients of data are sequential. A block of positions therefore
 has three parts:
 
-  1. recompute, for all positions at once, what the forward had there (or read what it has kept);
+  1. recompute the values of the forward for all positions at once, or read those that it has kept;
   2. loop over the positions: from the pair's gradient to gz_i, gy_i and ga_i, which go on into earlier pairs by the
      mirrored tiles;
   3. the gradients of the weights of MLP, attention output and persistent pairs, for all positions at once.
@@ -47,7 +47,7 @@ POSITION_BLOCK = 64  # positions whose parallel parts are done together; half as
 
 
 class ForwardRecord(NamedTuple):
-    """What the backward has of the forward."""
+    """The tensors that the forward leaves for the backward."""
 
     x: Tensor  # (B, N, D), inputs of the first layer
     z: Tensor  # (L, N, B, D), outputs of each layer
@@ -152,7 +152,7 @@ class TiledBackward:
         for span, gx_of_layer in zip(wave.spans(), gx.unflatten(1, (n, B)), strict=True):
             self.g_stream[span] += gx_of_layer
 
-    # What the forward had.
+    # Recomputation of the forward, in parallel over positions.
 
     def recompute_pairs(self) -> QueriesAndPairs:
         """Return all queries and persistent pairs, made from the inputs and outputs of each layer."""
@@ -183,7 +183,7 @@ class TiledBackward:
         return a.permute(2, 0, 1, 3).reshape(n, attention.B, -1)
 
     def recompute(self, wave: Wave) -> BlockActivations:
-        """Return what the forward had at a block of positions, with the slopes of its nonlinear parts."""
+        """Return the values of the forward at a block of positions, kept or made again, with the slopes there."""
         kept, n, B = self.record.activations, wave.length, self.record.x.shape[0]
         stack = self.stack[wave.layers.start : wave.layers.stop]
         config = stack.config
@@ -217,7 +217,7 @@ class TiledBackward:
 
 
 class BlockActivations(NamedTuple):
-    """What the forward had at a block of positions of several layers, all of (layers, n, B, ...)."""
+    """Values and slopes of the forward at a block of positions of several layers, all of (layers, n, B, ...)."""
 
     a: Tensor  # (layers, n, B, H K), attention outputs in the accumulation dtype
     mlp_norm: NormTape  # of y
@@ -234,7 +234,7 @@ class BlockLoop:
 
     Args:
         stack: the layers of the block.
-        known: what the forward had at its positions.
+        known: values and slopes of the forward at its positions.
         gz: (layers, n, B, D), the gradient of the outputs from the layers above.
     """
 

@@ -30,7 +30,7 @@ from recurformer.scan.tiled.stack import StackedLayers
 
 
 class WaveRows(NamedTuple):
-    """What the loop of a wave reads and writes at each of its positions, all of (layers, B, ...)."""
+    """The tensors that a wave reads and writes at each of its positions, (layers, B, ...) each."""
 
     x: tuple[Tensor, ...]  # inputs
     z: tuple[Tensor, ...]  # outputs
