@@ -31,13 +31,35 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
 
 SHOWN = 200  # characters of a value that a message repeats
 
 
-def setting(default: T, doc: str) -> T:
-    """Return a dataclass field that carries its documentation."""
-    return field(default=default, metadata={"doc": doc})  # pyright: ignore[reportReturnType]
+def setting(
+    default: T,
+    doc: str,
+    *,
+    option: str | None = "",
+    metavar: str | None = None,
+    repeated: bool = False,
+    unset: str | None = None,
+) -> T:
+    """Return a dataclass field that carries its documentation and the look of its command-line option.
+
+    Args:
+        default: value of the field.
+        doc: a noun phrase with the unit.
+        option: declaration of the option, as "--length" or "--backward/--forward-only". "" makes it from the name of
+            the field; None leaves the field out of the command line.
+        metavar: stands for the value in `--help`. None: a word for the type.
+        repeated: an option for each entry of a tuple. Otherwise one option takes the entries with commas between.
+        unset: words for the default in `--help`. The option then has no default, and the field keeps its own.
+    """
+    metadata = {"doc": doc, "option": option, "metavar": metavar, "repeated": repeated, "unset": unset}
+    return field(default=default, metadata=metadata)  # pyright: ignore[reportReturnType]
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -78,14 +100,25 @@ def check(name: str, value: Any, annotation: Any) -> Any:
     try:
         return _adapter(annotation).validate_python(value)
     except ValidationError:
-        choices = _choices(annotation)
-        if choices:
-            listed = ", ".join(map(repr, choices))
-            words = [choice for choice in choices if isinstance(choice, str)]
-            message = f"{name} is {shown(value)}; choose one of {listed}{suggest(str(value), words)}"
-        else:
-            message = f"{name} is {shown(value)}; it must be {accepted(annotation)}"
-        raise ValueError(message) from None
+        raise ValueError(_complaint(name, value, annotation)) from None
+
+
+def _complaint(name: str, value: Any, annotation: Any, verb: str = "is") -> str:
+    """Return why the annotation does not accept the value, in words with the remedy."""
+    entry = entry_type(annotation)
+    if entry is not None and value == ():
+        return f"{name} is empty; give at least one"
+    if entry is not None and isinstance(value, tuple):
+        for one in value:
+            try:
+                _adapter(entry).validate_python(one)
+            except ValidationError:
+                return _complaint(name, one, entry, "holds")
+    choices = choices_of(annotation)
+    if not choices:
+        return f"{name} {verb} {shown(value)}; {'each' if verb == 'holds' else 'it'} must be {accepted(annotation)}"
+    words = [choice for choice in choices if isinstance(choice, str)]
+    return f"{name} {verb} {shown(value)}; choose one of {', '.join(map(repr, choices))}{suggest(str(value), words)}"
 
 
 @cache
@@ -100,8 +133,8 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation, config=ConfigDict(strict=True))
 
 
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a Literal, None included where it is allowed; () for every other annotation."""
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """Return the values of a Literal, None included where it is allowed; () for every other annotation."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
@@ -109,6 +142,13 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
         if len(parts) == 1 and get_origin(parts[0]) is Literal:
             return (*get_args(parts[0]), None)
     return ()
+
+
+def entry_type(annotation: Any) -> Any:
+    """Return the annotation of the entries of a tuple of any length; None for every other annotation."""
+    base: Any = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    arguments: tuple[Any, ...] = get_args(base) if get_origin(base) is tuple else ()
+    return arguments[0] if len(arguments) == 2 and arguments[1] is Ellipsis else None
 
 
 def accepted(annotation: Any) -> str:
