@@ -17,9 +17,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from recurformer.cli import main
-from recurformer.experiments.bench.common import in_words, machine, milliseconds, spread
-from recurformer.experiments.bench.layer import DTYPES, PASSES, LayerSettings, layer_passes
-from recurformer.experiments.bench.timing import Work, release, time_runs
+from recurformer.experiments.bench.common import ScanName, in_words, machine, milliseconds, spread
+from recurformer.experiments.bench.layer import PASSES, LayerSettings, layer_passes
+from recurformer.experiments.bench.timing import DTYPES, Work, release, time_runs
 from recurformer.scan.algorithms import SCANS
 
 
@@ -55,10 +55,10 @@ def table(kernels: dict[str, list[float]], positions: int, most: int) -> list[st
 @click.option("--n-heads", default=16, type=int, help="Query heads.")
 @click.option("--stack", default=1, type=int, metavar="L", help="Layers on top of each other; times are of one.")
 @click.option("--scan", default="fused", type=click.Choice(tuple(SCANS)), help="How they are evaluated.")
-@click.option("--dtype", default="bf16", type=click.Choice(DTYPES), help="bf16 is autocast.")
+@click.option("--dtype", default="bf16", type=click.Choice(tuple(DTYPES)), help="bf16 is autocast.")
 @click.option("--repeats", default=5, type=int, help="Timed runs, of which the median counts.")
 @click.option("--most", default=30, type=click.IntRange(1), help="Kernels to name.")
-def kernels(scan: str, most: int, **shape: Any) -> None:
+def kernels(scan: ScanName, most: int, **shape: Any) -> None:
     """Times and kernels of a recurrent layer, or a stack of them, on an NVIDIA GPU."""
     settings = LayerSettings(scans=(scan,), standard=False, device="cuda", **shape)
     if not torch.cuda.is_available():

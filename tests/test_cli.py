@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import click
 import pytest
@@ -15,8 +19,10 @@ from helpers import FIXTURES, commands_of, tiny
 
 import recurformer
 from recurformer import LanguageModel, ModelConfig, cli
+from recurformer.cli.options import SettingsCommand, chosen
 from recurformer.data import load_tokenizer, prepare
 from recurformer.scan.algorithms import SCANS
+from recurformer.settings import Count, Counts, Settings, choices_of, field_types, setting
 from recurformer.training import read_train_config, train
 
 TEXT = "The quick brown fox jumps over the lazy dog, naïve as it is. " * 8
@@ -76,7 +82,7 @@ def test_help_documents_every_option(call, words: tuple[str, ...]) -> None:
     assert outcome.out.startswith(f"Usage: recurformer {' '.join(words)}")
     command = COMMANDS[words]
     assert command.help
-    for parameter in command.params:
+    for parameter in command.get_params(click.Context(command)):
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{words} {parameter.opts} has no help"
             assert parameter.opts[0] in outcome.out
@@ -126,13 +132,13 @@ def surface() -> str:
         if isinstance(command, click.Group):
             continue
         rows: list[str] = []
-        for parameter in command.params:
-            if isinstance(parameter, click.Option):
+        for parameter in command.get_params(click.Context(command)):
+            if isinstance(parameter, click.Option) and "--help" not in parameter.opts:
                 absent = parameter.default is None or "UNSET" in repr(parameter.default)
                 default = "" if absent else f" = {parameter.default!r}"
                 names = " ".join([*parameter.opts, *parameter.secondary_opts])
                 rows.append(names + default + (" repeated" if parameter.multiple else ""))
-            else:
+            elif isinstance(parameter, click.Argument):
                 rows.append(f"{parameter.human_readable_name} nargs {parameter.nargs} required {parameter.required}")
         lines += [f"[{' '.join(words)}]", *sorted(rows), ""]
     return "\n".join(lines)
@@ -141,6 +147,95 @@ def surface() -> str:
 def test_options_and_their_defaults_are_those_that_people_use() -> None:
     """Scripts rely on these names and defaults. A new option adds its line to the file; no line goes away."""
     assert surface() == (FIXTURES / "options.txt").read_text(encoding="utf-8")
+
+
+# --- options from settings -------------------------------------------------------------------------------------------
+
+MADE = [(words, place) for words, one in COMMANDS.items() if isinstance(one, SettingsCommand) for place in one.settings]
+
+
+def settings_class(place: str) -> type[Settings]:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+@pytest.mark.parametrize(("words", "place"), MADE, ids=str)
+def test_options_that_are_left_out_give_the_defaults_of_the_settings(words: tuple[str, ...], place: str) -> None:
+    section, command = settings_class(place), COMMANDS[words]
+    arguments = ["parity"] if words == ("tasks", "run") else []
+    needed: dict[str, Any] = {"tasks": ("parity",)} if arguments else {}
+    with command.make_context(words[-1], arguments) as context:
+        options = {
+            name: value for name, value in context.params.items() if name not in ("device", "recompute", *needed)
+        }
+        assert chosen(section, options, **needed) == section(**needed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Settings):
+    """Settings of every type that an option is made of."""
+
+    lengths: Counts = setting((1, 2), "Lengths.", option="--length", metavar="N", repeated=True)
+    sizes: tuple[int, ...] = setting((3, 4), "Sizes.")
+    rates: tuple[float, ...] = setting((), "Rates.", unset="the usual")
+    order: Literal["random", "fixed"] = setting("random", "Order of the windows.")
+    shared: bool = setting(False, "One copy.")
+    ahead: bool = setting(True, "Direction.", option="--ahead/--back")
+    limit: Count | None = setting(None, "Limit.", unset="none")
+    inner: int = setting(7, "Not on the command line.", option=None)
+
+
+@click.command(
+    "example", cls=SettingsCommand, context_settings={"show_default": True}, settings=[f"{__name__}:Example"]
+)
+def example(**options: Any) -> None:
+    """Print the settings."""
+    print(chosen(Example, options, inner=8))
+
+
+def test_options_set_their_fields(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Example.__module__])
+
+    def run(*arguments: str) -> str:
+        example.main(list(arguments), standalone_mode=False)
+        return capsys.readouterr().out.strip()
+
+    assert run() == repr(Example(inner=8))
+    given = ("--length", "5", "--length", "6", "--sizes", "7, 8,", "--rates", "0.5", "--order", "fixed", "--shared")
+    assert run(*given, "--back", "--limit", "9") == repr(
+        Example(lengths=(5, 6), sizes=(7, 8), rates=(0.5,), order="fixed", shared=True, ahead=False, limit=9, inner=8)
+    )
+    assert run("--sizes", "") == repr(Example(sizes=(), inner=8))  # an empty list is a list
+    for arguments, message in (
+        (("--sizes", "7,x"), "'7,x' is no list of whole numbers; write them as 64,128"),
+        (("--rates", "x"), "'x' is no list of numbers"),
+        (("--length", "x"), "'x' is not a valid integer"),
+    ):
+        with pytest.raises(click.BadParameter, match=message):
+            run(*arguments)
+    for arguments, message in (
+        (("--length", "0"), "lengths holds 0; each must be a whole number of at least 1"),
+        (("--order", "fix"), "order is 'fix'; choose one of 'random', 'fixed'; did you mean 'fixed'"),
+        (("--limit", "0"), "limit is 0; it must be a whole number of at least 1 or none"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run(*arguments)
+    text = run("--help")
+    for part in ("--length N", "Lengths; may be repeated.  [default: 1, 2]", "--sizes N,...", "[default: the usual]",
+                 "--order random|fixed", "--shared / --no-shared", "--ahead / --back"):  # fmt: skip
+        assert part in " ".join(text.split()).replace("repeated. [", "repeated.  ["), part
+    assert "inner" not in text
+
+
+def test_names_of_choices_are_those_of_the_package() -> None:
+    from recurformer.choose import SCAN_CHOICES, STEP_CHOICES
+    from recurformer.experiments.bench import common, decode, prefill, scan, traffic
+
+    assert get_args(common.ScanName) == SCAN_CHOICES
+    assert get_args(prefill.PromptScan) == (*SCAN_CHOICES, "engine")
+    assert get_args(decode.StepName) == STEP_CHOICES
+    assert (*SCANS, "standard", "peer") == scan.PATHS
+    assert choices_of(field_types(traffic.MeasureSettings)["scan"]) == tuple(SCANS)
 
 
 # --- eval ------------------------------------------------------------------------------------------------------------

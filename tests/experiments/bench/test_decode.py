@@ -134,14 +134,14 @@ def test_beside_hugging_face(text_of: Callable[..., str]):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_sizes": (1, 0)}, "batch_sizes is 0"),
+        ({"batch_sizes": (1, 0)}, "batch_sizes holds 0"),
         ({"contexts": ()}, "contexts is empty"),
         ({"contexts": (64, 2)}, "the context 2 is shorter than the 16 tokens"),
         ({"dtype": "fp8"}, "dtype is 'fp8'"),
-        ({"steps": ("fast",)}, "step is 'fast'"),
+        ({"steps": ("fast",)}, "steps holds 'fast'; choose one of 'auto'"),
         ({"models": ("huge:recurrent",)}, "unknown preset 'huge'"),
         ({"models": ("nano:recursive",)}, "layers is 'recursive'"),
-        ({"models": ()}, "nothing to measure"),
+        ({"models": ()}, "models is empty"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

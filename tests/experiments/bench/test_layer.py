@@ -116,11 +116,11 @@ def test_the_widest_numbers_fit(text_of: Callable[..., str]):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be a whole number of at least 1"),
         ({"stack": 0}, "stack is 0"),
         ({"inputs": 0}, "inputs is 0"),
         ({"dtype": "fp8"}, "dtype is 'fp8'; choose one of 'fp32', 'bf16'"),
-        ({"scans": ("tile",)}, "no scan 'tile'.*did you mean 'tiled'"),
+        ({"scans": ("tile",)}, "scans holds 'tile'; choose one of 'auto'.*did you mean 'tiled'"),
         ({"scans": (), "standard": False}, "nothing to measure"),
         ({"d_model": 30, "n_heads": 4}, "d_model 30 is not divisible by n_heads 4"),
         ({"official": "folder"}, "need an NVIDIA GPU, and device is 'cpu'"),

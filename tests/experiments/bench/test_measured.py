@@ -173,7 +173,7 @@ def test_pure_tiling_asks_for_it():
         ({"lengths": (256, 512, 1024, 1024)}, "needs at least four different ones"),
         ({"lengths": ()}, "lengths is empty"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"scan": "tile"}, "no scan 'tile'"),
+        ({"scan": "tile"}, "scan is 'tile'; choose one of .*did you mean 'tiled'"),
         ({"replay": "range"}, "replay is 'range'; choose one of 'app-range', 'kernel'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,

@@ -130,11 +130,11 @@ def test_rows_ratios_and_the_fastest(monkeypatch: pytest.MonkeyPatch, text_of: C
     [
         ({"tokens": 100}, "tokens 100 is no multiple of length 512"),
         ({"micro_batch_sizes": ()}, "micro_batch_sizes is empty"),
-        ({"micro_batch_sizes": (4, 0)}, "micro_batch_sizes is 0"),
+        ({"micro_batch_sizes": (4, 0)}, "micro_batch_sizes holds 0"),
         ({"presets": ("150m",)}, "unknown preset '150m'.*did you mean"),
         ({"presets": ()}, "presets is empty"),
         ({"kinds": ("first:99",)}, "first:99"),
-        ({"dtype": "fp8"}, "precision is 'fp8'"),
+        ({"dtype": "fp8"}, "dtype is 'fp8'; choose one of 'fp32', 'bf16'"),
         ({"scan": "tile"}, "scan is 'tile'; choose one of"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,

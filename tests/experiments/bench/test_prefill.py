@@ -68,7 +68,7 @@ def test_a_path_without_memory_is_a_row(monkeypatch: pytest.MonkeyPatch, text_of
     [
         ({"length": 0}, "length is 0"),
         ({"dtype": "fp8"}, "dtype is 'fp8'"),
-        ({"scans": ("tile",)}, "no scan 'tile'"),
+        ({"scans": ("tile",)}, "scans holds 'tile'; choose one of .*'engine'"),
         ({"presets": ("huge",)}, "unknown preset 'huge'"),
         ({"scans": (), "standard": False}, "nothing to measure"),
     ],

@@ -191,7 +191,7 @@ def test_training_ends_with_its_time_and_the_schedule_with_it(monkeypatch: pytes
         ({"tasks": ()}, "tasks is empty"),
         ({"steps": 0}, "steps is 0"),
         ({"length": 5, "tasks": ("recall",)}, "recall:4 needs at least 12"),
-        ({"factors": (0,)}, "each must be at least 1"),
+        ({"factors": (0,)}, "factors holds 0; each must be a whole number of at least 1"),
         ({"layers": ("recursive",)}, "recursive"),
         ({"layers": ("first:3",)}, "fit no depth"),
         ({"d_model": 30}, "d_model 30 is not divisible"),

@@ -95,6 +95,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit) as stop:
             cli.main(["bench", "stability", *arguments])
         assert stop.value.code == code
-    assert "length is 1; it must be at least 2" in capsys.readouterr().err
+    assert "length is 1; it must be a whole number of at least 2" in capsys.readouterr().err
     assert json.loads((tmp_path / "stability.json").read_text())["training"] == []
     assert (tmp_path / "stability.png").read_bytes().startswith(PNG)

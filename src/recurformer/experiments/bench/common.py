@@ -1,5 +1,4 @@
-"""What all benchmarks share: checks of settings, the machine, the numbers as text, and files that appear when they are
-complete."""
+"""Shared by all benchmarks: facts of the machine, numbers as text, tables, pictures, and files written whole."""
 
 from __future__ import annotations
 
@@ -7,23 +6,33 @@ import io
 import json
 import platform
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
+Progress = Callable[[str, int, int], None]
+"""Called with the present work in words, units done and units in all."""
+
+Dtype = Literal["fp32", "bf16"]
+ScanName = Literal["auto", "reference", "tiled", "fused", "wavefront"]
+
 TEXTS = ("path", "layers", "preset", "answer at each position")  # headings of columns that hold words
 
 
+def silent(work: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
 def machine() -> dict[str, Any]:
-    """Versions, processor, devices and threads, and the time in UTC."""
+    """Return versions, processor, devices, threads and the time in UTC, ready for JSON."""
     import torch
 
     from recurformer.info import environment
@@ -45,7 +54,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name as its maker writes it, or what the system calls it."""
+    """Return the processor's name as its maker writes it, or the system's word for it."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
@@ -54,48 +63,36 @@ def processor() -> str:
 
 
 def in_words(facts: dict[str, Any]) -> str:
-    """One line about the machine."""
+    """Return one line about the machine."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     gpus = [name for device, name in facts["devices"].items() if device != "cpu"]
     threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
     return "; ".join([facts["cpu"], *gpus, threads, versions, facts["date"]])
 
 
-def check_counts(settings: Any, *names: str) -> None:
-    """Raise ValueError where a setting, or one of several, is below 1."""
-    for name in names:
-        value = getattr(settings, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if not values:
-            raise ValueError(f"{name} is empty; give at least one")
-        for number in values:
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}; it must be at least 1")
-
-
-def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raise ValueError where a setting is none of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
-
-
 def record(benchmark: str, settings: Any, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """What a benchmark returns, ready for JSON: settings (a dataclass), the machine, rows, and what else it has."""
+    """Return the result of a benchmark, ready for JSON: settings (a dataclass), machine, rows and further entries."""
     return {"benchmark": benchmark, "settings": asdict(settings), "machine": machine(), "rows": rows, **more}
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
-    """What stands under every table: the notes as sentences, and the machine."""
+    """Return the lines under a table: the notes as sentences, and the machine."""
     return [*(f"{note[0].upper()}{note[1:]}." for note in results["notes"]), in_words(results["machine"])]
 
 
 def milliseconds(seconds: float | None) -> str:
-    """At least three digits; a dash for None."""
+    """Return milliseconds with at least three digits, or a dash for None."""
     return "-" if seconds is None else f"{1e3 * seconds:,.{0 if seconds >= 1 else 1 if seconds >= 1e-3 else 3}f}"
 
 
 def spread(row: dict[str, Any], name: str, parts: int = 1) -> str:
-    """The fastest and the slowest run (or one of its equal parts), in milliseconds; a dash where the row has none."""
+    """Return the fastest and the slowest run in milliseconds, or a dash where the row has no run.
+
+    Args:
+        row: holds NAME_s, NAME_fastest_s and NAME_slowest_s, in seconds.
+        name: prefix of these keys.
+        parts: equal parts of a run. The times of one part are returned.
+    """
     if f"{name}_s" not in row:
         return "-"
     return "..".join(milliseconds(row[f"{name}_{which}_s"] / parts) for which in ("fastest", "slowest"))
@@ -109,23 +106,24 @@ def show_table(
     notes: Sequence[str],
     left: int = 0,
 ) -> None:
-    """A table, its numbers to the right, and lines of notes under it.
+    """Print a table with its numbers to the right, and lines of notes under it.
 
     Args:
-        left: columns of text before the numbers, besides those whose headings are known to be text.
+        left: columns of text before the numbers. Columns under one of `TEXTS` are text too.
     """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     for n, heading in enumerate(headings):
         words = heading in TEXTS or n < left
         table.add_column(heading, justify="left" if words else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as text: a task or file name may hold brackets
     console.print(table)
     for note in notes:
-        console.print(note, style="dim", highlight=False)
+        console.print(note, style="dim", highlight=False, markup=False)
 
 
 def draw_bars(panels: Sequence[tuple[str, dict[str, float], float | None]], title: str) -> bytes:
@@ -165,7 +163,7 @@ def draw_bars(panels: Sequence[tuple[str, dict[str, float], float | None]], titl
 
 
 def write(out: str | Path, name: str, results: dict[str, Any], picture: bytes) -> tuple[Path, Path]:
-    """Write NAME.json and NAME.png into a folder (made if missing); their paths."""
+    """Write NAME.json and NAME.png into a folder, made if missing, and return their paths."""
     from recurformer.files import replacing
 
     out = Path(out)

@@ -5,63 +5,57 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from annotated_types import MinLen
 
-from recurformer.choose import STEP_CHOICES
 from recurformer.config import ModelConfig
-from recurformer.experiments.bench.common import check_choice, check_counts, in_words, record, remarks, show_table
-from recurformer.experiments.bench.timing import Times, Work, build_model, copy_bandwidth, release, time_runs
+from recurformer.experiments.bench.common import Dtype, Progress, in_words, record, remarks, show_table, silent
+from recurformer.experiments.bench.timing import DTYPES, Times, Work, build_model, copy_bandwidth, release, time_runs
 from recurformer.generation.engine import DecodeEngine
 from recurformer.model import LanguageModel
+from recurformer.settings import Count, Counts, Seed, Settings, Text, Texts, setting
 from recurformer.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WORK_BYTES = 2**30  # left free for what a step needs besides weights and cache
+StepName = Literal["auto", "plain", "fused"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeSettings:
-    """One measurement.
+class DecodeSettings(Settings):
+    """One measurement of decoding."""
 
-    Args:
-        models: shapes and the kinds of their layers, as "300m-6:standard"; recurrent without a kind.
-        batch_sizes: B, rows that continue at once, each tried.
-        contexts: slots that the last of the timed tokens sees, itself included, each tried.
-        steps: "plain", "fused" or "auto", each a row.
-        tokens: of one timed run.
-        dtype: of weights, products and cache, "bf16" or "fp32".
-        huggingface: also time `generate` of Hugging Face and ours on the same weights, one row of prompts, at the
-            smallest context.
-        repeats, warmup: timed runs, of which the median counts, and runs before them.
-        device, seed: where, and of weights and cache.
-    """
-
-    models: tuple[str, ...] = ("300m-6", "300m-24:standard")
-    batch_sizes: tuple[int, ...] = (1, 64)
-    contexts: tuple[int, ...] = (1024,)
-    steps: tuple[str, ...] = ("auto",)
-    tokens: int = 16
-    dtype: str = "bf16"
-    huggingface: bool = False
-    repeats: int = 5
-    warmup: int = 2
-    device: str = "cpu"
-    seed: int = 0
+    models: Texts = setting(
+        ("300m-6", "300m-24:standard"), "Presets with the kind of their layers, recurrent where none is given.",
+        metavar="PRESET:KIND",
+    )  # fmt: skip
+    batch_sizes: Counts = setting((1, 64), "Rows that continue at once, each tried.", metavar="B")
+    contexts: Counts = setting(
+        (1024,), "Slots that the last timed token sees, with its own slot, each tried.", metavar="N"
+    )
+    steps: Annotated[tuple[StepName, ...], MinLen(1)] = setting(
+        ("auto",), "Decode steps: auto, plain (PyTorch operations) or fused (kernels), a row each.", option="--step",
+        metavar="NAME",
+    )  # fmt: skip
+    tokens: Count = setting(16, "Tokens of one timed run.")
+    huggingface: bool = setting(
+        False, "Rows for generate of Hugging Face and ours, on the same weights, for one row of prompts at the "
+        "smallest context."
+    )  # fmt: skip
+    dtype: Dtype = setting("bf16", "Dtype of weights, products and cache.")
+    repeats: Count = setting(5, "Timed runs, of which the median counts.")
+    warmup: Count = setting(3, "Runs before the timed ones.")
+    seed: Seed = setting(0, "Random seed of weights and cache.")
+    device: Text = setting("cpu", "Device to measure on.", option=None)
 
     def __post_init__(self) -> None:
-        check_counts(self, "batch_sizes", "contexts", "tokens", "repeats", "warmup")
-        check_choice("dtype", self.dtype, DTYPES)
-        if not self.models or not self.steps:
-            raise ValueError("there is nothing to measure; give a model and a step")
-        for step in self.steps:
-            check_choice("step", step, STEP_CHOICES)
+        super().__post_init__()
         if min(self.contexts) < self.tokens:
             raise ValueError(
                 f"the context {min(self.contexts)} is shorter than the {self.tokens} tokens of a run; "
@@ -105,7 +99,7 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def bench_decode(settings: DecodeSettings, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+def bench_decode(settings: DecodeSettings, progress: Progress = silent) -> dict[str, Any]:
     """Measure; all rows, and what they were made under, ready for JSON.
 
     A run makes the logits of `tokens` tokens of every row, one after the other: what draws a token from them is not in
@@ -121,8 +115,7 @@ def bench_decode(settings: DecodeSettings, progress: Callable[[str, int, int], N
     total = len(s.models) * (len(s.batch_sizes) * len(s.contexts) * len(s.steps) + 2 * s.huggingface)
 
     def report(what: str) -> None:
-        if progress is not None:
-            progress(what, len(rows), total)
+        progress(what, len(rows), total)
 
     for name in dict.fromkeys(s.models):
         config = model_config(name)

@@ -10,27 +10,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recurformer.choose import SCAN_CHOICES, choose_scan
+from recurformer.choose import choose_scan
 from recurformer.config import OFFICIAL_OPTIONS, ModelConfig
 from recurformer.experiments.bench.common import (
-    check_choice,
-    check_counts,
+    Dtype,
+    Progress,
+    ScanName,
     draw_bars,
     in_words,
     milliseconds,
     record,
     remarks,
     show_table,
+    silent,
     spread,
 )
 from recurformer.experiments.bench.timing import Work, build_model, forget_compiled, peak_memory_of, release, time_runs
-from recurformer.settings import suggest
+from recurformer.settings import Count, Seed, Settings, Text, setting
 from recurformer.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-DTYPES = ("fp32", "bf16")
 OFFICIAL = {"official": "recurrent", "official standard": "sequential"}  # rows, and its names of these blocks
 OFFICIAL_DEVICES = ("cuda",)  # its code says so in many places
 STACK_SCANS = ("wavefront",)  # those that advance several layers at once
@@ -38,52 +39,39 @@ PASSES = ("forward", "both")  # of the measurements: without gradients, and forw
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSettings:
-    """One measurement.
+class LayerSettings(Settings):
+    """One measurement of a layer, or of a stack of layers."""
 
-    Args:
-        batch_size, length, d_model, n_heads: B, N, D, H; n_kv_heads: G, None: H.
-        stack: layers on top of each other; times are given for one of them.
-        scans: how the recurrent layer is evaluated, each a row; a stack also takes scans of several layers at once.
-        standard: also measure a standard layer.
-        official: checkout of the official repository whose blocks are measured too; None: none.
-        dtype: "bf16" (autocast: weights stay float32) or "fp32".
-        backward: measure forward and backward besides the forward alone.
-        compile: fuse the standard layer's element-wise steps; None: on a GPU.
-        repeats, warmup: timed runs, of which the median counts, and runs before them.
-        inputs: inputs that runs take in turn.
-        device, seed: where, and of weights and inputs.
-    """
-
-    batch_size: int = 64
-    length: int = 512
-    d_model: int = 1024
-    n_heads: int = 16
-    n_kv_heads: int | None = None
-    stack: int = 1
-    scans: tuple[str, ...] = ("auto",)
-    standard: bool = True
-    official: str | None = None
-    dtype: str = "bf16"
-    backward: bool = True
-    compile: bool | None = None
-    repeats: int = 5
-    warmup: int = 3
-    inputs: int = 3
-    device: str = "cpu"
-    seed: int = 0
+    batch_size: Count = setting(64, "Sequences in a batch.")
+    length: Count = setting(512, "Positions of a sequence.", metavar="N")
+    d_model: Count = setting(1024, "Width of the residual stream.")
+    n_heads: Count = setting(16, "Number of query heads.")
+    n_kv_heads: Count | None = setting(None, "Number of key-value heads.", metavar="G", unset="as many as query heads")
+    stack: Count = setting(1, "Layers on top of each other. Times are given for one of them.", metavar="L")
+    scans: tuple[ScanName, ...] = setting(("auto",), "Scans of the recurrent layer, a row each.", metavar="NAME")
+    standard: bool = setting(True, "A row for a standard layer.")
+    official: Text | None = setting(
+        None, "Folder with the code of github.com/geniucos/recurrent-transformer, for a row of its blocks.",
+        metavar="CHECKOUT",
+    )  # fmt: skip
+    backward: bool = setting(True, "Forward and backward in addition to the forward alone.",
+                             option="--backward/--forward-only")  # fmt: skip
+    inputs: Count = setting(3, "Number of different inputs that the runs take in turn.")
+    compile: bool | None = setting(None, "Fused element-wise steps of standard layers.", unset="on a GPU")
+    dtype: Dtype = setting("bf16", "Compute dtype. bf16 is autocast: weights stay float32.")
+    repeats: Count = setting(5, "Timed runs, of which the median counts.")
+    warmup: Count = setting(3, "Runs before the timed ones.")
+    seed: Seed = setting(0, "Random seed of weights and inputs.")
+    device: Text = setting("cpu", "Device to measure on.", option=None)
 
     def __post_init__(self) -> None:
-        check_counts(self, "batch_size", "length", "stack", "repeats", "warmup", "inputs")
-        check_choice("dtype", self.dtype, DTYPES)
-        known = tuple(name for name in SCAN_CHOICES if self.stack > 1 or name not in STACK_SCANS)
+        super().__post_init__()
         for scan in self.scans:
-            if scan not in known:
-                advice = " (it takes a stack of 2 or more)" if scan in SCAN_CHOICES else suggest(scan, known)
-                raise ValueError(f"there is no scan {scan!r} here; choose among {', '.join(map(repr, known))}{advice}")
+            if scan in STACK_SCANS and self.stack == 1:
+                raise ValueError(f"scans holds {scan!r} and stack is 1; {scan} takes a stack of 2 or more")
         if not self.scans and not self.standard and self.official is None:
             raise ValueError("there is nothing to measure; give a scan, the standard layer or a checkout")
-        if self.official is not None and torch.device(self.device).type not in OFFICIAL_DEVICES:
+        if self.official is not None and self.device.partition(":")[0] not in OFFICIAL_DEVICES:
             raise ValueError(
                 f"the official blocks need an NVIDIA GPU, and device is {self.device!r}; drop the checkout"
             )
@@ -110,7 +98,7 @@ class Subject:
     how: str = ""
 
 
-def bench_layer(settings: LayerSettings, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+def bench_layer(settings: LayerSettings, progress: Progress = silent) -> dict[str, Any]:
     """Measure; all rows, and what they were made under, ready for JSON.
 
     A path that runs out of memory is a row that says so.
@@ -125,8 +113,7 @@ def bench_layer(settings: LayerSettings, progress: Callable[[str, int, int], Non
     for done, name in enumerate(names):
         row: dict[str, Any] = {"path": name}
         for n, which in enumerate(passes):
-            if progress is not None:
-                progress(f"{name}: {which}", done * len(passes) + n, len(names) * len(passes))
+            progress(f"{name}: {which}", done * len(passes) + n, len(names) * len(passes))
             try:
                 row |= _measure(s, name, which, device)
             except torch.OutOfMemoryError:

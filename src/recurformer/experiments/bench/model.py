@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import MinLen
 
-from recurformer.choose import SCAN_CHOICES, choose_attention, choose_loss, choose_scan
+from recurformer.choose import choose_attention, choose_loss, choose_scan
 from recurformer.config import ModelConfig
 from recurformer.data.windows import Batch
 from recurformer.experiments.bench.common import (
-    check_choice,
-    check_counts,
+    Dtype,
+    Progress,
+    ScanName,
     draw_bars,
     in_words,
     milliseconds,
     record,
     remarks,
     show_table,
+    silent,
     spread,
 )
 from recurformer.experiments.bench.timing import Work, build_model, forget_compiled, peak_memory_of, release, time_runs
+from recurformer.settings import Count, Counts, Seed, Settings, Text, Texts, setting
 from recurformer.training.config import TrainConfig
 from recurformer.training.distributed import OneProcess
 from recurformer.training.optimizer import make_optimizer, set_rates
@@ -44,50 +48,33 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """One measurement.
+class ModelSettings(Settings):
+    """One measurement of whole optimizer steps."""
 
-    Args:
-        presets: names of shapes.
-        kinds: of their layers, each "recurrent", "standard" or "first:K".
-        tokens: of one optimizer step; a multiple of `length`.
-        length: N, positions of a sequence.
-        micro_batch_sizes: sequences in memory at once, each a candidate; those larger than the step are its size.
-        recurrent_micro_batch_sizes: of the recurrent layers at the bottom of a hybrid, each a candidate beside one
-            size for all layers; only with smaller micro-batches.
-        recompute: whether standard layers are evaluated again in the backward, each a candidate.
-        scan: how recurrent layers are evaluated.
-        dtype: "bf16" (autocast: weights stay float32) or "fp32".
-        compile: fuse the standard layers' element-wise steps; None: on a GPU.
-        repeats, warmup: timed steps, of which the median counts, and steps before them.
-        device, seed: where, and of weights and tokens.
-    """
-
-    presets: tuple[str, ...] = ("150m-12",)
-    kinds: tuple[str, ...] = KINDS
-    tokens: int = 262_144
-    length: int = 512
-    micro_batch_sizes: tuple[int, ...] = (64, 128)
-    recurrent_micro_batch_sizes: tuple[int, ...] = ()
-    recompute: tuple[bool, ...] = (False,)
-    scan: str = "auto"
-    dtype: str = "bf16"
-    compile: bool | None = None
-    repeats: int = 3
-    warmup: int = 2
-    device: str = "cpu"
-    seed: int = 0
+    presets: Texts = setting(("150m-12",), "Presets to measure.")
+    kinds: Texts = setting(KINDS, "Kinds of their layers: recurrent, standard or first:K.", metavar="KIND")
+    tokens: Count = setting(262_144, "Tokens of one optimizer step, a multiple of the length.")
+    length: Count = setting(512, "Positions of a sequence.", metavar="N")
+    micro_batch_sizes: Counts = setting((64, 128), "Sequences in memory at once, each tried.", metavar="B")
+    recurrent_micro_batch_sizes: tuple[Count, ...] = setting(
+        (), "Sequences at once in the recurrent layers of a hybrid, each tried in addition to the micro-batch of all "
+        "layers.", metavar="B",
+    )  # fmt: skip
+    recompute: Annotated[tuple[bool, ...], MinLen(1)] = setting(
+        (False,), "Second evaluation of standard layers in the backward, each choice tried.", option=None
+    )
+    scan: ScanName = setting("auto", "Scan of the recurrent layers.", metavar="NAME")
+    compile: bool | None = setting(None, "Fused element-wise steps of standard layers.", unset="on a GPU")
+    dtype: Dtype = setting("bf16", "Compute dtype. bf16 is autocast: weights stay float32.")
+    repeats: Count = setting(5, "Timed steps, of which the median counts.")
+    warmup: Count = setting(3, "Steps before the timed ones.")
+    seed: Seed = setting(0, "Random seed of weights and tokens.")
+    device: Text = setting("cpu", "Device to measure on.", option=None)
 
     def __post_init__(self) -> None:
-        check_counts(self, "tokens", "length", "micro_batch_sizes", "repeats", "warmup")
-        if self.recurrent_micro_batch_sizes:
-            check_counts(self, "recurrent_micro_batch_sizes")
+        super().__post_init__()
         if self.tokens % self.length:
             raise ValueError(f"tokens {self.tokens} is no multiple of length {self.length}; a step has whole sequences")
-        check_choice("scan", self.scan, SCAN_CHOICES)
-        for name in ("presets", "kinds", "recompute"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give at least one")
         for preset, kind in self.models():
             _ = self.training(preset, kind, Candidate(1, None, False))
 
@@ -122,7 +109,7 @@ class ModelSettings:
         )  # fmt: skip
 
 
-def bench_model(settings: ModelSettings, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+def bench_model(settings: ModelSettings, progress: Progress = silent) -> dict[str, Any]:
     """Measure; all rows, and what they were made under, ready for JSON.
 
     The step is the training's own: micro-batches to the device, forward, loss, backward, clipping, fused AdamW. A
@@ -135,8 +122,7 @@ def bench_model(settings: ModelSettings, progress: Callable[[str, int, int], Non
     plan = [(preset, kind, one) for preset, kind in s.models() for one in s.candidates(kind)]
     rows: list[dict[str, Any]] = []
     for done, (preset, kind, candidate) in enumerate(plan):
-        if progress is not None:
-            progress(f"{preset} {kind}, micro-batches of {candidate.micro_batch_size}", done, len(plan))
+        progress(f"{preset} {kind}, micro-batches of {candidate.micro_batch_size}", done, len(plan))
         row: dict[str, Any] = {"preset": preset, "layers": kind, **candidate._asdict()}
         try:
             row |= _measure(s, s.training(preset, kind, candidate), device)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -12,17 +11,19 @@ from recurformer.cache import KVCache
 from recurformer.choose import SCAN_CHOICES, choose_scan, choose_step
 from recurformer.config import ModelConfig
 from recurformer.experiments.bench.common import (
-    check_choice,
-    check_counts,
+    Dtype,
+    Progress,
     draw_bars,
     in_words,
     milliseconds,
     record,
     remarks,
     show_table,
+    silent,
     spread,
 )
 from recurformer.experiments.bench.timing import (
+    DTYPES,
     Work,
     build_model,
     copy_bandwidth,
@@ -32,54 +33,39 @@ from recurformer.experiments.bench.timing import (
     time_runs,
 )
 from recurformer.generation.engine import DecodeEngine
+from recurformer.settings import Count, Seed, Settings, Text, Texts, setting
 from recurformer.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
 ENGINE = "engine"  # stands where the name of a scan does
+PromptScan = Literal["auto", "reference", "tiled", "fused", "wavefront", "engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillSettings:
-    """One measurement.
+class PrefillSettings(Settings):
+    """One measurement of reading prompts."""
 
-    Args:
-        presets: names of shapes, in recurrent layers.
-        scans: how they are evaluated, each a row; "engine" is what generation does: its decode engine reads the prompt,
-            token by token where its rule says so.
-        standard: also measure the same shape in standard layers.
-        length, batch_size: N, positions of a prompt, and B, prompts at once.
-        dtype: of weights and products, "bf16" or "fp32".
-        repeats, warmup: timed runs, of which the median counts, and runs before them.
-        inputs: prompts that runs take in turn.
-        device, seed: where, and of weights and tokens.
-    """
-
-    presets: tuple[str, ...] = ("300m-6", "300m-24")
-    scans: tuple[str, ...] = ("auto",)
-    standard: bool = True
-    length: int = 2048
-    batch_size: int = 1
-    dtype: str = "bf16"
-    repeats: int = 5
-    warmup: int = 2
-    inputs: int = 3
-    device: str = "cpu"
-    seed: int = 0
+    presets: Texts = setting(("300m-6", "300m-24"), "Presets to measure.")
+    scans: tuple[PromptScan, ...] = setting(
+        ("auto",), "Scans of the recurrent layers, a row each. engine is the decode engine, which generation uses.",
+        metavar="NAME",
+    )  # fmt: skip
+    standard: bool = setting(True, "A row for the same shape in standard layers.")
+    length: Count = setting(2048, "Positions of a prompt.", metavar="N")
+    batch_size: Count = setting(1, "Prompts in a batch.")
+    inputs: Count = setting(3, "Number of different prompts that the runs take in turn.")
+    dtype: Dtype = setting("bf16", "Dtype of weights and products.")
+    repeats: Count = setting(5, "Timed runs, of which the median counts.")
+    warmup: Count = setting(3, "Runs before the timed ones.")
+    seed: Seed = setting(0, "Random seed of weights and tokens.")
+    device: Text = setting("cpu", "Device to measure on.", option=None)
 
     def __post_init__(self) -> None:
-        check_counts(self, "length", "batch_size", "repeats", "warmup", "inputs")
-        check_choice("dtype", self.dtype, DTYPES)
-        for scan in self.scans:
-            if scan not in (*SCAN_CHOICES, ENGINE):
-                names = ", ".join(map(repr, (*SCAN_CHOICES, ENGINE)))
-                raise ValueError(f"there is no scan {scan!r}; choose among {names}")
-        if not self.presets or not (self.scans or self.standard):
-            raise ValueError("there is nothing to measure; give a preset, and a scan or the standard layers")
+        super().__post_init__()
+        if not (self.scans or self.standard):
+            raise ValueError("there is nothing to measure; give a scan or the standard layers")
         for preset in self.presets:
             _ = ModelConfig.preset(preset)
 
@@ -106,7 +92,7 @@ def streaming_limit(config: ModelConfig, dtype: torch.dtype, bandwidth: float, b
     return batch_size * bandwidth / (config.n_layers * sequential_weights(config) * dtype.itemsize)
 
 
-def bench_prefill(settings: PrefillSettings, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+def bench_prefill(settings: PrefillSettings, progress: Progress = silent) -> dict[str, Any]:
     """Measure; all rows, and what they were made under, ready for JSON.
 
     A run reads the prompts into a new cache and makes the logits of their last positions, as generation does.
@@ -121,8 +107,7 @@ def bench_prefill(settings: PrefillSettings, progress: Callable[[str, int, int],
     rows: list[dict[str, Any]] = []
     notes = []
     for done, (preset, path) in enumerate(plan):
-        if progress is not None:
-            progress(f"{preset} {path}", done, len(plan))
+        progress(f"{preset} {path}", done, len(plan))
         scan, kind = ("", path) if path == "standard" else (path, "recurrent")
         config = ModelConfig.preset(preset, layers=kind)
         row: dict[str, Any] = {"preset": preset, "path": path}

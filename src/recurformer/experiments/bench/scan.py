@@ -1,4 +1,4 @@
-"""Time and memory of a model's training step or forward pass under each scan, beside the standard layer and a peer."""
+"""Time and memory of a training step or a forward pass under each scan, next to standard layers and a peer."""
 
 from __future__ import annotations
 
@@ -9,99 +9,82 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata, util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
 from recurformer.choose import GPU_SCANS
 from recurformer.config import ModelConfig
 from recurformer.experiments.bench.common import (
-    check_choice,
-    check_counts,
+    Dtype,
+    Progress,
     in_words,
     machine,
     milliseconds,
     remarks,
     show_table,
+    silent,
 )
 from recurformer.experiments.bench.memory import peak_memory
 from recurformer.model import LanguageModel
-from recurformer.scan.algorithms import SCANS
-from recurformer.settings import suggest
+from recurformer.settings import Count, Counts, Natural, Seed, Settings, Text, setting
 from recurformer.units import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PEER, PEER_MODULE = "recurrent-transformer-pytorch", "recurrent_transformer"
-PATHS = (*SCANS, "standard", "peer")
-DTYPES = ("fp32", "bf16")
+MeasuredPath = Literal["reference", "tiled", "fused", "wavefront", "standard", "peer"]
+PATHS: tuple[MeasuredPath, ...] = get_args(MeasuredPath)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # tokens and targets (B, N) to a scalar
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanSettings:
-    """One measurement.
+class ScanSettings(Settings):
+    """One measurement of a whole model under several scans."""
 
-    Args:
-        lengths: N, positions; each is measured by itself.
-        batch_size, d_model, n_layers, n_heads: B, D, L, H.
-        vocab_size: of the language model around the layers.
-        dtype: "fp32" or "bf16" (autocast: weights stay float32).
-        paths: what is measured, of `PATHS`.
-        backward: measure forward and backward; else the forward alone, without gradients.
-        repeats, warmup: timed runs, of which the median counts, and runs before them.
-        peer_repeats: timed runs of the peer, which may take minutes each; None: as many. Choosing its mode warms it up.
-        device: where.
-        threads: of the CPU; None: as PyTorch has it.
-        seed: of weights and tokens.
-    """
-
-    lengths: tuple[int, ...] = (256,)
-    batch_size: int = 16
-    d_model: int = 256
-    n_layers: int = 4
-    n_heads: int = 4
-    vocab_size: int = 256
-    dtype: str = "fp32"
-    paths: tuple[str, ...] = PATHS
-    backward: bool = True
-    repeats: int = 5
-    warmup: int = 1
-    peer_repeats: int | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    seed: int = 0
+    lengths: Counts = setting((256,), "Positions N of a sequence, each measured by itself.", option="--length",
+                              metavar="N", repeated=True)  # fmt: skip
+    batch_size: Count = setting(16, "Sequences in a batch.")
+    d_model: Count = setting(256, "Width of the residual stream.")
+    n_layers: Count = setting(4, "Number of layers.")
+    n_heads: Count = setting(4, "Number of heads.")
+    vocab_size: Count = setting(256, "Vocabulary size of the model around the layers.")
+    dtype: Dtype = setting("fp32", "Compute dtype. bf16 is autocast: weights stay float32.")
+    paths: Annotated[tuple[MeasuredPath, ...], MinLen(1)] = setting(
+        PATHS, "Scan to measure, standard layers, or the peer.", option="--path", metavar="NAME", repeated=True,
+        unset="all",
+    )  # fmt: skip
+    backward: bool = setting(True, "A training step without the optimizer, or the forward pass alone.",
+                             option="--backward/--forward-only")  # fmt: skip
+    repeats: Count = setting(5, "Timed runs, of which the median counts.")
+    warmup: Natural = setting(1, "Runs before the timed ones.")
+    peer_repeats: Count | None = setting(
+        None, "Timed runs of the peer, which takes minutes for one.", metavar="N", unset="as many"
+    )
+    threads: Count | None = setting(None, "Threads of the CPU.", metavar="N", unset="as PyTorch chooses")
+    seed: Seed = setting(0, "Random seed of weights and tokens.")
+    device: Text = setting("cpu", "Device to measure on.", option=None)
 
     def __post_init__(self) -> None:
-        check_counts(self, "batch_size", "repeats", "threads", "peer_repeats")
-        if self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
-        check_choice("dtype", self.dtype, DTYPES)
+        super().__post_init__()
         for path in self.paths:
-            if path not in PATHS:
-                raise ValueError(
-                    f"there is no path {path!r}; choose among {', '.join(map(repr, PATHS))}{suggest(path, PATHS)}"
-                )
             if path in GPU_SCANS and self.device == "cpu" and self.paths != PATHS:
                 raise ValueError(f"{path} needs an NVIDIA GPU; leave it out, or give --device cuda")
-        if not self.paths:
-            raise ValueError(f"there is nothing to measure; choose among {', '.join(map(repr, PATHS))}")
         _ = self.config("standard")
 
     def turns(self, path: str) -> range:
-        """Of all runs, those in which a path takes part."""
+        """Return the numbers of the runs in which a path takes part."""
         count = self.repeats
         if path == "peer":
             return range(self.warmup, self.warmup + min(count, self.peer_repeats or count))
         return range(self.warmup + count)
 
     def config(self, layers: str) -> ModelConfig:
-        """The shape of our model."""
+        """Return the shape of our model."""
         return ModelConfig(
             vocab_size=self.vocab_size,
             d_model=self.d_model,
@@ -111,7 +94,7 @@ class ScanSettings:
         )
 
 
-def bench_scan(settings: ScanSettings, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+def bench_scan(settings: ScanSettings, progress: Progress = silent) -> dict[str, Any]:
     """Measure; all rows, and what they were made under, ready for JSON.
 
     Paths take turns, so that a disturbance of the machine hits all of them; times are medians after warm-up. Peak
@@ -138,8 +121,7 @@ def bench_scan(settings: ScanSettings, progress: Callable[[str, int, int], None]
 
         def report(what: str) -> None:
             nonlocal done
-            if progress is not None:
-                progress(what, done, total)
+            progress(what, done, total)
             done += 1
 
         done = 0

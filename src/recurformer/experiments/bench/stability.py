@@ -12,20 +12,22 @@ import io
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, MinLen
 from torch import Tensor, nn
 
 from recurformer.config import ModelConfig
-from recurformer.experiments.bench.common import machine, show_table
+from recurformer.experiments.bench.common import Progress, machine, show_table, silent
 from recurformer.experiments.tasks.text import VOCABULARY, quickstart_bytes, random_windows
 from recurformer.experiments.tasks.training import Fit, fit
 from recurformer.experiments.theory.gradients import jacobian_gains, position_gradients
 from recurformer.loss import IGNORE
 from recurformer.model import LanguageModel, Layer, Output
 from recurformer.scan.reference import attend
+from recurformer.settings import Count, Counts, Positive, Seed, Settings, setting
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
 
 if TYPE_CHECKING:
@@ -35,51 +37,38 @@ if TYPE_CHECKING:
 
 SPIKE, BEFORE = 4.0, 20  # a spike is a norm of more than SPIKE times the median of the BEFORE steps before it
 FOIL = "Elman"
+MODELS = ("recurrent", "standard", FOIL)
+Length = Annotated[int, Ge(2)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StabilitySettings:
-    """What is measured.
+class StabilitySettings(Settings):
+    """One measurement of gradients over distance and of gradient norms while training."""
 
-    Args:
-        d_model, n_layers, n_heads: of the models whose gradients are followed over distance.
-        length: positions; distances go up to length - 1, from the last position.
-        sequences, probes: rows of random text, and random directions for each (`jacobian_gains`).
-        steps, batch_size, lr: of their training on the text inside the package, at this length.
-        uniform_width: D of the one layer with uniform attention.
-        depths, widths, rates, grid_steps, grid_length: of the runs whose gradient norms are kept; no depths: none.
-        seed: of weights and data.
-    """
-
-    d_model: int = 64
-    n_layers: int = 2
-    n_heads: int = 4
-    length: int = 128
-    sequences: int = 4
-    probes: int = 8
-    steps: int = 100
-    batch_size: int = 16
-    lr: float = 4e-3
-    uniform_width: int = 128
-    depths: tuple[int, ...] = (1, 4)
-    widths: tuple[int, ...] = (32, 96)
-    rates: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
-    grid_steps: int = 60
-    grid_length: int = 32
-    seed: int = 0
+    d_model: Count = setting(64, "Width of the models whose gradients are followed over distance.")
+    n_layers: Count = setting(2, "Number of layers of these models.")
+    n_heads: Count = setting(4, "Number of heads of every model.")
+    length: Length = setting(128, "Positions of a sequence. Distances are measured from the last one.")
+    sequences: Count = setting(4, "Rows of random text.", option=None)
+    probes: Count = setting(8, "Random directions for each Frobenius norm.", option=None)
+    steps: Count = setting(100, "Training steps before the second measurement.")
+    batch_size: Count = setting(16, "Sequences of a training step.", option=None)
+    lr: Positive = setting(4e-3, "Learning rate of that training.")
+    uniform_width: Count = setting(128, "Width of the single layer with uniform attention.")
+    depths: tuple[Count, ...] = setting((1, 4), "Depths of the grid of training runs. None: no grid.", option=None)
+    widths: Counts = setting((32, 96), "Widths of the grid.", option=None)
+    rates: Annotated[tuple[Positive, ...], MinLen(1)] = setting(
+        (1e-3, 4e-3, 1.6e-2), "Learning rates of the grid.", option=None
+    )
+    grid_steps: Count = setting(60, "Training steps of a run of the grid.", option=None)
+    grid_length: Length = setting(32, "Positions of a sequence of the grid.", option=None)
+    seed: Seed = setting(0, "Random seed of weights and data.")
 
     def __post_init__(self) -> None:
-        for name in (
-            "length", "sequences", "probes", "steps", "batch_size", "uniform_width", "grid_steps", "grid_length",
-        ):  # fmt: skip
-            least = 2 if name.endswith("length") else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        self.optimizer(self.lr)
+        super().__post_init__()
         self.model_config("standard", self.n_layers, self.d_model)
-        for depth, width, rate, _ in self.grid():
+        for depth, width, _, _ in self.grid():
             self.model_config("standard", depth, width)
-            self.optimizer(rate)
 
     def grid(self) -> Iterator[tuple[int, int, float, str]]:
         """Depth, width, learning rate and kind of each training run."""
@@ -212,7 +201,7 @@ def measure_models(settings: StabilitySettings, report: Callable[[str], None]) -
     tokens, _ = random_windows(
         quickstart_bytes("validation"), s.sequences, s.length, torch.Generator().manual_seed(s.seed)
     )
-    for name in ("recurrent", "standard", FOIL):
+    for name in MODELS:
         torch.manual_seed(s.seed)
         if name == FOIL:
             model = Elman(s.d_model)
@@ -281,12 +270,20 @@ def measure_training(settings: StabilitySettings, report: Callable[[str], None])
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
-def bench_stability(settings: StabilitySettings, report: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
-    """All three measurements; ready for JSON.
+def bench_stability(settings: StabilitySettings, progress: Progress = silent) -> dict[str, Any]:
+    """Return all three measurements, ready for JSON.
 
     Args:
-        report: called with what is running.
+        settings: sizes and lengths of the measurements.
+        progress: called with the present work, measurements done and measurements in all.
     """
+    done, total = 0, 1 + len(MODELS) + len(list(settings.grid()))
+
+    def report(work: str) -> None:
+        nonlocal done
+        progress(work, done, total)
+        done += 1
+
     report("one layer, uniform attention")
     return {
         "benchmark": "stability",

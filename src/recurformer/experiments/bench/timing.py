@@ -19,6 +19,8 @@ from recurformer.model import LanguageModel, Layer
 
 Work = Callable[[], object]
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**25}  # of the buffer that `copy_bandwidth` copies: far beyond any cache
 
 

@@ -15,13 +15,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from recurformer.experiments.bench.common import check_choice, check_counts, in_words, record, show_table
-from recurformer.scan.algorithms import SCANS
+from recurformer.experiments.bench.common import Progress, in_words, record, show_table, silent
 from recurformer.scan.schedule import Schedule, attention_traffic, naive_schedule
+from recurformer.settings import Count, Counts, Positive, Settings, setting
 from recurformer.units import bytes_text
 
 if TYPE_CHECKING:
@@ -29,37 +29,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrafficSettings:
-    """One layer's attention, and how long its sequences are.
+class TrafficSettings(Settings):
+    """Attention of one layer, and the lengths of its sequences."""
 
-    Args:
-        lengths: N, positions.
-        batch_size, n_heads, head_dim: B, H, K; n_kv_heads: G, None: H.
-        element_bytes: of queries, keys, values and outputs.
-        chunk, leaf: C and S of the tiled schedule; None and 1 are the paper's pure tiling.
-    """
-
-    lengths: tuple[int, ...] = tuple(1 << e for e in range(6, 17))
-    batch_size: int = 1
-    n_heads: int = 16
-    head_dim: int = 64
-    n_kv_heads: int | None = None
-    element_bytes: int = 2
-    chunk: int | None = None
-    leaf: int = 1
+    lengths: Counts = setting(
+        tuple(1 << e for e in range(6, 17)), "Positions of a sequence.", option="--length", metavar="N", repeated=True,
+        unset="powers of two from 64 to 65536; measured: 256 to 4096",
+    )  # fmt: skip
+    batch_size: Count = setting(1, "Sequences in a batch.", unset="1; measured: 16")
+    n_heads: Count = setting(16, "Number of query heads.")
+    n_kv_heads: Count | None = setting(None, "Number of key-value heads.", metavar="G", unset="as many as query heads")
+    head_dim: Count = setting(64, "Width of a head.")
+    element_bytes: Count = setting(2, "Bytes of an element of queries, keys, values and outputs.")
+    chunk: Count | None = setting(
+        None, "Positions of a chunk, a power of two.", metavar="C", unset="pure tiling, the paper's schedule"
+    )
+    leaf: Count = setting(1, "Positions that read each other directly, a power of two.")
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"lengths are {self.lengths}; give at least one, each at least 1")
-        check_counts(self, "batch_size", "n_heads", "head_dim", "element_bytes", "n_kv_heads")
+        super().__post_init__()
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
 
 
-def bench_traffic(settings: TrafficSettings) -> dict[str, Any]:
-    """Bytes, FLOP and arithmetic intensity of both schedules at each length; ready for JSON."""
+def bench_traffic(settings: TrafficSettings, progress: Progress = silent) -> dict[str, Any]:
+    """Return bytes, FLOP and arithmetic intensity of both schedules at each length, ready for JSON."""
     s, rows = settings, []
-    for N in sorted(set(s.lengths)):
+    lengths = sorted(set(s.lengths))
+    for done, N in enumerate(lengths):
+        progress(f"N {N}", done, len(lengths))
         row: dict[str, Any] = {"length": N}
         for name, schedule in (("naive", naive_schedule(N)), ("tiled", Schedule(N, 0, s.chunk, s.leaf))):
             traffic = attention_traffic(schedule, s.batch_size, s.n_heads, s.head_dim, s.n_kv_heads, s.element_bytes)
@@ -72,39 +70,32 @@ def bench_traffic(settings: TrafficSettings) -> dict[str, Any]:
 
 METRIC = "dram__bytes.sum"  # read from and written to the GPU's memory
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
-REPLAYS = ("app-range", "kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureSettings:
-    """One layer whose traffic is read with Nsight Compute.
+class MeasureSettings(Settings):
+    """One layer whose traffic is read with Nsight Compute, in bf16 and pure tiling. The layer's width is H K."""
 
-    Args:
-        lengths: N, each scanned by itself; at least four, for the fit has three terms.
-        batch_size, n_heads, head_dim: B, H, K; D is H K.
-        scan: how the layer is evaluated, in pure tiling where it offers a choice.
-        backward: forward and backward; else the forward alone.
-        replay: how the profiler works: "app-range" reads the counters around the whole scan, which runs as ever;
-            "kernel" reads them around every kernel, one kernel at a time, which takes long.
-        timeout_s: of one run under the profiler.
-    """
-
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    batch_size: int = 16
-    n_heads: int = 16
-    head_dim: int = 64
-    scan: str = "fused"
-    backward: bool = False
-    replay: str = "app-range"
-    timeout_s: float = 300.0
+    lengths: Counts = setting((256, 512, 1024, 2048, 4096), "Positions of a sequence, each scanned by itself.",
+                              option="--length", metavar="N", repeated=True)  # fmt: skip
+    batch_size: Count = setting(16, "Sequences in a batch.")
+    n_heads: Count = setting(16, "Number of heads.")
+    head_dim: Count = setting(64, "Width of a head.")
+    scan: Literal["reference", "tiled", "fused", "wavefront"] = setting(
+        "fused", "Scan to measure with --measure, in pure tiling where it offers a choice.", metavar="NAME"
+    )
+    backward: bool = setting(False, "Forward and backward with --measure, or the forward alone.",
+                             option="--backward/--forward-only")  # fmt: skip
+    replay: Literal["app-range", "kernel"] = setting(
+        "app-range", "Place of ncu's counters with --measure: around the whole scan, or around every kernel, which is "
+        "slow."
+    )  # fmt: skip
+    timeout_s: Positive = setting(300.0, "Seconds of one run under the profiler at most.", option=None)
 
     def __post_init__(self) -> None:
-        check_counts(self, "lengths", "batch_size", "n_heads", "head_dim")
+        super().__post_init__()
         if len(set(self.lengths)) < 4:
             raise ValueError(f"lengths are {self.lengths}; a fit of three terms needs at least four different ones")
-        if self.scan not in SCANS:
-            raise ValueError(f"there is no scan {self.scan!r}; choose among {', '.join(map(repr, SCANS))}")
-        check_choice("replay", self.replay, REPLAYS)
 
 
 class Fit(NamedTuple):
@@ -131,9 +122,7 @@ def fit(lengths: Sequence[int], measured: Sequence[float], growth: Callable[[flo
 GROWTHS: dict[str, Callable[[float], float]] = {"n_log_n": lambda n: n * math.log2(n), "n_squared": lambda n: n * n}
 
 
-def measure_traffic(
-    settings: MeasureSettings, progress: Callable[[str, int, int], None] | None = None
-) -> dict[str, Any]:
+def measure_traffic(settings: MeasureSettings, progress: Progress = silent) -> dict[str, Any]:
     """DRAM bytes of one layer's scan at each length beside the modelled bytes of its attention, and two fits.
 
     Args:
@@ -148,8 +137,7 @@ def measure_traffic(
         raise ValueError("ncu (NVIDIA Nsight Compute) is not on the PATH; install it, or leave out --measure")
     lengths = sorted(set(s.lengths))
     for done, N in enumerate(lengths):
-        if progress is not None:
-            progress(f"N {N}", done, len(lengths))
+        progress(f"N {N}", done, len(lengths))
         traffic = attention_traffic(Schedule(N), s.batch_size, s.n_heads, s.head_dim, None, 2)
         rows.append({"length": N, "measured_bytes": profile(ncu, s, N), "modelled_bytes": traffic.bytes})
     fits = {name: fit(lengths, [row["measured_bytes"] for row in rows], growth) for name, growth in GROWTHS.items()}

@@ -7,17 +7,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from annotated_types import Ge
 
 from recurformer.config import LayerKind, ModelConfig, Position
-from recurformer.experiments.bench.common import check_counts, record, show_table
+from recurformer.experiments.bench.common import Progress, ScanName, record, show_table, silent
 from recurformer.experiments.tasks.generators import make_task
 from recurformer.experiments.tasks.sweep import TEST_SEED, train_on_task
 from recurformer.experiments.tasks.text import VOCABULARY, held_out_loss, quickstart_bytes, random_windows
 from recurformer.experiments.tasks.training import accuracy, fit
 from recurformer.model import LanguageModel
+from recurformer.settings import Count, Positive, Seeds, Settings, Text, setting, shown
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
 
 if TYPE_CHECKING:
@@ -41,49 +43,41 @@ def placements(n_layers: int) -> dict[str, tuple[LayerKind, ...]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HybridSettings:
-    """Models that differ in nothing but which layers are recurrent.
+class HybridSettings(Settings):
+    """Models that differ in nothing but the places of their recurrent layers."""
 
-    Args:
-        on: "text" (bytes of the text inside the package) or a task's name.
-        n_layers: depth; `placements` of it are trained.
-        d_model, n_heads, position: of every model.
-        length, batch_size, steps, lr, seeds: of the training.
-        only: names of placements to train; empty: all.
-        extra_steps: the Transformer is also trained for this many times the steps, to compare at equal cost.
-        device: where; scan: as `model.scan`.
-    """
-
-    on: str = TEXT
-    n_layers: int = 4
-    d_model: int = 64
-    n_heads: int = 8
-    position: Position = "alibi"
-    length: int = 64
-    batch_size: int = 32
-    steps: int = 200
-    lr: float = 4e-3
-    seeds: tuple[int, ...] = (0,)
-    only: tuple[str, ...] = ()
-    extra_steps: tuple[int, ...] = (2, 4)
-    device: str = "cpu"
-    scan: str = "auto"
+    on: Text = setting(TEXT, "text, the bytes inside the package, or the name of a task.", option=None)
+    n_layers: Count = setting(4, "Number of layers of every model.")
+    d_model: Count = setting(64, "Width of every model.")
+    n_heads: Count = setting(8, "Number of heads of every model.")
+    position: Position = setting("alibi", "Positions of every model.", option=None)
+    length: Count = setting(64, "Positions of the training sequences.")
+    batch_size: Count = setting(64, "Sequences of a training step.")
+    steps: Count = setting(200, "Training steps of each model.")
+    lr: Positive = setting(4e-3, "Peak learning rate.")
+    seeds: Seeds = setting((0,), "Random seed of weights and data, a run each.", option="--seed", repeated=True)
+    only: tuple[Text, ...] = setting(
+        (), "Placement to train: R recurrent and S standard, first to last. The Transformer is always trained.",
+        option="--placement", metavar="LETTERS", repeated=True, unset="all of interest",
+    )  # fmt: skip
+    extra_steps: tuple[Annotated[int, Ge(2)], ...] = setting(
+        (2, 4), "Multiples of the steps for further runs of the Transformer, to compare at equal cost.", option=None
+    )
+    scan: ScanName = setting("auto", "Scan of the recurrent layers.", metavar="NAME")
+    device: Text = setting("cpu", "Device to train on.", option=None)
 
     def __post_init__(self) -> None:
-        check_counts(self, "n_layers", "length", "batch_size", "steps")
-        unknown = set(self.only) - set(placements(self.n_layers))
-        if unknown or not self.seeds:
-            raise ValueError(
-                f"only is {self.only} and seeds {self.seeds}; give seeds, and placements of {self.n_layers} layers: "
-                f"{', '.join(placements(self.n_layers))}"
-            )
-        if any(times < 2 for times in self.extra_steps):
-            raise ValueError(f"extra_steps are {self.extra_steps}; each must be at least 2")
+        super().__post_init__()
+        for name in self.only:
+            if name not in placements(self.n_layers):
+                raise ValueError(
+                    f"only holds {shown(name)}; the placements of {self.n_layers} layers are "
+                    f"{', '.join(placements(self.n_layers))}"
+                )
         if self.on != TEXT:
             shortest = make_task(self.on).shortest
             if self.length < shortest:
                 raise ValueError(f"length is {self.length}; {self.on} needs at least {shortest}")
-        self.optimizer()
         self.model_config(("standard",) * self.n_layers)
 
     def model_config(self, layers: tuple[LayerKind, ...]) -> ModelConfig:
@@ -99,9 +93,7 @@ class HybridSettings:
         return OptimizerConfig(lr=self.lr, weight_decay=0.0)
 
 
-def run_hybrids(
-    settings: HybridSettings, report: Callable[[str, int, int], None] = lambda what, done, total: None
-) -> dict[str, Any]:
+def run_hybrids(settings: HybridSettings, report: Progress = silent) -> dict[str, Any]:
     """Train every placement; loss, accuracy (of a task) and cost, ready for JSON.
 
     The cost is the processor time of the training on a CPU, which other processes hardly disturb, and wall time

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recurformer.config import ModelConfig, Position
-from recurformer.experiments.bench.common import check_counts, record, show_table
+from recurformer.experiments.bench.common import Progress, ScanName, record, show_table, silent
 from recurformer.experiments.tasks.generators import Task, make_task
 from recurformer.experiments.tasks.training import Fit, accuracy, fit
 from recurformer.model import LanguageModel
+from recurformer.settings import Count, Counts, Positive, Seeds, Settings, Text, Texts, setting
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
 
 if TYPE_CHECKING:
@@ -28,57 +28,46 @@ POINTS = 100  # of a stored curve
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """What is trained on what. Models of one depth have the same parameters, whatever their layers.
+class TaskSettings(Settings):
+    """Models to train and tasks to train them on. Models of one depth have the same parameters, whatever their layers.
 
-    Args:
-        tasks: names for `make_task`.
-        layers: kinds, as `ModelConfig.layers` takes them; "first:K" is left out at depths below K.
-        n_layers: depths.
-        d_model, n_heads, position: of every model. Many heads, because ALiBi's steepest slope is 2^(-8/H): with few
-            heads no head can look at the last positions alone, and what is learned holds at the training length only.
-        length: positions of the training sequences.
-        curriculum: shorter lengths to train at first, rising, each until the mean loss of `RECENT` steps is below
-            `LEARNED`, for an equal share of the steps at most; what they leave is for `length`.
-        factors: test lengths as multiples of `length`.
-        steps, batch_size, lr: of the training, on fresh sequences each step.
-        seeds: of weights and data.
-        test_count: sequences of each test.
-        minutes: the longest that a model is trained; the schedule then ends with the time. None: without limit.
-        device: where; scan: as `model.scan`.
+    The default has many heads, because ALiBi's steepest slope is 2^(-8/H). With few heads no head can look at the last
+    positions alone, and the model's rule holds at the training length only.
     """
 
-    tasks: tuple[str, ...]
-    layers: tuple[str, ...] = ("recurrent", "first:1", "standard")
-    n_layers: tuple[int, ...] = (2,)
-    d_model: int = 64
-    n_heads: int = 16
-    position: Position = "alibi"
-    length: int = 16
-    curriculum: tuple[int, ...] = ()
-    factors: tuple[int, ...] = (1, 2, 4, 8)
-    steps: int = 300
-    batch_size: int = 64
-    lr: float = 3e-3
-    seeds: tuple[int, ...] = (0,)
-    test_count: int = 256
-    minutes: float | None = None
-    device: str = "cpu"
-    scan: str = "auto"
+    tasks: Texts = setting((), "Tasks by name, with a difficulty after a colon.", option=None)
+    layers: Texts = setting(
+        ("recurrent", "first:1", "standard"), "Kind of layers: recurrent, standard or first:K. first:K is left out at "
+        "depths below K.", metavar="KIND", repeated=True,
+    )  # fmt: skip
+    n_layers: Counts = setting((2,), "Number of layers.", repeated=True)
+    d_model: Count = setting(64, "Width of every model.")
+    n_heads: Count = setting(16, "Number of heads of every model.")
+    position: Position = setting("alibi", "Positions of every model.")
+    length: Count = setting(16, "Positions of the training sequences.")
+    curriculum: tuple[Count, ...] = setting(
+        (), "Shorter training length to learn first, rising. Each has an equal share of the steps at most.",
+        metavar="N", repeated=True,
+    )  # fmt: skip
+    factors: Counts = setting(
+        (1, 2, 4, 8), "Test length as a multiple of the training length.", option="--factor", repeated=True
+    )
+    steps: Count = setting(300, "Training steps of each model.")
+    batch_size: Count = setting(64, "Sequences of a training step, all of them new.")
+    lr: Positive = setting(3e-3, "Peak learning rate.")
+    seeds: Seeds = setting((0,), "Random seed of weights and data, a run each.", option="--seed", repeated=True)
+    test_count: Count = setting(256, "Sequences of each test.")
+    minutes: Positive | None = setting(
+        None, "Minutes of training of each model at most. The schedule then ends with the time.", unset="without limit"
+    )
+    scan: ScanName = setting("auto", "Scan of the recurrent layers.", metavar="NAME")
+    device: Text = setting("cpu", "Device to train on.", option=None)
 
     def __post_init__(self) -> None:
-        check_counts(self, "length", "steps", "batch_size", "test_count")
-        for name in ("tasks", "layers", "n_layers", "factors", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give at least one")
-        if min(self.factors) < 1:
-            raise ValueError(f"factors are {self.factors}; each must be at least 1")
+        super().__post_init__()
         rising = (*self.curriculum, self.length)
         if any(a >= b for a, b in pairwise(rising)):
             raise ValueError(f"curriculum is {self.curriculum}; it must rise and stay below length {self.length}")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise ValueError(f"minutes is {self.minutes}; it must be a finite time above 0, or none")
-        self.optimizer()
         for task in map(make_task, self.tasks):
             if rising[0] < task.shortest:
                 name = "curriculum" if self.curriculum else "length"
@@ -110,9 +99,7 @@ class TaskSettings:
         return OptimizerConfig(lr=self.lr, weight_decay=0.0)
 
 
-def run_tasks(
-    settings: TaskSettings, report: Callable[[str, int, int], None] = lambda what, done, total: None
-) -> dict[str, Any]:
+def run_tasks(settings: TaskSettings, report: Progress = silent) -> dict[str, Any]:
     """Train and score every model on every task with every seed; ready for JSON.
 
     Args:
