@@ -23,10 +23,11 @@ from recurformer.data.windows import Batch
 from recurformer.experiments.bench.common import in_words, machine
 from recurformer.experiments.bench.timing import release, time_runs
 from recurformer.training.config import TrainConfig
-from recurformer.training.distributed import OneProcess, join_processes, training_device
+from recurformer.training.distributed import OneProcess, join_processes
 from recurformer.training.optimizer import make_optimizer, set_rates
 from recurformer.training.start import make_model
 from recurformer.training.steps import gradient_step
+from recurformer.training.torchrun import training_device
 
 
 def random_batches(config: TrainConfig, rank: int, size: int) -> Iterator[Batch]:

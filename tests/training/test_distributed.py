@@ -26,7 +26,7 @@ from recurformer import LanguageModel, ModelConfig, load
 from recurformer.data import prepare
 from recurformer.store.checkpoints import TrainingState, list_checkpoints, newest_checkpoint
 from recurformer.store.runs import read_metrics
-from recurformer.training import TrainConfig, TrainingError, loop, train, validation
+from recurformer.training import TrainConfig, TrainingError, loop, sharding, train, validation
 from recurformer.training import distributed as parallel
 from recurformer.training.config import EvaluationConfig, OptimizerConfig
 from recurformer.training.optimizer import make_optimizer
@@ -472,14 +472,14 @@ def test_what_does_not_fit_is_refused_by_each_process(folder, tmp_path, monkeypa
 
 
 def test_gradients_are_summed_in_pieces_of_one_dtype(monkeypatch):
-    monkeypatch.setattr(parallel, "BUCKET_BYTES", 100)
+    monkeypatch.setattr(sharding, "BUCKET_BYTES", 100)
     tensors = [torch.full((n, 2), float(n)) for n in (5, 7, 1, 40)] + [torch.ones(3, dtype=torch.float64)]
-    groups = list(parallel.buckets(tensors))
+    groups = list(sharding.buckets(tensors))
     assert [len(group) for group in groups] == [2, 1, 1, 1]
     assert [t for group in groups for t in group] == tensors
     before = [t.clone() for t in tensors]
     for group in groups:
-        parallel.in_one_piece(group, lambda flat: flat.mul_(2))
+        sharding.in_one_piece(group, lambda flat: flat.mul_(2))
     assert all(torch.equal(t, 2 * b) for t, b in zip(tensors, before, strict=True))
 
 

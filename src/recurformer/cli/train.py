@@ -55,7 +55,7 @@ def train(
     """
     from recurformer import training
     from recurformer.report import load_runs, write_report
-    from recurformer.training.distributed import torchrun_environment
+    from recurformer.training.torchrun import torchrun_environment
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'; only --dry-run goes without.")

@@ -18,26 +18,24 @@ import threading
 import time
 import traceback
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from recurformer.generation.text import pick_device
-from recurformer.model import LanguageModel, Output
+from recurformer.model import LanguageModel
 from recurformer.training.run import TrainingError
+from recurformer.training.sharding import buckets, in_one_piece, shard
+from recurformer.training.torchrun import torchrun_environment
 
 if TYPE_CHECKING:
     from recurformer.training.config import TrainConfig
 
 T = TypeVar("T")
 
-BUCKET_BYTES = 2**26  # gradients that are summed by one call: enough to use all of a link, little memory beside a model
 FOREVER = timedelta(days=365)
 
 
@@ -101,59 +99,6 @@ class OneProcess:
     def saving(self) -> Iterator[None]:
         """What is written inside is finished even when another process is gone."""
         yield
-
-
-# --- torchrun's environment -----------------------------------------------------------------------------------------
-
-
-class TorchrunEnvironment(NamedTuple):
-    """Which of `torchrun`'s processes this one is."""
-
-    rank: int = 0
-    size: int = 1  # number of processes
-    local_rank: int = 0  # rank on this machine
-
-
-def torchrun_environment() -> TorchrunEnvironment:
-    """Return what `torchrun` says in the environment variables; rank 0 of 1 without it.
-
-    Raises:
-        ValueError: when only some of it is there.
-    """
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        return TorchrunEnvironment()
-    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in needed if not os.environ.get(name)]:
-        raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start several processes "
-            "with torchrun, or unset WORLD_SIZE"
-        )
-    return TorchrunEnvironment(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-
-
-def training_device(config: TrainConfig) -> torch.device:
-    """The device of the configuration; of several processes on one machine, each has a GPU of its own.
-
-    Raises:
-        ValueError: when it is not here.
-    """
-    _, size, local = torchrun_environment()
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and config.precision != "fp64" else "cpu"
-    if size > 1 and name.startswith("cuda:"):
-        raise ValueError(
-            f"device is {name!r}, but there are {size} processes, and each takes the GPU of its local rank; "
-            'set device to "cuda" or "auto"'
-        )
-    if size > 1 and name == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"there are more processes on this machine than its {torch.cuda.device_count()} GPUs; lower "
-                'torchrun\'s --nproc-per-node or set device to "cpu"'
-            )
-        name = f"cuda:{local}"
-    return pick_device(name)
 
 
 @contextmanager
@@ -357,69 +302,3 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
 
 def _line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, in groups of one dtype and about BUCKET_BYTES."""
-    group: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if group and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != group[0].dtype):
-            yield group
-            group, size = [], 0
-        group.append(tensor)
-        size += tensor.nbytes
-    if group:
-        yield group
-
-
-def in_one_piece(tensors: list[Tensor], work: Callable[[Tensor], Any]) -> None:
-    """Do something in place to several tensors as if they were one."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    work(flat)
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [piece.view_as(one) for piece, one in zip(pieces, tensors, strict=True)])
-
-
-# --- FSDP -----------------------------------------------------------------------------------------------------------
-
-
-def shard(model: LanguageModel, device: torch.device) -> LanguageModel:
-    """Split every parameter over the processes, layer by layer; a layer is whole while it runs.
-
-    A layer that is wrapped is evaluated by itself (`LanguageModel._stacks`), so no two layers are ever needed at once.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
-    _show_tensors_in(Output)
-    # A layer's outputs may be a view of what it keeps for the backward. Nothing is ever done to them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # sums: losses are divided by the targets of the whole step
-            module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "residual_stream")
-    return model
-
-
-def _show_tensors_in(output: type) -> None:
-    """FSDP looks for tensors in what a model returns, to gather weights again before their gradients come."""
-    from torch.utils import _pytree
-
-    if output not in _pytree.SUPPORTED_NODES:
-        _pytree.register_dataclass(output)
-
-
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, split as a parameter of its shape is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

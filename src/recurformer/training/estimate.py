@@ -21,9 +21,9 @@ import torch
 
 from recurformer.choose import choices
 from recurformer.training.config import DataConfig, TrainConfig, open_tokens
-from recurformer.training.distributed import training_device
 from recurformer.training.memory import H100_BYTES, Memory, available_bytes, memory_on, memory_on_h100, rows_of, scan_of
 from recurformer.training.timing import Time, estimate_time, h100_seconds
+from recurformer.training.torchrun import training_device
 from recurformer.units import bytes_text, duration, rate_text
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from recurformer.evaluation.perplexity import InterruptedEvaluationError
 from recurformer.model import LanguageModel
 from recurformer.store.checkpoints import Checkpoint, TrainingState, remove_outdated
 from recurformer.training.config import TrainConfig
-from recurformer.training.distributed import OneProcess, join_processes, training_device
+from recurformer.training.distributed import OneProcess, join_processes
 from recurformer.training.logging import Metrics, NoMetrics, Screen, device_facts, say_on_stderr
 from recurformer.training.optimizer import set_rates
 from recurformer.training.run import FolderLock, TrainingError, check_resumable, check_shared, lock, write_run_config
@@ -28,6 +28,7 @@ from recurformer.training.saving import all_finite, save
 from recurformer.training.signals import ECHO_SECONDS, StopRequest, stop_signals
 from recurformer.training.start import RunData, find_checkpoint, open_data, start_training
 from recurformer.training.steps import gradient_step
+from recurformer.training.torchrun import training_device
 from recurformer.training.validation import evaluate_model, sample_text
 
 if TYPE_CHECKING:

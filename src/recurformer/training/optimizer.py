@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
-from recurformer.training.distributed import like
+from recurformer.training.sharding import like
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:

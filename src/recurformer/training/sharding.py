@@ -1,0 +1,78 @@
+"""Tensors of a model over several processes: gradients summed in buckets (DDP), parameters split by layers (FSDP)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recurformer.model import LanguageModel, Output
+
+BUCKET_BYTES = 2**26  # gradients that one call sums: enough to fill a link, little beside a model
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in groups of one dtype and about BUCKET_BYTES."""
+    group: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if group and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != group[0].dtype):
+            yield group
+            group, size = [], 0
+        group.append(tensor)
+        size += tensor.nbytes
+    if group:
+        yield group
+
+
+def in_one_piece(tensors: list[Tensor], work: Callable[[Tensor], Any]) -> None:
+    """Do something in place to several tensors as if they were one."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    work(flat)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [piece.view_as(one) for piece, one in zip(pieces, tensors, strict=True)])
+
+
+def shard(model: LanguageModel, device: torch.device) -> LanguageModel:
+    """Split every parameter over the processes, layer by layer; a layer is whole while it runs.
+
+    A layer that is wrapped is evaluated by itself (`LanguageModel._stacks`), so no two layers are ever needed at once.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    _show_tensors_in(Output)
+    # A layer's outputs may be a view of what it keeps for the backward. Nothing is ever done to them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sums: losses are divided by the targets of the whole step
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "residual_stream")
+    return model
+
+
+def _show_tensors_in(output: type) -> None:
+    """FSDP looks for tensors in what a model returns, to gather weights again before their gradients come."""
+    from torch.utils import _pytree
+
+    if output not in _pytree.SUPPORTED_NODES:
+        _pytree.register_dataclass(output)
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same in every process, split as a parameter of its shape is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,63 @@
+"""What `torchrun` says about this process, and the device that follows from it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from recurformer.generation.text import pick_device
+
+if TYPE_CHECKING:
+    from recurformer.training.config import TrainConfig
+
+
+class TorchrunEnvironment(NamedTuple):
+    """Which of `torchrun`'s processes this one is."""
+
+    rank: int = 0
+    size: int = 1  # number of processes
+    local_rank: int = 0  # rank on this machine
+
+
+def torchrun_environment() -> TorchrunEnvironment:
+    """Return what `torchrun` says in the environment variables; rank 0 of 1 without it.
+
+    Raises:
+        ValueError: when only some of it is there.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return TorchrunEnvironment()
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start several processes "
+            "with torchrun, or unset WORLD_SIZE"
+        )
+    return TorchrunEnvironment(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+def training_device(config: TrainConfig) -> torch.device:
+    """The device of the configuration; of several processes on one machine, each has a GPU of its own.
+
+    Raises:
+        ValueError: when it is not here.
+    """
+    _, size, local = torchrun_environment()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and config.precision != "fp64" else "cpu"
+    if size > 1 and name.startswith("cuda:"):
+        raise ValueError(
+            f"device is {name!r}, but there are {size} processes, and each takes the GPU of its local rank; "
+            'set device to "cuda" or "auto"'
+        )
+    if size > 1 and name == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are more processes on this machine than its {torch.cuda.device_count()} GPUs; lower "
+                'torchrun\'s --nproc-per-node or set device to "cpu"'
+            )
+        name = f"cuda:{local}"
+    return pick_device(name)
