@@ -133,10 +133,10 @@ def test_the_share_of_a_process():
     ("name", "text", "message"),
     [
         ("a.ini", "", "must end in .toml"),
-        ("a.toml", "a = = 1", "cannot be read"),
+        ("a.toml", "a = = 1", "is not valid TOML"),
         ("a.yaml", "[1, 2]", "holds a list, not a table"),
-        ("a.yaml", "a: [", "cannot be read"),
-        ("a.json", "{", "cannot be read"),
+        ("a.yaml", "a: [", "is not valid YAML"),
+        ("a.json", "{", "is not valid JSON"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, text, message):

@@ -1,4 +1,4 @@
-"""How well a model predicts text: perplexity, bits per byte, zero-shot accuracy."""
+"""Evaluation of a model on text: perplexity, bits per byte, zero-shot accuracy."""
 
 from recurformer.evaluation.perplexity import Evaluation, evaluate, open_data
 

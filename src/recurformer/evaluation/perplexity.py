@@ -1,4 +1,4 @@
-"""Perplexity of a model on held-out tokens: every token counts once, whatever the batch size."""
+"""Perplexity of a model on held-out tokens. Every token counts once, for any batch size."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class InterruptedEvaluationError(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts a text."""
+    """Loss of a model on a text, and what follows from it."""
 
-    loss: float  # nats a token: the sum over all predicted tokens / their number
+    loss: float  # nats a token: the mean over all predicted tokens
     tokens: int  # predicted tokens
-    bytes: float  # of source text that these tokens stand for, by the data's average; nan where it is unknown
+    bytes: float  # bytes of source text behind these tokens, by the average of the data; nan where it is unknown
     seconds: float
 
     @property
@@ -54,11 +54,11 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits spent on each byte of the source text: comparable between tokenizers. nan for data without its size."""
+        """Bits per byte of the source text, comparable between tokenizers; nan where unknown."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
     def to_dict(self) -> dict[str, float | None]:
-        """Every number under its own name, ready for JSON: None where it is unknown or not finite."""
+        """Return every number under its own name, ready for JSON; None where it is unknown or not finite."""
         names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "seconds")
         values = {name: getattr(self, name) for name in names}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -75,17 +75,17 @@ def evaluate(
     processes: Processes | None = None,
     interrupted: Callable[[], bool] | None = None,
 ) -> Evaluation:
-    """Mean loss of a model over a dataset, cut into windows of one document each that do not see each other.
+    """Return the mean loss of a model over a dataset. Each window holds a part of one document and is read by itself.
 
     Args:
-        model: may be in training mode: it is evaluated in evaluation mode and given back as it came.
-        dataset: tokens; every one but a document's first is predicted once, from those before it in its window.
-        window: N, the positions of one sequence. A longer window gives each token more context.
-        batch_size: sequences at once; changes speed and memory, not the result.
+        model: runs in evaluation mode, and has its own mode again afterwards.
+        dataset: tokens. Each one but a document's first is predicted once, from those before it in its window.
+        window: N, positions of one sequence. A longer window gives each token more context.
+        batch_size: sequences at once. It changes speed and memory, not the result.
         max_batches: stop after this many batches; None: read everything.
         progress: show a progress bar on stderr.
-        processes: those that share the batches; each of them gets the same result.
-        interrupted: called before each batch; True ends the evaluation. Processes that share it call it together.
+        processes: the processes that share the batches. Each of them gets the same result.
+        interrupted: called before each batch; True ends the evaluation. All processes call it together.
 
     Raises:
         InterruptedEvaluationError: when `interrupted` has returned True.
@@ -126,8 +126,11 @@ def evaluate(
 
 
 def _shares(batches: Iterator[Batch], processes: Processes | None) -> Iterator[tuple[Batch, bool]]:
-    """The batches of this process, and whether they count. All have as many: processes that share out the weights must
-    call the model together, so the last round may hold a batch twice."""
+    """Yield the batches of this process, and whether each one counts.
+
+    All processes get equally many, because processes with sharded weights must call the model together. The last
+    round may therefore give two processes the same batch, which counts once.
+    """
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
     while group := list(islice(batches, size)):
         yield group[min(rank, len(group) - 1)], rank < len(group)
@@ -135,16 +138,16 @@ def _shares(batches: Iterator[Batch], processes: Processes | None) -> Iterator[t
 
 @contextmanager
 def open_data(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Iterator[TokenDataset]:
-    """The tokens that a path means, for as long as they are needed.
+    """Open the tokens that a path means, for as long as the block runs.
 
     Args:
-        path: a prepared folder; raw `.npy` shards, or a folder of them; or any file that `prepare` reads, whose text is
+        path: a prepared folder; a raw `.npy` shard or a folder of them; or a file that `prepare` reads, whose text is
             tokenized into a temporary folder.
-        tokenizer: the model's, for text; None: it has none, and text is refused.
-        vocab_size: the model's.
+        tokenizer: the tokenizer of the model, for text. None: the model has none, and text is refused.
+        vocab_size: vocabulary size of the model, for raw shards.
 
     Raises:
-        ValueError: for a path that is none of these.
+        ValueError: for any other path.
     """
     from recurformer.data import TokenDataset, prepare
     from recurformer.data.sidecar import SIDECAR
@@ -164,7 +167,7 @@ def open_data(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int) ->
 
 
 def run_setting(folder: str | Path, section: str, name: str) -> Any:
-    """A setting of the training run that a folder belongs to (the run, or one of its checkpoints); None without one."""
+    """Return a setting of the training run that a folder belongs to; None when it belongs to no run."""
     folder = Path(folder).resolve()
     for candidate in (folder, *list(folder.parents)[:3]):
         if (candidate / "config.json").is_file() and (candidate / "checkpoints").is_dir():
@@ -184,7 +187,7 @@ def check_vocabulary(vocab_size: int, dataset: TokenDataset) -> None:
 
 @contextmanager
 def counting(total: int, progress: bool, unit: str = "tokens") -> Iterator[Callable[[int], Any]]:
-    """A function that counts on a progress bar, or does nothing."""
+    """Yield a function that advances a progress bar on stderr, or does nothing."""
     if not progress:
         yield lambda count: None
         return

@@ -1,8 +1,8 @@
-"""Zero-shot scoring: which of several continuations a model finds most probable, as lm-eval counts it.
+"""Zero-shot accuracy: whether a model finds the right one of several continuations most probable, as in lm-eval.
 
 Items are JSON lines, plain or .gz:
     {"context": "...", "choices": [" a", " b"], "label": 1}            right when choice 1 is the most probable one
-    {"contexts": ["...", "..."], "continuation": " c", "label": 0}     likewise, one continuation after several contexts
+    {"contexts": ["...", "..."], "continuation": " c", "label": 0}     right when context 0 makes it most probable
     {"context": "...", "continuation": " c"}                           right when greedy decoding would write it
 """
 
@@ -31,7 +31,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Item:
-    """One question: (context, continuation) pairs, and the number of the right one (None: it is the only one)."""
+    """One question: pairs of context and continuation, and the number of the right pair; None for a single pair."""
 
     pairs: tuple[tuple[str, str], ...]
     label: int | None
@@ -39,33 +39,33 @@ class Item:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How a model did on one task."""
+    """Result of a model on one task."""
 
     task: str
     items: int
-    accuracy: float  # part of the items whose most probable choice (the first of equals) is right; greedy for lone ones
-    standard_error: float  # of the accuracy, sqrt(p (1 - p) / (n - 1))
-    accuracy_per_character: float | None  # by log-probability / characters of the choice; None for lone continuations
-    perplexity: float | None  # exp(-mean log-probability) of a lone continuation; None with choices
+    accuracy: float  # part of the items that are right; the first of equally probable choices counts
+    standard_error: float  # standard error of the accuracy, sqrt(p (1 - p) / (n - 1)); nan for one item
+    accuracy_per_character: float | None  # choices compared by log-probability / characters; None without choices
+    perplexity: float | None  # exp(-mean log-probability) of the continuations; None with choices
 
     def to_dict(self) -> dict[str, Any]:
-        """Every number under its own name, ready for JSON."""
+        """Return every number under its own name, ready for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of one continuation."""
+    """Probability of one continuation."""
 
-    log_probability: float  # nats, the sum over its tokens
-    greedy: bool  # every token of it is the most probable one
+    log_probability: float  # nats, summed over its tokens
+    greedy: bool  # whether each of its tokens is the most probable one
 
 
 def find_tasks(paths: Iterable[str | Path]) -> dict[str, Path]:
-    """Task name -> file, of files and of folders that hold them.
+    """Return {task name: file} for files of items and for folders that hold some.
 
     Raises:
-        ValueError: for a path that is neither, and for two files of one name.
+        ValueError: for any other path, and for two files of one name.
     """
     found: dict[str, Path] = {}
     for path in map(Path, paths):
@@ -83,10 +83,10 @@ def find_tasks(paths: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """The items of a task's file, the first `limit` of them.
+    """Return the first `limit` items of a task's file; None: all.
 
     Raises:
-        ValueError: naming file and line, for a line that is no item.
+        ValueError: for a line that is no item, naming file and line; for a damaged file, and one without items.
     """
     items: list[Item] = []
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
@@ -108,7 +108,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
 
 
 def item(values: Any) -> Item:
-    """An item from its JSON object."""
+    """Return an item from its JSON object."""
     if "choices" in values:
         pairs = tuple((values["context"], choice) for choice in values["choices"])
     else:
@@ -135,10 +135,10 @@ def evaluate_task(
     """Score a task's file.
 
     Args:
-        model: may be in training mode: it is evaluated in evaluation mode and given back as it came.
-        window: positions of one sequence at most; longer contexts lose their beginning.
-        batch_size: continuations at once; changes speed and memory, not the result.
-        limit: only the first items of the file.
+        model: runs in evaluation mode, and has its own mode again afterwards.
+        window: positions of one sequence at most. Longer contexts lose their beginning.
+        batch_size: continuations at once. It changes speed and memory, not the result.
+        limit: score only the first items of the file.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -177,13 +177,16 @@ def evaluate_task(
 
 
 def first_largest(numbers: Sequence[float]) -> int:
-    """The place of the largest number, the first of equals."""
+    """Return the index of the largest number, the first of equals."""
     return max(range(len(numbers)), key=lambda i: (numbers[i], -i))
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of what follows it. Blanks at the end of the context go to the continuation, and the border
-    lies where the ids of the whole text continue those of the context. An empty context is the end-of-text token."""
+    """Return the ids of a context and of its continuation, as lm-eval splits them.
+
+    Blanks at the end of the context count as part of the continuation. The continuation's ids are those of the whole
+    text beyond as many as the context has. An empty context becomes the end-of-text token.
+    """
     kept = context.rstrip()
     continuation, context = context[len(kept) :] + continuation, kept
     if not context:
@@ -202,7 +205,7 @@ def score(
     batch_size: int,
     progress: bool = False,
 ) -> list[Scored]:
-    """The log-probability of each continuation after its context, in the order of the requests.
+    """Return the log-probability of each continuation after its context, in the order of the requests.
 
     Args:
         requests: (ids of the context, at least one; ids of the continuation, at least one).
@@ -231,7 +234,7 @@ def score(
 
 
 def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Runs of at most `size`."""
+    """Yield consecutive parts of at most `size`."""
     for start in range(0, len(order), size):
         yield order[start : start + size]
 

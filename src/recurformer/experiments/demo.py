@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recurformer.training.config import TrainConfig
-from recurformer.training.reading import read_train_config
+from recurformer.training.config_file import read_train_config
 
 STEPS = 240  # what decides how long the demo takes
 WINDOW, BATCH_SIZE = 64, 32  # many small steps: at this length they teach more than fewer of long windows

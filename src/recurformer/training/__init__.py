@@ -3,9 +3,9 @@
 from recurformer.store.checkpoints import resolve
 from recurformer.store.runs import read_metrics
 from recurformer.training.config import TrainConfig
+from recurformer.training.config_file import read_train_config
 from recurformer.training.distributed import EndedElsewhereError
 from recurformer.training.loop import NonFiniteError, TrainResult, train
-from recurformer.training.reading import read_train_config
 from recurformer.training.run import TrainingError, read_run_config
 
 __all__ = [

@@ -1,13 +1,13 @@
-"""Several processes that train one model: what they tell each other, and how they end together.
+"""Several processes that train one model: what they exchange, and how they end together.
 
-`torchrun` starts the processes and says in the environment which is which. They tell each other two kinds of things:
+`torchrun` starts the processes. They exchange two kinds of data:
 
 - *gradients* (DDP) or gradients and weights (FSDP), over NCCL between GPUs and over gloo between CPUs;
-- a few *numbers* a step, always over gloo between CPUs: how many targets the step has, the losses, whether one of them
-  was asked to stop. No GPU is waited for, and a process that has gone away is noticed at once.
+- a few *numbers* a step, always over gloo between CPUs: the targets of the step, the losses, and signals. This
+  exchange waits for no GPU, and it notices at once when a process is gone.
 
-An end is either *agreed*: all processes leave after the same step, one of them says why. Or it is not: one process died
-or failed by itself. Then whoever notices stops at once, and never in the middle of a checkpoint.
+An *agreed* end: all processes leave after the same step, and one of them says why. Any other end: one process died or
+failed by itself. Each process that notices stops at once, but never in the middle of a checkpoint.
 """
 
 from __future__ import annotations
@@ -40,77 +40,78 @@ FOREVER = timedelta(days=365)
 
 
 class EndedElsewhereError(TrainingError):
-    """All processes end here, and another one says why."""
+    """All processes end here, and another process says why."""
 
 
 class OneProcess:
-    """The processes that share one step; this one is by itself.
+    """The processes that share one step: this one alone. `SeveralProcesses` overrides every method.
 
-    Gradients are sums over all processes, divided by the number of targets of the whole step, so the split into
-    processes and micro-batches does not change the update.
+    Gradients are summed over all processes, and divided by the targets of the whole step. The split into processes and
+    micro-batches therefore does not change the update.
 
     Attributes:
-        rank, size: which process this is, of how many.
+        rank: number of this process, from 0.
+        size: number of processes.
         sharded: whether weights, gradients and optimizer state are split over the processes (FSDP).
     """
 
     rank, size, sharded = 0, 1, False
 
     def gather(self, *numbers: float) -> list[tuple[float, ...]]:
-        """The numbers of every process, in the order of ranks."""
+        """Return the numbers of every process, in the order of ranks."""
         return [numbers]
 
     def sum(self, number: int) -> int:
-        """The sum of a number over the processes."""
+        """Return the sum of a number over the processes."""
         return sum(int(one) for (one,) in self.gather(number))
 
     def first(self, number: int) -> int:
-        """The number of the first process."""
+        """Return the number of the first process."""
         return int(self.gather(number)[0][0])
 
     def together(self, work: Callable[[], T], *, alone: bool = False) -> T:
-        """Do something in every process, and go on only if it succeeded in all.
+        """Run `work` in every process and return its result; go on only if it succeeded in all of them.
 
         Args:
-            alone: do it in the first process only; the others wait, and get None.
+            alone: run it in the first process only. The others wait, and get None.
 
         Raises:
-            EndedElsewhereError: where another process failed, whose own error it raises itself.
+            EndedElsewhereError: when another process failed. That process raises its own error.
         """
         return work()
 
     def end(self, error: Exception, speaker: int = 0) -> NoReturn:
-        """End in all processes, for a reason that all know: `speaker` raises the error, the others
-        EndedElsewhereError."""
+        """End in all processes, for a reason that all of them know. The process `speaker` raises the error, the others
+        raise EndedElsewhereError."""
         raise error
 
     def place(self, model: LanguageModel, device: torch.device) -> LanguageModel:
-        """The model, the same in every process and drawn or read on the CPU, ready to be trained by all of them."""
+        """Return a model on the device, with equal weights in all processes. It comes from the CPU of each process."""
         return model.to(device)
 
     def sum_gradients(self, model: LanguageModel) -> None:
-        """Add up the gradients of the processes, in place."""
+        """Replace each gradient by its sum over the processes."""
 
     def whole(self, model: LanguageModel) -> LanguageModel | None:
-        """A model that the first process may use by itself; None in the others."""
+        """Return a model that the first process can run alone; None in the others."""
         return model
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """What is written inside is finished even when another process is gone."""
+        """Return a context whose work is finished even when another process is gone."""
         yield
 
 
 @contextmanager
 def join_processes(config: TrainConfig, device: torch.device) -> Iterator[OneProcess]:
-    """The processes of the environment, joined for as long as the block runs.
+    """Join the processes that torchrun has started, for as long as the block runs.
 
-    An exception that is not agreed upon ends this process here, with its message on stderr and code 2: the others must
-    not wait for one that unwinds, and neither can be waited for theirs.
+    An exception that is not agreed ends this process here, with its message on stderr and code 2. Leaving the block
+    in the usual way would wait for the other processes, and they wait for this one.
 
     Raises:
-        ValueError: when they cannot share a batch.
-        TrainingError: when they do not find each other.
+        ValueError: when the processes cannot share a batch.
+        TrainingError: when the processes do not find each other.
     """
     rank, size, _ = torchrun_environment()
     config.share(size)
@@ -134,9 +135,9 @@ def join_processes(config: TrainConfig, device: torch.device) -> Iterator[OnePro
 class SeveralProcesses(OneProcess):
     """This process as one of several.
 
-    Each process listens to the next one for as long as the block of `join_processes` runs, in a thread of its own. A
-    connection that breaks without a farewell means that the next process is gone, and ends this one even if its main
-    thread waits inside a library for numbers that will never come. So all of them end, one after the other.
+    A thread of each process listens to the next process. When that connection breaks without a farewell, the next
+    process is gone, and this one ends, even if its main thread waits inside a library for numbers that will never come.
+    So all processes end, one after another.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, config: TrainConfig) -> None:
@@ -156,7 +157,10 @@ class SeveralProcesses(OneProcess):
             self._numbers: Any = dist.new_group(backend="gloo", timeout=timeout)
             self._watch: Any = dist.new_group(backend="gloo", timeout=FOREVER)
         except RuntimeError as error:
-            raise TrainingError(f"process {rank} of {size} did not find the others ({_line(error)})") from error
+            raise TrainingError(
+                f"process {rank} of {size} did not find the others within {config.timeout:g} s ({_line(error)}); check "
+                "MASTER_ADDR and MASTER_PORT, or raise timeout"
+            ) from error
         self._listener = threading.Thread(target=self._listen, name="other processes", daemon=True)
         self._listener.start()
 
@@ -243,9 +247,9 @@ class SeveralProcesses(OneProcess):
             ))  # fmt: skip
 
     def abort(self, error: BaseException) -> NoReturn:
-        """End this process at once, as soon as a checkpoint that it is writing is on disk."""
+        """End this process as soon as the checkpoint that it is writing is on disk."""
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingError):
-            time.sleep(1)  # a connection may have broken inside of PyTorch: then the listener has the better words
+            time.sleep(1)  # a connection broke inside PyTorch: the listener may know why, and says it better
         with self._ending:
             if isinstance(error, ValueError | TrainingError):
                 print("recurformer: error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -260,7 +264,7 @@ class SeveralProcesses(OneProcess):
             os._exit(2)
 
     def leave(self) -> None:
-        """Take leave of the others, after an end that all agree upon."""
+        """Part from the other processes after an agreed end."""
         dist.send(torch.zeros(1), dst=(self.rank - 1) % self.size, group=self._watch)
         self._listener.join()
         if self._owner:
@@ -271,14 +275,14 @@ class SeveralProcesses(OneProcess):
 
 
 def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """A store that these processes alone have.
+    """Return a store that these processes alone have.
 
-    With --max-restarts, torchrun hands the store of the dead processes, and their addresses in it, to those that it
-    starts after them. How often it has done so is no name for what they share, for machines count apart. So the first
-    process names a part of it after itself, and each other one waits until the first has seen it there.
+    With --max-restarts, torchrun gives new processes the store of the dead ones, which holds dead addresses. The number
+    of restarts cannot name a fresh part of the store, because each machine counts its own. So the first process
+    names a part after itself, and every other process waits until the first one has seen it there.
 
     Raises:
-        RuntimeError: when they do not meet in time.
+        RuntimeError: when the processes do not meet in time.
     """
     from torch.distributed.rendezvous import rendezvous
 
@@ -290,7 +294,7 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
         store.set(f"{me}/all", " ".join(store.get(f"{me}/{other}").decode() for other in range(1, size)))
         return dist.PrefixStore(me, store)
     while time.monotonic() < deadline:
-        first = store.get("first").decode()  # it may be one that has died
+        first = store.get("first").decode()  # may be a process that has died
         store.set(f"{first}/{rank}", me)
         with suppress(RuntimeError):
             store.wait([f"{first}/all"], timedelta(seconds=1))

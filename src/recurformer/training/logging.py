@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard and W&B on request, a progress line on a terminal."""
+"""Records of a run: `metrics.jsonl` always, TensorBoard and W&B on request, and a progress line on a terminal."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from recurformer.store.runs import METRICS, read_metrics
 from recurformer.training.config import TrainConfig
 from recurformer.version import __version__
 
-# What a logger needs, and what to install for it.
-_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def import_logger(name: str) -> ModuleType:
-    """The module of an optional logger.
+    """Import the module of an optional logger and return it.
 
     Raises:
-        ValueError: when it is not installed; it says how to get it.
+        ValueError: when it is not installed; the message says how to install it.
     """
     try:
-        return importlib.import_module(_MODULES[name])
+        return importlib.import_module(MODULES[name])
     except ImportError as error:
         raise ValueError(
             f"log.loggers names {name!r}, which cannot be imported ({error}); "
@@ -43,16 +42,16 @@ def import_logger(name: str) -> ModuleType:
 
 
 class Metrics:
-    """The records of a run: one JSON object a line, each flushed as it is written.
+    """The records of a run: one JSON object a line, each written to disk at once.
 
-    Every record has `event` and `step` (updates made by then). Events: "start" and "resume" (device, versions),
+    Every record has `event` and `step` (updates made so far). Events: "start" and "resume" (device, versions),
     "train" (loss, lr, grad_norm, tokens, tokens_per_second, seconds), "evaluation" (validation_loss, bits_per_byte,
     tokens, seconds), "sample" (prompt, text).
 
     Args:
         out: the run's folder.
-        resumed: where the run goes on from, None for a start. Records beyond it are dropped first, so that nothing is
-            logged twice. TensorBoard is told too.
+        resumed: the state that the run continues from; None for a new run. Records of later steps are removed first,
+            in TensorBoard, too: the run makes those steps again.
     """
 
     def __init__(self, out: Path, config: TrainConfig, resumed: TrainingState | None) -> None:
@@ -76,7 +75,7 @@ class Metrics:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Record one event, on every logger."""
-        # JSON knows no NaN: what is not known (bits per byte of raw shards) is null
+        # JSON has no NaN. A number that is unknown, as bits per byte of raw shards, becomes null.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self._file.flush()
@@ -99,14 +98,14 @@ class Metrics:
 
 
 class NoMetrics:
-    """What the processes of a run have that do not write its records."""
+    """Records of a process that writes none: one process of a run writes for all."""
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Nothing."""
+        """Write nothing."""
 
 
 def _drop_records_after(path: Path, resumed: TrainingState | None) -> None:
-    """Keep what the resumed state knows of. An evaluation at its very step may be younger than it."""
+    """Remove the records of later steps. An evaluation at the resumed step itself may be later than its checkpoint."""
     if not path.is_file():
         return
     kept: list[dict[str, Any]] = []
@@ -135,10 +134,12 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 class Screen:
-    """What a person sees, all of it on stderr: a progress line on a terminal, one line a record elsewhere.
+    """Progress on stderr: a progress line on a terminal, one line a record elsewhere.
 
     Args:
-        quiet: show nothing at all.
+        steps: steps of the run.
+        step: steps made so far.
+        quiet: show nothing.
     """
 
     def __init__(self, steps: int, step: int, quiet: bool) -> None:
@@ -167,15 +168,15 @@ class Screen:
         self._progress.stop()
 
     def say(self, message: str) -> None:
-        """A line of text, above the progress line."""
+        """Print a line of text, above the progress line."""
         self.console.print(message, markup=False)
 
     def advance(self, step: int) -> None:
-        """One more step is done."""
+        """Show that a step is made."""
         self._progress.update(self._task, completed=step)
 
     def train(self, step: int, loss: float, speed: float, left: float) -> None:
-        """Numbers of a training record; `left` in seconds."""
+        """Show the numbers of a training record; `left` is in seconds."""
         self._progress.update(self._task, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
         if not self._live:
             minutes, seconds = divmod(round(left), 60)
@@ -183,5 +184,5 @@ class Screen:
 
 
 def say_on_stderr(message: str) -> None:
-    """For messages before there is a screen."""
+    """Print a message before there is a screen."""
     print(message, file=sys.stderr, flush=True)

@@ -13,10 +13,10 @@ from recurformer.training.sharding import like
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of the update that leads from `step` to `step + 1` (steps counted from 0).
+    """Return the learning rate of the update from `step` to `step + 1`, counted from 0.
 
-    Linear from start_fraction * peak to peak over the warm-up, then half a cosine that arrives at final_fraction *
-    peak with the last update; constant beyond it.
+    The rate rises linearly from start_fraction * peak to peak over the warm-up. It then falls along half a cosine to
+    final_fraction * peak at the last update, and stays there.
     """
     warmup = schedule.warmup
     if step < warmup:
@@ -26,23 +26,25 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW in two groups. Matrices inside the layers and the output layer decay; embedding, norms and biases do not:
-    a norm's scale is meant to stay near 1, and the row of a rare token would shrink without evidence."""
+    """Return AdamW with two groups of parameters: those that decay and those that do not.
+
+    Matrices inside the layers and the output layer decay. A norm's scale should stay near 1, and a rare token's row in
+    the embedding would shrink without evidence: norms, biases and the embedding do not decay.
+    """
     decayed: list[Tensor] = []
     kept: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decayed if parameter.dim() >= 2 and not name.startswith("embedding.") else kept).append(parameter)
     groups = [{"params": decayed, "decays": True}, {"params": kept, "decays": False}]
-    # The fused update is one pass over memory, on the CPU too. `set_rates` fills in the numbers before every step.
+    # The fused update makes one pass over memory, on a CPU, too. `set_rates` sets all numbers before every step.
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
 def set_rates(optimizer: torch.optim.AdamW, step: int, config: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Write the numbers of the update at `step` into every group; nothing of an older step or run survives.
+    """Write the rates of the update at `step` into every group, and return the learning rate.
 
-    Returns:
-        The learning rate.
+    All numbers are written anew, so none survives from an older step or run.
     """
     rate = learning_rate(step, config.lr, schedule)
     for group in optimizer.param_groups:
@@ -54,10 +56,10 @@ def set_rates(optimizer: torch.optim.AdamW, step: int, config: OptimizerConfig, 
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tensor:
-    """Scale the gradients so that their joint norm is at most `largest`; return the norm before (scalar tensor)."""
+    """Scale the gradients so that their joint norm is at most `largest`; return the norm before scaling (a scalar)."""
     learned = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
-    if hasattr(norm, "full_tensor"):  # of gradients that are split over processes
+    if hasattr(norm, "full_tensor"):  # the gradients are split over processes
         norm = norm.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
     if largest is not None:
         nn.utils.clip_grads_with_norm_(learned, largest, norm)
@@ -68,7 +70,7 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float | None) -> Tenso
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as {"exp_avg/<parameter name>": tensor, ...}."""
+    """Return the optimizer's state as {"exp_avg/<parameter name>": tensor, ...}."""
     return {
         f"{kind}/{name}": value
         for name, parameter in model.named_parameters()
@@ -77,10 +79,10 @@ def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[st
 
 
 def load_optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Learning rate and the like are not state: `set_rates` recomputes them.
+    """Give an optimizer the state that `optimizer_tensors` returned. Rates are no state: `set_rates` computes them.
 
     Raises:
-        ValueError: when the tensors are not those of this model.
+        ValueError: when the tensors belong to another model.
     """
     parameters = dict(model.named_parameters())
     states: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""A run's folder: one run, one process, and what may change when it is resumed."""
+"""A run's folder: its lock, its config.json, and the settings that may change when the run is resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TextIO
 from recurformer.files import replacing
 from recurformer.settings import suggest
 from recurformer.training.config import TrainConfig, flatten, names
-from recurformer.training.reading import read_file
+from recurformer.training.config_file import read_file
 
 try:
     import fcntl
@@ -22,14 +22,14 @@ except ImportError:  # Windows
 
 CONFIG, LOCK = "config.json", ".lock"
 
-# Settings that no step depends on: free to change whenever a run is resumed. The data may have moved: their
-# fingerprint is checked instead of their path.
+# Settings that no step depends on. They may change whenever a run is resumed. The data may have moved: the fingerprint
+# of the tokens is checked instead of their path.
 FREE = (
     "data.train", "data.validation", "data.workers", "evaluation.*", "sample.*", "checkpoint.*", "log.*", "parallel",
     "timeout",
 )  # fmt: skip
 
-# Settings that give the saved weights or the saved place in the data their meaning.
+# Settings that the saved weights or the saved place in the data depend on. They never change within a run.
 FIXED = (
     "model.*",
     "data.window",
@@ -45,7 +45,7 @@ FIXED = (
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on. What was saved before is whole; the message says how to continue."""
+    """A run cannot go on. Checkpoints written before are whole; the message says how to continue."""
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -53,17 +53,17 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def check_resumable(config: TrainConfig, out: Path, resume: bool, allow_change: Sequence[str]) -> list[str]:
-    """Decide whether `config` may be trained into `out`.
+    """Check whether `config` may be trained into `out`, and return the settings that change.
 
-    A new run needs a folder that is missing or empty. A resumed one needs the run's own configuration, but for settings
-    that no step depends on (`FREE`), and for those named in `allow_change`, whose new value holds from the next step
-    on; the schedule is then the new one, as if it had always been. `FIXED` settings never change.
+    A new run needs a folder that is missing or empty. A resumed run needs its own configuration, with two exceptions:
+    settings that no step depends on (`FREE`), and settings named in `allow_change`. Their new values hold from the next
+    step on. A new schedule applies as if it had always been the schedule. `FIXED` settings never change.
 
     Returns:
         The differences, "name: old -> new" each.
 
     Raises:
-        ValueError: naming each refused difference and the remedy, or the run in the way.
+        ValueError: naming each refused difference and the remedy, or the run that is in the way.
     """
     known = list(names())
     for name in allow_change:
@@ -77,7 +77,7 @@ def check_resumable(config: TrainConfig, out: Path, resume: bool, allow_change: 
         if out.exists() and any(path.name != LOCK for path in out.iterdir()):
             raise ValueError(f"{out} is not empty; --resume continues a run, another --out starts a new one")
         return []
-    if not (out / CONFIG).is_file():  # killed before its first breath, or never started
+    if not (out / CONFIG).is_file():  # killed before it wrote anything, or never started
         return []
     before, now = flatten(read_run_config(out).to_dict()), flatten(config.to_dict())
     changed = {n: f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in now if before.get(n) != now.get(n)}
@@ -97,7 +97,7 @@ def check_resumable(config: TrainConfig, out: Path, resume: bool, allow_change: 
 
 
 def read_run_config(out: str | Path) -> TrainConfig:
-    """The configuration of a run.
+    """Return the configuration of a run.
 
     Raises:
         ValueError: when the folder is no run.
@@ -109,7 +109,7 @@ def read_run_config(out: str | Path) -> TrainConfig:
 
 
 def write_run_config(config: TrainConfig, out: Path) -> None:
-    """Record what the run is made of, with every default filled in."""
+    """Write a run's config.json, with every default filled in."""
     with replacing(out / CONFIG) as temporary:
         temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 

@@ -16,7 +16,7 @@ BUCKET_BYTES = 2**26  # gradients that one call sums: enough to fill a link, lit
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, in groups of one dtype and about BUCKET_BYTES."""
+    """Yield the tensors in order, in groups of one dtype and of about BUCKET_BYTES."""
     group: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -30,7 +30,7 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def in_one_piece(tensors: list[Tensor], work: Callable[[Tensor], Any]) -> None:
-    """Do something in place to several tensors as if they were one."""
+    """Apply an in-place function to several tensors as if they were one tensor."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     work(flat)
     pieces = flat.split([tensor.numel() for tensor in tensors])
@@ -38,15 +38,15 @@ def in_one_piece(tensors: list[Tensor], work: Callable[[Tensor], Any]) -> None:
 
 
 def shard(model: LanguageModel, device: torch.device) -> LanguageModel:
-    """Split every parameter over the processes, layer by layer; a layer is whole while it runs.
+    """Split every parameter over the processes, layer by layer. A layer's parameters are gathered while it runs.
 
-    A layer that is wrapped is evaluated by itself (`LanguageModel._stacks`), so no two layers are ever needed at once.
+    The model runs sharded layers one by one, so the parameters of at most one layer are gathered at once.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     _show_tensors_in(Output)
-    # A layer's outputs may be a view of what it keeps for the backward. Nothing is ever done to them in place.
+    # FSDP warns that a layer's output may be a view of what the layer keeps. No output is ever changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.layers:
@@ -54,14 +54,14 @@ def shard(model: LanguageModel, device: torch.device) -> LanguageModel:
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # sums: losses are divided by the targets of the whole step
+            module.set_gradient_divide_factor(1.0)  # sums, not means: the loss is already divided
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "residual_stream")
     return model
 
 
 def _show_tensors_in(output: type) -> None:
-    """FSDP looks for tensors in what a model returns, to gather weights again before their gradients come."""
+    """Let FSDP find the tensors in what a model returns: their gradients tell it when to gather weights again."""
     from torch.utils import _pytree
 
     if output not in _pytree.SUPPORTED_NODES:
@@ -69,7 +69,7 @@ def _show_tensors_in(output: type) -> None:
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, split as a parameter of its shape is."""
+    """Split a whole tensor, equal in all processes, as a parameter of its shape is split."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:

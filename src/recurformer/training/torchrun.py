@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TorchrunEnvironment(NamedTuple):
-    """Which of `torchrun`'s processes this one is."""
+    """The place of this process among those that `torchrun` has started."""
 
     rank: int = 0
     size: int = 1  # number of processes
@@ -25,7 +25,7 @@ def torchrun_environment() -> TorchrunEnvironment:
     """Return what `torchrun` says in the environment variables; rank 0 of 1 without it.
 
     Raises:
-        ValueError: when only some of it is there.
+        ValueError: when some of the variables are missing.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return TorchrunEnvironment()
@@ -39,10 +39,10 @@ def torchrun_environment() -> TorchrunEnvironment:
 
 
 def training_device(config: TrainConfig) -> torch.device:
-    """The device of the configuration; of several processes on one machine, each has a GPU of its own.
+    """Return the device of a configuration. Each of several processes on a machine has a GPU of its own.
 
     Raises:
-        ValueError: when it is not here.
+        ValueError: when the device is not here.
     """
     _, size, local = torchrun_environment()
     name = config.device

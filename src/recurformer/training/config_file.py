@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from recurformer.reading import read_table
 from recurformer.settings import check, field_types, shown
 from recurformer.training.config import TrainConfig
-
-MAX_FILE_BYTES = 2**20
 
 
 def read_train_config(
@@ -30,7 +25,7 @@ def read_train_config(
         init_from: the setting of that name, taken as it is.
 
     Raises:
-        ValueError: for an unreadable file, a setting without "=", an unknown name or a bad value.
+        ValueError: for a file that cannot be read, a setting without "=", an unknown name or a bad value.
     """
     values = {} if file is None else read_file(Path(file))
     for text in settings:
@@ -55,49 +50,11 @@ def read_file(file: Path) -> dict[str, Any]:
     """Return the nested dictionaries of a TOML, YAML or JSON file.
 
     Raises:
-        ValueError: for another suffix, text that does not parse or a file that is no table of settings.
+        ValueError: for a missing file, another suffix, bad syntax or a file that is no table of settings.
     """
-    readers = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": json.loads}
-    if file.suffix not in readers:
-        raise ValueError(f"configuration {str(file)!r}: the name must end in {', '.join(readers)}")
     if not file.is_file():
         raise ValueError(f"configuration {str(file)!r}: there is no such file")
-    if (size := file.stat().st_size) > MAX_FILE_BYTES:
-        raise ValueError(f"configuration {str(file)!r} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-    try:
-        values = readers[file.suffix](file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"configuration {str(file)!r} cannot be read: {error}") from None
-    except RecursionError:
-        raise ValueError(f"configuration {str(file)!r} is nested too deeply; settings have one section") from None
-    if values is None:  # an empty YAML file
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"configuration {str(file)!r} holds a {type(values).__name__}, not a table of settings")
-    return values
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML with numbers as in version 1.2, and without aliases.
-
-    PyYAML follows version 1.1, which takes 1e-3 for text. Aliases of aliases make a small file endless.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"{self.peek_event().start_mark}: aliases (*name) are not read; write the value again")
-        return super().compose_node(parent, index)
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-
-def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_YamlLoader)
+    return read_table(file)
 
 
 def _annotation(sections: Sequence[str], name: str) -> Any:
