@@ -77,7 +77,7 @@ def fused_stack_scan(
     if save not in SAVES:
         raise ValueError(f"save is {save!r}; choose one of {', '.join(map(repr, SAVES))}")
     sides = chosen_sides(x.shape[1], chunk, leaf)
-    names = [f.name for f in fields(first) if f.name not in ("config", "kv", "kv_bias")]  # packed ones repeat k and v
+    names = [f.name for f in fields(first) if f.name != "config"]
     tensors = [getattr(layer, name) for layer in layers for name in names]
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     if save == "auto" and differentiable:

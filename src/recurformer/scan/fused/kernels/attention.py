@@ -30,9 +30,10 @@ from recurformer.scan.fused.kernels.table import (
 
 @triton.jit
 def masked_scores(s, table, b, i, j, past, slope, B, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, inside_i, inside_j):
-    """Scores of queries i (broadcast against slots j) with ALiBi, and -inf where a key is not seen.
+    """Return the scores of queries i and slots j with ALiBi, and -inf where a query does not see a key.
 
-    Without segments the distance is that of the slots. Queries are positions, keys slots: position i has slot P + i.
+    i and j broadcast. Queries are positions and keys are slots: position i has slot P + i. Without segments every
+    distance is that of the slots.
     """
     if SEGMENTS:
         m = past + tl.load(table + LENGTH)  # the rows of these arrays
@@ -46,7 +47,7 @@ def masked_scores(s, table, b, i, j, past, slope, B, ALIBI: tl.constexpr, SEGMEN
         s = tl.where((q_seg == k_seg) | (j == past + i), s, float("-inf"))
     else:
         if ALIBI:
-            s -= slope * ((past + i).to(tl.float32) - j.to(tl.float32))  # of vectors, exact up to 2^24 positions
+            s -= slope * ((past + i).to(tl.float32) - j.to(tl.float32))  # float is cheaper, and exact up to 2^24
     return s
 
 
@@ -57,9 +58,10 @@ def merge_keys(
     PULL: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Merge keys into the running softmax of a chunk's queries q0 ...
+    """Merge keys into the softmax states of queries q0, q0 + 1, ... of a chunk.
 
-    PULL: all keys before the chunk, the past included, into states that start here; else keys k0 ... of the chunk.
+    PULL: start the states, with all keys before the chunk and the past's. Otherwise the keys are k0, k0 + 1, ... of the
+    chunk, a finished tile.
     """
     b, h, l = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H, tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, False)
@@ -125,10 +127,11 @@ def attend_leaf(
     BIAS: tl.constexpr, NEW: tl.constexpr, KEEP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attention output of position r: its state, its temporary pair in its own slot, and the pairs of its own leaf.
+    """Write the attention output of position r, from its state, its temporary pair, and the pairs of its own leaf.
 
-    NEW: position r - 1 belongs to the leaf. Its pair is made here, of the products raw (L, B, 2 G K), and stored.
-    out (L, C, B, H K), lse_out (L, C, B, H). A program has HP key-value heads of one sequence.
+    NEW: position r - 1 belongs to the leaf, and its pair is made here, of raw (L, B, 2 G K), and stored, which saves
+    a launch. Outputs are out (L, C, B, H K) and lse_out (L, C, B, H). A program handles HP key-value
+    heads of one sequence.
     """
     parts: tl.constexpr = (G + HP - 1) // HP
     b, l = tl.program_id(0).to(tl.int64) // parts, tl.program_id(1).to(tl.int64)
@@ -156,7 +159,7 @@ def attend_leaf(
         q1 = tl.load(q_at + at1, mask=m1, other=0.0).to(tl.float32) * scale
         q2 = tl.load(q_at + at2, mask=m2, other=0.0).to(tl.float32) * scale
         slope = tl.load(slopes + h, mask=g < G, other=0.0) if ALIBI else 0.0
-        # The leaf is one tile, so that its loads need not wait for each other.
+        # The leaf is one tile, because the loads of a loop would wait for each other.
         p1, p2 = halves_at(kv + (rows * B)[:, None, None] * (2 * G * K), g, K, KB)
         k1, k2 = tl.load(p1, mask=s1, other=0.0), tl.load(p2, mask=s2, other=0.0)
         v1, v2 = tl.load(p1 + G * K, mask=s1, other=0.0), tl.load(p2 + G * K, mask=s2, other=0.0)

@@ -24,10 +24,10 @@ def merged_keys_gradient(
     G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PULL: tl.constexpr,
     ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that queries send to the pairs k0 ... of the chunk, into gkv (L, C, B, 2 G K), float32.
+    """Add what queries send to the pairs k0, k0 + 1, ... of the chunk to gkv (L, C, B, 2 G K), float32.
 
-    PULL: all queries behind the chunk, and gkv starts here; else queries q0 ... of the chunk, whose ga is in the
-    chunk's buffer and whose delta is made here.
+    PULL: start gkv, with all queries of later chunks. Otherwise the queries are q0, q0 + 1, ... of the chunk; their ga
+    is in the chunk's buffer, and their delta is made here.
     """
     b, g, l = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, True)
@@ -55,7 +55,7 @@ def merged_keys_gradient(
         first, last = start + q0, start + q0 + queries
         gk = tl.load(to, mask=mask_k, other=0.0)
         gv = tl.load(to + G * K, mask=mask_k, other=0.0)
-    # Addresses are read before the loop: one that waits for another load can't be fetched ahead.
+    # Addresses are loaded before the loop: a load whose address is still loading cannot be fetched ahead.
     q_at, lse_at = pointer(table, Q, DT), pointer(table, LSE, tl.float32)
     if PULL:
         ga_at, delta_at = pointer(table, GA, DT), pointer(table, DELTA, tl.float32)
@@ -65,7 +65,8 @@ def merged_keys_gradient(
         i = i0 + tl.arange(0, BM)
         in_q = i < last
         mask_q = in_q[:, None] & (c < K)[None, :]
-        for head in tl.static_range(H // G):  # unrolled: the loop around it is then fetched ahead
+        # Unrolled, because only then are the loads of the outer loop fetched ahead.
+        for head in tl.static_range(H // G):
             h = g * (H // G) + head
             slope = tl.load(slopes + h) if ALIBI else 0.0
             place = (l * whole + i) * B + b
@@ -99,10 +100,11 @@ def leaf_gradient(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, RB: tl.constexpr,
     ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """What the later queries of its own leaf send to pair r, whose gradient is complete with it.
+    """Add what the later queries of its own leaf send to pair r, whose gradient is then complete.
 
-    Query r + 1 is new: its delta is made and kept in delta_chunk (L, C, B, H) for the pairs before. A program has HP
-    key-value heads of one sequence and takes RB queries at a time.
+    Query r + 1 comes for the first time: its delta is made here and kept in delta_chunk (L, C, B, H) for earlier pairs.
+    A program handles HP key-value heads of one sequence, and RB queries at a time. A whole leaf at a time needs so many
+    registers that few warps run.
     """
     parts: tl.constexpr = (G + HP - 1) // HP
     b, l = tl.program_id(0).to(tl.int64) // parts, tl.program_id(1).to(tl.int64)
@@ -162,10 +164,10 @@ def query_gradient(
     K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ALIBI: tl.constexpr,
     SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a chunk's queries, gq (L, C, B, H K), and of their own temporary pairs, head by head.
+    """Write the gradients of a chunk's queries, gq (L, C, B, H K), and those of their own temporary pairs.
 
-    g_own (L, C, B, 2, H K): what each query head sends to the temporary key, then to the temporary value. ga and delta
-    go to where the chunks before will look for them.
+    g_own (L, C, B, 2, H K) holds what each query head sends to its temporary key, then to its temporary value. ga and
+    delta are stored where earlier chunks read them.
     """
     b, h, l = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H, tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, True)
@@ -187,7 +189,7 @@ def query_gradient(
     tl.store(pointer(table, GA, DT) + place[:, None] * (H * K) + columns, ga_i, mask=mask)
     tl.store(pointer(table, DELTA, tl.float32) + place * H + h, delta, mask=in_q)
 
-    # The own temporary pair: a query is at no distance from itself.
+    # The temporary pair has no ALiBi: a query's distance to itself is 0.
     group = (h // (H // G)) * K + c[None, :]
     own = tmp + here[:, None] * (2 * G * K) + group
     k = tl.load(own, mask=mask, other=0.0).to(tl.float32)
@@ -217,7 +219,7 @@ def query_gradient(
             s, table, b, i[:, None], j[None, :], past, slope, B, ALIBI, SEGMENTS, (i < n)[:, None],
             (j < past + n)[None, :],
         )  # fmt: skip
-        behind = (j - past - start).to(tl.int32)  # of the chunk's positions, as rows are
+        behind = (j - past - start).to(tl.int32)  # counted from the chunk's start, as rows are
         earlier = in_k[None, :] & (behind[None, :] < row[:, None])
         p = tl.where(earlier, exp(s - lse[:, None]), 0.0)
         dp = tl.dot(ga_i, tl.trans(v_j), input_precision=PRECISION)

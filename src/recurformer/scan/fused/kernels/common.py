@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the interpreter knows no instructions of the GPU
+COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the interpreter has no GPU instructions
 NOTHING = tl.constexpr(-1e30)  # maximum of no scores: finite, because exp(-inf - -inf) would be NaN
 
 
 @triton.jit
 def await_kernel(EARLY: tl.constexpr):
-    """What follows may read what the kernel before writes. EARLY: this one was started before that one had ended.
+    """Wait for the kernel ahead, where this one starts before that one has ended (EARLY); then let the next one start.
 
-    Ahead of it, weights are read, and what kernels before that one have written. The next one may start from here on.
-    That those have ended follows from each kernel's waiting: programs that return early don't, so that of every kernel
-    some must not return. Nothing is written ahead of it.
+    Before the wait a kernel may read weights and whatever was written before the kernel ahead started. It writes
+    nothing before the wait. After the wait all earlier kernels have ended, because each of them waited in turn. A
+    program that returns early never waits, so every launch keeps at least one program that runs to its end.
     """
     if EARLY:
         gdc_wait()
@@ -34,7 +34,10 @@ def await_kernel(EARLY: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """In two instructions: the compiler's own takes five, to make numbers below 2^-126, which are 0 here."""
+    """Return e^x in two instructions.
+
+    The compiler's own takes five, because it also makes numbers below 2^-126. They are 0 here.
+    """
     if COMPILED:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
@@ -44,7 +47,7 @@ def exp(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x in one instruction, for x that is neither huge nor tiny."""
+    """Return 1 / x in one instruction, for x that is neither huge nor tiny."""
     if COMPILED:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -54,9 +57,10 @@ def reciprocal(x):
 
 @triton.jit
 def normal_tail(u):
-    """P(X > |u|) of the standard normal, and exp(-u^2 / 2): one exponential, the formula's error below 1e-7.
+    """Return P(X > |u|) of the standard normal distribution, and exp(-u^2 / 2).
 
-    Abramowitz and Stegun, formula 7.1.26, halved; the built-in erf costs several times as much.
+    Abramowitz and Stegun, formula 7.1.26, halved: one exponential, and an error below 1e-7. The built-in erf costs
+    several times as much.
     """
     e = exp(-0.5 * (u * u))
     t = reciprocal(1.0 + 0.231641888 * tl.abs(u))
@@ -66,15 +70,19 @@ def normal_tail(u):
 
 @triton.jit
 def tanh(u):
+    """Return the hyperbolic tangent."""
     return 2.0 * tl.sigmoid(2.0 * u) - 1.0
 
 
 @triton.jit
 def activated(u, gate, KIND: tl.constexpr, dtype: tl.constexpr):
-    """KIND 0 GELU, 1 GELU in the tanh form, 2 SiLU(gate) u, rounded where the definition rounds."""
+    """Return the activation of u, rounded where the definition rounds.
+
+    KIND: 0 GELU, 1 GELU in the tanh form, 2 SiLU(gate) u.
+    """
     if KIND == 0:
         tail, _ = normal_tail(u)
-        return tl.maximum(u, 0.0) - tl.minimum(tl.abs(u), 64.0) * tail  # the tail of 64 is 0, and so it is of infinity
+        return tl.maximum(u, 0.0) - tl.minimum(tl.abs(u), 64.0) * tail  # infinity times its tail, 0, would be NaN
     elif KIND == 1:
         return 0.5 * u * (1.0 + tanh(0.7978845608028654 * (u + 0.044715 * u * u * u)))
     else:
@@ -83,7 +91,7 @@ def activated(u, gate, KIND: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def activation_slope(u, KIND: tl.constexpr):
-    """Derivative of GELU."""
+    """Return the derivative of GELU: KIND 0 exact, 1 in the tanh form."""
     if KIND == 0:
         tail, e = normal_tail(u)
         return tl.where(u > 0, 1.0 - tail, tail) + (0.3989422804014327 * u) * e
@@ -94,7 +102,7 @@ def activation_slope(u, KIND: tl.constexpr):
 
 @triton.jit
 def normalised(x, mask, width: tl.constexpr, eps, CENTRED: tl.constexpr):
-    """A masked row and its 1 / rms, or 1 / standard deviation of the centred row."""
+    """Return a masked row normed, and 1 / rms of the row (CENTRED: of the row less its mean)."""
     if CENTRED:
         x = tl.where(mask, x - tl.sum(x, 0) / width, 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
@@ -103,7 +111,7 @@ def normalised(x, mask, width: tl.constexpr, eps, CENTRED: tl.constexpr):
 
 @triton.jit
 def norm_gradient(g, xhat, rstd, mask, width: tl.constexpr, CENTRED: tl.constexpr):
-    """Gradient of a norm's input, g being that of its output times the norm's weight."""
+    """Return the gradient of a norm's input, where g is the gradient of its output times the norm's weight."""
     gx = g - xhat * (tl.sum(g * xhat, 0) / width)
     if CENTRED:
         gx = tl.where(mask, gx - tl.sum(g, 0) / width, 0.0)

@@ -31,9 +31,10 @@ from recurformer.scan.fused.kernels.table import (
 def norm_row_gradient(
     g_at, total_at, xhat, rstd, weight, mask, width: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a norm's input from that of its output at g_at, which the kernel ahead writes.
+    """Return the gradient of a norm's input, from that of its output at g_at.
 
-    That of its weight is added to the sums at total_at, which no kernel near writes.
+    The kernel ahead writes g_at, so the wait is here. The gradient of the norm's weight is added to the sums at
+    total_at, which may be read before the wait because no neighbouring kernel writes them.
     """
     total = tl.load(total_at, mask=mask, other=0.0)
     await_kernel(EARLY)
@@ -48,9 +49,9 @@ def pair_gradient(
     K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
     ROPE: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients of pair r back to those of the products K h and V h; all buffers (L, C, B, ...).
+    """Write the gradients of the products K h and V h, g_pair, from those of pair r; all buffers are (L, C, B, ...).
 
-    g_key holds this row's part of the gradient of the key norm's weight.
+    g_key gets this row's part of the gradient of the key norm's weight.
     """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
@@ -84,9 +85,9 @@ def output_gradient(
     table, ring, g_h, weight, gz, scaled, partial, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """gz: what comes from above plus what the pair sends through the norm of z; gz (L, B, D), others (L, C, B, D).
+    """Write gz: what comes from above, plus what the pair sends through the norm of z.
 
-    The norm weight's gradient is added to partial (L, B, D) on the way.
+    gz is (L, B, D); scaled, s gz, and g_h are (L, C, B, D). The norm weight's gradient is added to partial (L, B, D).
     """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)
@@ -98,7 +99,7 @@ def output_gradient(
     z = tl.load(output_row(table, l, b, i, B, D) + c, mask=inside, other=0.0)
     w = tl.load(weight + l * D + c, mask=mask, other=0.0)
     from_above = tl.load(pointer(table, GZ, tl.float32) + (b * n + i) * D + c, mask=inside & (l == L - 1), other=0.0)
-    if L > 1:  # from the layer above, which was here one step ago, or from outside
+    if L > 1:  # from the layer above, which had this chunk one step ago, or from the caller
         parity = (start // C) % 2
         above = ring + ((((l + 1) * 2 + parity) * C + r) * B + b) * D + c
         from_above += tl.load(above, mask=inside & (l < L - 1), other=0.0)
@@ -114,9 +115,10 @@ def attended_gradient(
     table, y, g_h, weight, gz, gy, scaled, partial, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """gy = gz plus what the MLP sends through the norm of y; gz and g_h (L, B, D), others (L, C, B, D).
+    """Write gy: gz plus what the MLP sends through the norm of y.
 
-    The norm weight's gradient is added to partial (L, B, D) on the way.
+    gz and g_h are (L, B, D); y, gy and scaled, s gy, are (L, C, B, D). The norm weight's gradient is added to partial
+    (L, B, D).
     """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
@@ -140,10 +142,10 @@ def activation_gradient(
     table, up, bias, g_inner, g_up, inner, r, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
     FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the MLP's inner values at position r: up and g_up (L, C, B, F or 2 F), g_inner (L, B, F).
+    """Write the gradients of the MLP's inner values at position r, g_up, from those behind the activation, g_inner.
 
-    Also those values activated, inner (L, C, B, F), for the gradient of down. KEPT: the inner values are read where the
-    forward has kept them, not from up.
+    up and g_up are (L, C, B, F or 2 F), g_inner is (L, B, F). The inner values activated go to inner (L, C, B, F), for
+    the gradient of down. KEPT: read the inner values where the forward has kept them, not from up.
     """
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     _, _, active = chunk_of(table, l, L, C, True)
@@ -185,9 +187,10 @@ def heads_gradient(
     KB: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr,
     BIAS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """From gradients of a chunk's queries and temporary pairs back to those of the products; (L, C, B, (H + 2 G) K).
+    """Write the gradients of a chunk's products with Q, K and V, g_raw (L, C, B, (H + 2 G) K).
 
-    Those of the QK-norms' weights are added to partials (L, PARTS, width) on the way.
+    They are made of the gradients of queries and temporary pairs. The gradients of the QK-norms' weights are added to
+    the partials (L, PARTS, width).
     """
     part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, True)
@@ -244,7 +247,7 @@ def heads_gradient(
 def add_to_norm(
     at, total1, total2, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Add both halves of all heads to the gradient of a QK-norm's weight, which the heads share unless NORM is 2."""
+    """Add both halves of all heads to the gradient of a QK-norm's weight, which heads share unless NORM is 2."""
     if NORM == 1:
         total1, total2 = tl.sum(total1, 0)[None, :], tl.sum(total2, 0)[None, :]
         p1, p2, m1, m2 = two_halves(at, tl.arange(0, 1), 1, K, KB)
@@ -259,9 +262,9 @@ def input_gradient(
     table, ring, g_h, weight, gy, partial, B, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, PARTS: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a chunk's inputs: to the caller from the first layer, else to the ring that the layer below reads.
+    """Write the gradients of a chunk's inputs: the first layer's to the caller, others to the ring for the layer below.
 
-    The norm weight's gradient is added to partial (L, PARTS, D) on the way.
+    The norm weight's gradient is added to partial (L, PARTS, D).
     """
     part, l = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, True)

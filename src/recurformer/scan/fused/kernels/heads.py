@@ -18,14 +18,14 @@ from recurformer.scan.fused.kernels.table import angles
 
 @triton.jit
 def halves_at(row, heads, K: tl.constexpr, KB: tl.constexpr):
-    """Addresses of both halves of every head of a row (heads, K): what RoPE pairs is side by side."""
+    """Return the addresses of both halves of every head of a row (heads, K)."""
     first = row + heads[:, None] * K + tl.arange(0, KB)[None, :]
     return first, first + (K + 1) // 2
 
 
 @triton.jit
 def half_masks(h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
-    """Which of the heads h, of `heads` there are, and which columns of their halves exist."""
+    """Return the masks of both halves: heads h below the number of heads, and columns that exist."""
     c = tl.arange(0, KB)[None, :]
     half: tl.constexpr = (K + 1) // 2
     return (h < heads)[:, None] & (c < half), (h < heads)[:, None] & (c + half < K)
@@ -33,7 +33,7 @@ def half_masks(h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
 
 @triton.jit
 def two_halves(row, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
-    """Addresses and masks of both halves of the heads h of a row."""
+    """Return the addresses and masks of both halves of the heads h of a row."""
     first, second = halves_at(row, h, K, KB)
     in_first, in_second = half_masks(h, heads, K, KB)
     return first, second, in_first, in_second
@@ -41,6 +41,7 @@ def two_halves(row, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
 
 @triton.jit
 def store_halves(row, u1, u2, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr):
+    """Store both halves of the heads h of a row."""
     p1, p2, m1, m2 = two_halves(row, h, heads, K, KB)
     tl.store(p1, u1, mask=m1)
     tl.store(p2, u2, mask=m2)
@@ -48,7 +49,7 @@ def store_halves(row, u1, u2, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.co
 
 @triton.jit
 def head_sums(u1, u2, FULL: tl.constexpr):
-    """Sums over a head's width, or over the whole row, to be broadcast."""
+    """Return sums over the width of each head, or over the whole row (FULL), (heads, 1)."""
     s = tl.sum(u1, 1) + tl.sum(u2, 1)
     if FULL:
         s = tl.zeros_like(s) + tl.sum(s, 0)
@@ -57,6 +58,7 @@ def head_sums(u1, u2, FULL: tl.constexpr):
 
 @triton.jit
 def normalised_heads(u1, u2, m1, m2, width: tl.constexpr, eps, FULL: tl.constexpr, CENTRED: tl.constexpr):
+    """Return the heads normed, each by itself or the whole row (FULL), and 1 / rms."""
     if CENTRED:
         mean = head_sums(u1, u2, FULL) / width
         u1, u2 = tl.where(m1, u1 - mean, 0.0), tl.where(m2, u2 - mean, 0.0)
@@ -66,7 +68,7 @@ def normalised_heads(u1, u2, m1, m2, width: tl.constexpr, eps, FULL: tl.constexp
 
 @triton.jit
 def head_weights(weight, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, FULL: tl.constexpr):
-    """A QK-norm's weight as two halves: of width heads K, or K and shared by the heads."""
+    """Return a QK-norm's weight as two halves: of width heads K (FULL), or of width K and shared by the heads."""
     p1, p2, m1, m2 = two_halves(weight, h if FULL else h * 0, heads, K, KB)
     in_heads = (h < heads)[:, None]
     return tl.load(p1, mask=m1 & in_heads, other=0.0), tl.load(p2, mask=m2 & in_heads, other=0.0)
@@ -74,7 +76,7 @@ def head_weights(weight, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constex
 
 @triton.jit
 def row_statistics(row, bias, width: tl.constexpr, WB: tl.constexpr, eps, CENTRED: tl.constexpr, BIAS: tl.constexpr):
-    """Mean (0 unless CENTRED) and 1 / rms of the centred row."""
+    """Return a row's mean (0 unless CENTRED), and 1 / rms of the row less this mean."""
     c = tl.arange(0, WB)
     mask = c < width
     u = tl.load(row + c, mask=mask, other=0.0).to(tl.float32)
@@ -90,9 +92,10 @@ def make_heads(
     table, raw, bias, weight, b, i, h, heads: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, eps,
     NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, WB: tl.constexpr,
 ):  # fmt: skip
-    """Heads h of a row as the layer makes them: bias, QK-norm (0 none, 1 each head, 2 the whole row), rotation.
+    """Return both halves of heads h, made of a row of raw products: bias, QK-norm and rotation; and their masks.
 
-    WB: 0 when these are all heads of the row; else its width as a power of two, for a norm of the whole row.
+    NORM: 0 none, 1 each head, 2 the whole row. WB: 0 where h holds all heads of the row; else the row's width as a
+    power of two, with which a norm of the whole row reads the row.
     """
     p1, p2, m1, m2 = two_halves(raw, h, heads, K, KB)
     u1 = tl.load(p1, mask=m1, other=0.0).to(tl.float32)
@@ -121,7 +124,7 @@ def make_heads_gradient(
     table, raw, bias, weight, g1, g2, b, i, heads: tl.constexpr, K: tl.constexpr, HB: tl.constexpr, KB: tl.constexpr,
     eps, NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Back through `make_heads`: gradients of the raw heads, and this row's part of those of the norm's weight."""
+    """Return the gradients of the raw products of `make_heads`, and this row's part of the norm weight's gradient."""
     if ROPE:
         cos, sin = angles(table, b, i, K, KB)
         g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
@@ -154,7 +157,7 @@ def pair_halves(
     table, raw, bias, weight, b, i, g, eps, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr,
     CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, WB: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of one pair's keys and values g in raw's dtype, from raw (2 G K); WB as for `make_heads`."""
+    """Return both halves of keys and of values g in raw's dtype, made of raw (2 G K). WB is that of `make_heads`."""
     dtype = raw.dtype.element_ty
     k1, k2, _, _ = make_heads(table, raw, bias, weight, b, i, g, G, K, KB, eps, NORM, CENTRED, ROPE, BIAS, WB)
     v1, v2, _, _ = make_heads(

@@ -21,7 +21,7 @@ def product_thin(
     a, weight, out, rows, a_stride, w_stride, out_stride, IN: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, OUT) = a (rows, IN) weight^T for a handful of rows: the weights go by at full memory bandwidth."""
+    """Compute out (rows, OUT) = a (rows, IN) weight^T for at most BM rows, reading weights at full memory bandwidth."""
     column, l = tl.program_id(0) * BN, tl.program_id(1).to(tl.int64)
     m, f, c = tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, BK)
     a_at = a + l * a_stride + m[None, :] * IN + c[:, None]
@@ -44,16 +44,18 @@ def product_tiled(
     BK: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A product, and what follows it, in one: out (L, B, OUT) = a W^T, or BACKWARD, a W.
+    """Compute a product with the activation around it.
 
-    KIND as for `activated`, or -1 for nothing: GELU(a W^T + bias), or BACKWARD, GELU'(up + bias) * (a W), and GELU(up +
-    bias) to inner; up and inner (L, B, OUT). KEEP: what GELU is taken of is kept, as that of position r, or BACKWARD,
-    has been, and is read there, not from up. a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are
-    descriptors of tensors with blocks (1, BM, BK) and (1, BN, BK) or (1, BK, BN): beyond their edges they read zeros.
-    Strides are those between layers.
+    Forward: out (L, B, OUT) = a W^T, or GELU(a W^T + bias). BACKWARD: out = a W, or GELU'(up + bias) * (a W), and then
+    GELU(up + bias) goes to inner. up and inner are (L, B, OUT). KIND is that of `activated`, or -1 for no activation.
+    KEEP: inner values before GELU are kept at position r of the chunk: the forward stores them there, and BACKWARD
+    reads them there, not from up.
 
-    A program makes BN columns and, of `rest`, the weight again with blocks of BR columns, BR more (0: none): sizes are
-    powers of two, and three quarters of one may fill the GPU better.
+    a (L, B, IN) and the weight, (L, OUT, IN) or BACKWARD (L, IN, OUT), are tensor descriptors with blocks (1, BM, BK)
+    and (1, BN, BK) or (1, BK, BN). They read zeros beyond the edges. Strides are those between layers.
+
+    A program makes BN columns, and BR more where BR is not 0. `rest` is the weight with blocks of BR columns. Blocks
+    are powers of two, and a program of three quarters of one (128 + 64) can fill the GPU better.
     """
     row, column, layer = tl.program_id(1) * BM, tl.program_id(0) * (BN + BR), tl.program_id(2)
     m, l = row + tl.arange(0, BM), layer.to(tl.int64)
@@ -89,7 +91,7 @@ def product_finished(
     C: tl.constexpr, OUT: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product in `product_tiled`, of rows m and columns f."""
+    """Apply the activation to the product of `product_tiled` at rows m and columns f, and store the result."""
     mask = (m < B)[:, None] & (f < OUT)[None, :]
     dtype = out.dtype.element_ty
     at = m.to(tl.int64)[:, None] * OUT + f[None, :]
@@ -119,9 +121,9 @@ def activate_rows(
     table, up, bias, inner, r, rows, up_stride, inner_stride, B, L: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
     FB: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """inner (rows, F) from up (rows, F), or (rows, 2 F) with the gate second; strides are those between layers.
+    """Write inner (rows, F), the activation of up (rows, F), or (rows, 2 F) with the gate second.
 
-    KEEP: up is also kept, as that from position r on.
+    Strides are those between layers. KEEP: copy up to where the backward finds it, from position r of the chunk on.
     """
     row, l = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * FB + tl.arange(0, FB)

@@ -34,9 +34,9 @@ def norm_chunk(
     table, out, weight, r0, rows, B, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
     CENTRED: tl.constexpr, OUTPUTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The norm before attention of inputs, or of outputs (what persistent pairs are made of), out (L, rows, B, D).
+    """Write the norm before attention to out (L, rows, B, D), for positions r0, r0 + 1, ... of a chunk.
 
-    Of positions r0 ... of a chunk.
+    The norm is that of the layer's inputs, or of its outputs (OUTPUTS), of which persistent pairs are made.
     """
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, REVERSE)
@@ -59,10 +59,10 @@ def inputs_to_heads(
     NORM: tl.constexpr, CENTRED: tl.constexpr, ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr,
     QUERIES: tl.constexpr, TEMPORARY: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Queries (QUERIES) and temporary pairs of positions r0 ... of a chunk from raw (L, rows, B, (H + 2 G) K).
+    """Make queries (QUERIES) and temporary pairs of positions r0, r0 + 1, ... of a chunk.
 
-    TEMPORARY: where the pairs go, 0 nowhere, 1 into their slots, 2 into tmp (L, rows, B, 2 G K). KEEP: raw is also kept
-    for the backward; KEPT: it has been, and is read there.
+    They are made of raw (L, rows, B, (H + 2 G) K). TEMPORARY: where pairs go, 0 nowhere, 1 into their slots, 2 into
+    tmp (L, rows, B, 2 G K). KEEP: copy raw to where the backward finds it. KEPT: read raw from there.
     """
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, REVERSE)
@@ -104,7 +104,7 @@ def store_pairs(
     K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
     ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Persistent pairs of positions r0 ... of the chunk, from raw (L, rows, B, 2 G K), into their slots."""
+    """Make persistent pairs of positions r0, r0 + 1, ... of raw (L, rows, B, 2 G K), and store them in their slots."""
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, REVERSE)
     if not active:
@@ -126,7 +126,7 @@ def keep_chunk(
     table, a, lse, B, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, W: tl.constexpr,
     WB: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's attention outputs and log-sum-exps to where the backward will find them."""
+    """Copy a chunk's attention outputs and log-sum-exps to where the backward finds them."""
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, False)
     if not active:
@@ -140,7 +140,7 @@ def keep_chunk(
 
 @triton.jit
 def load_attended(table, out, B, L: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WB: tl.constexpr):
-    """A chunk of the kept attention outputs, where the products can find it: (L, C, B, H K)."""
+    """Copy a chunk of the kept attention outputs to out (L, C, B, H K), where products read it."""
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, whole, active = chunk_of(table, l, L, C, True)
     c = tl.arange(0, WB)
@@ -154,14 +154,14 @@ def attended_rows(
     table, branch, bias, weight, y, h, r0, rows, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y = x + s (branch + bias) and h, its norm, at positions r0 ... of the chunk; rows of buffers (L, rows, B, D)."""
+    """Write y = x + s (branch + bias) and its norm h, (L, rows, B, D), for positions r0, r0 + 1, ... of the chunk."""
     b, r, l = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, REVERSE)
     c = tl.arange(0, DB)
     mask = c < D
     at = ((l * rows + r) * B + b) * D + c
     if not active:
-        if REVERSE:  # what an earlier call left would reach the sums of weight gradients, if as 0 times NaN
+        if REVERSE:  # a NaN that an earlier call left would reach the sums of weight gradients, as 0 times NaN
             tl.store(y + at, tl.zeros([DB], tl.float32), mask=mask)
             tl.store(h + at, tl.zeros([DB], h.dtype.element_ty), mask=mask)
         return
@@ -183,7 +183,7 @@ def finished_rows(
     table, branch, bias, weight, y, h, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """z = y + s (branch + bias), stored as the layer's output, and h, its norm; buffers (L, B, D)."""
+    """Store z = y + s (branch + bias) as the layer's output, and write its norm h; buffers are (L, B, D)."""
     b, l = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, _, active = chunk_of(table, l, L, C, False)
     if not active:

@@ -29,13 +29,16 @@ UP, RAW = tl.constexpr(Slot.UP.value), tl.constexpr(Slot.RAW.value)
 
 @triton.jit
 def pointer(table, slot, dtype: tl.constexpr):
-    """What a slot points to; that it is aligned has to be said of the pointer for loads to be wide."""
+    """Return the pointer in a slot.
+
+    Loads are wide only where Triton knows that the pointer is aligned, and attention kernels then take half the time.
+    """
     return tl.multiple_of(tl.load(table + slot).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def chunk_of(table, l, L: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
-    """The first position of the chunk that layer l works on, N rounded up to chunks, and whether there is work."""
+    """Return the first position of layer l's chunk, N rounded up to chunks, and whether the layer has a chunk now."""
     w, n = tl.load(table + STEP), tl.load(table + LENGTH)
     chunks = (n + C - 1) // C
     if REVERSE:
@@ -47,7 +50,7 @@ def chunk_of(table, l, L: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def input_row(table, l, b, i, B, D: tl.constexpr):
-    """Address of layer l's input at (b, i): x, or the outputs of the layer below."""
+    """Return the address of layer l's input at (b, i): x, or the outputs of the layer below."""
     n = tl.load(table + LENGTH)
     x, z = pointer(table, X, tl.float32), pointer(table, Z, tl.float32)
     return tl.where(l == 0, x, z + (l - 1) * (n * B) * D) + (b * n + i) * D
@@ -55,13 +58,14 @@ def input_row(table, l, b, i, B, D: tl.constexpr):
 
 @triton.jit
 def output_row(table, l, b, i, B, D: tl.constexpr):
+    """Return the address of layer l's output at (b, i)."""
     n = tl.load(table + LENGTH)
     return pointer(table, Z, tl.float32) + (((l * B + b) * n + i) * D)
 
 
 @triton.jit
 def raw_row(table, raw, l, rows, r, b, i, B, whole, width: tl.constexpr, KEPT: tl.constexpr):
-    """Address of what Q, K and V make of an input: in a buffer (L, rows, B, width), or where it has been kept."""
+    """Return the address of an input's products with Q, K and V: in raw (L, rows, B, width), or where they are kept."""
     if KEPT:
         return pointer(table, RAW, raw.dtype.element_ty) + ((l * whole + i) * B + b) * width
     return raw + ((l * rows + r) * B + b) * width
@@ -69,14 +73,14 @@ def raw_row(table, raw, l, rows, r, b, i, B, whole, width: tl.constexpr, KEPT: t
 
 @triton.jit
 def kept_inner(table, l, r, B, width, L: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr):
-    """Where the MLP's inner values from position r of the chunk on are kept, and whether the layer works."""
+    """Return where the MLP's inner values are kept from position r of the chunk on, and whether there is a chunk."""
     start, whole, active = chunk_of(table, l, L, C, REVERSE)
     return pointer(table, UP, dtype) + (l * whole + start + r) * B * width, active
 
 
 @triton.jit
 def angles(table, b, i, K: tl.constexpr, KB: tl.constexpr):
-    """Cosines and sines of a position, (1, K / 2); those behind the last position are not read."""
+    """Return the cosines and sines of a position, (1, K / 2). Positions beyond the last one are not read."""
     n, stride = tl.load(table + LENGTH), tl.load(table + ROTATION_STRIDE)
     c = tl.arange(0, KB)[None, :]
     inside = (c < K // 2) & (i < n)
