@@ -1,10 +1,10 @@
-"""Where the time of a recurrent layer goes on an NVIDIA GPU: its kernels, in a forward and in a forward and backward.
+"""Time each GPU kernel of a recurrent layer, in a forward and in a forward and backward.
 
     python benchmarks/kernels.py --batch-size 512 --d-model 1024 --n-heads 16
     python benchmarks/kernels.py --batch-size 64 --stack 12 --scan wavefront
 
-What runs is what `recurformer bench layer` times. The profiler's durations of kernels that are started while others
-still run overlap, so that their sum may exceed the time of the whole.
+The work is that of `recurformer bench layer`. Kernels that start while others still run overlap, so the sum of the
+profiler's durations may exceed the whole time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recurformer.scan.algorithms import SCANS
 
 
 def kernels_of(work: Work) -> dict[str, list[float]]:
-    """Microseconds of every kernel, copy and fill that some work runs on the GPU, by its name."""
+    """Return by name the microseconds of every kernel, copy and fill that some work runs on the GPU."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         work()
         torch.cuda.synchronize()
@@ -36,7 +36,13 @@ def kernels_of(work: Work) -> dict[str, list[float]]:
 
 
 def table(kernels: dict[str, list[float]], positions: int, most: int) -> list[str]:
-    """Lines of a table, the longest in all first; `positions` are those that the launches share, N times layers."""
+    """Return the lines of a table of kernels, the one with the most time first.
+
+    Args:
+        kernels: microseconds of each launch, by kernel.
+        positions: N times layers, by which times a position are divided.
+        most: kernels to name.
+    """
     lines = [f"{'launches':>8} {'ms':>9} {'us each':>9} {'us/pos':>8}  kernel"]
     totals = sorted(((sum(times), len(times), name) for name, times in kernels.items()), reverse=True)
     rest = totals[most:]
@@ -53,16 +59,18 @@ def table(kernels: dict[str, list[float]], positions: int, most: int) -> list[st
 @click.option("--length", default=512, type=int, metavar="N", help="Positions.")
 @click.option("--d-model", default=1024, type=int, help="Width of the residual stream.")
 @click.option("--n-heads", default=16, type=int, help="Query heads.")
-@click.option("--stack", default=1, type=int, metavar="L", help="Layers on top of each other; times are of one.")
-@click.option("--scan", default="fused", type=click.Choice(tuple(SCANS)), help="How they are evaluated.")
-@click.option("--dtype", default="bf16", type=click.Choice(tuple(DTYPES)), help="bf16 is autocast.")
-@click.option("--repeats", default=5, type=int, help="Timed runs, of which the median counts.")
-@click.option("--most", default=30, type=click.IntRange(1), help="Kernels to name.")
+@click.option(
+    "--stack", default=1, type=int, metavar="L", help="Recurrent layers in the stack. Times are those of one."
+)
+@click.option("--scan", default="fused", type=click.Choice(tuple(SCANS)), help="Scan that evaluates them.")
+@click.option("--dtype", default="bf16", type=click.Choice(tuple(DTYPES)), help="Compute dtype. bf16 is autocast.")
+@click.option("--repeats", default=5, type=int, help="Timed runs. The median is shown.")
+@click.option("--most", default=30, type=click.IntRange(1), help="Kernels to name, those with the most time first.")
 def kernels(scan: ScanName, most: int, **shape: Any) -> None:
-    """Times and kernels of a recurrent layer, or a stack of them, on an NVIDIA GPU."""
+    """Time a recurrent layer, or a stack of them, and its kernels on an NVIDIA GPU."""
     settings = LayerSettings(scans=(scan,), standard=False, device="cuda", **shape)
     if not torch.cuda.is_available():
-        raise ValueError("there is no NVIDIA GPU here, and nothing else has these kernels; run it where one is")
+        raise ValueError("there is no NVIDIA GPU here; these kernels need one, run this script where there is one")
     s, device = settings, torch.device("cuda")
     print(in_words(machine()))
     print(f"B {s.batch_size}, N {s.length}, D {s.d_model}, H {s.n_heads}, stack of {s.stack}, {s.dtype}, {scan}")

@@ -1,4 +1,4 @@
-"""What every test shares: two workers on two cores, so one thread each; and NaN-poisoned fresh memory on request."""
+"""Shared set-up of all tests: one thread a process, interpreted Triton without a GPU, fresh memory full of NaN."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 torch.set_num_threads(1)
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell script leaves it to what it starts with &
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests stop themselves, and what they start, with it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell script that starts tests with & ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests send it to themselves or to children
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    # Whether kernels are compiled or interpreted is settled when Triton is imported, by whichever test comes first.
+    # Triton decides at the import of kernels whether it compiles or interprets them, so import them all here.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("recurformer.scan.fused.kernels")
     importlib.import_module("recurformer.generation.kernels")
@@ -25,7 +25,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `torch.empty*` returns with NaN (integers: their largest value), so that a read of it shows."""
+    """Fill the tensors of `torch.empty*` with NaN, integers with their largest value, so that reading them shows."""
 
     def poison(make):
         def wrapped(*args, **kwargs):

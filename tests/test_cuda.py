@@ -1,5 +1,7 @@
-"""The same answers on an NVIDIA GPU as the definition gives in float64, on the CPU unless rows are many: every scan,
-decoding, bf16."""
+"""Scans, decoding and training steps on an NVIDIA GPU give the answers of the definition in float64.
+
+The definition runs on the CPU, and on the GPU where rows are many.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +51,16 @@ def rms(t: torch.Tensor) -> float:
 
 
 def check(scan: str, options: dict, B: int, length: int, bf16: bool, masked: bool, exact: str = "cpu") -> None:
-    """Hold outputs and every gradient of a scan, on the GPU, against those of the definition in float64.
+    """Assert that outputs and every gradient of a scan on the GPU equal those of the definition in float64.
 
     Args:
-        scan, options: of the model, whose layers are 2.
-        B, length: of random tokens; some of them are pads where `masked`.
-        bf16: under autocast.
-        exact: where the definition runs.
+        scan: of the model.
+        options: of the model, which has 2 layers.
+        B: sequences of random tokens.
+        length: positions.
+        bf16: whether the scan runs under autocast to bf16.
+        masked: whether some tokens are pads.
+        exact: device of the definition.
     """
     seeds = range(3) if bf16 else range(1)
     errors: dict[str, list[tuple[float, float]]] = {}
@@ -75,7 +80,7 @@ def check(scan: str, options: dict, B: int, length: int, bf16: bool, masked: boo
         real = torch.ones(B, length, dtype=torch.bool) if mask is None else mask
         for outcome in (expected, as_defined, found):
             outcome["logits"] = outcome["logits"][real]
-        # A gradient that vanishes (one position has one key) has no relative error: hold it against the largest.
+        # A gradient that vanishes (one position has one key) has no relative error: compare it with the largest one.
         floor = 1e-2 * max(rms(value) for name, value in expected.items() if name != "logits")
         assert found.keys() == expected.keys()
         for name, value in found.items():
@@ -84,9 +89,9 @@ def check(scan: str, options: dict, B: int, length: int, bf16: bool, masked: boo
             pair = rms(value - expected[name]) / scale, rms(as_defined[name] - expected[name]) / scale
             errors.setdefault(name, []).append(pair)
     for name, pairs in errors.items():
-        # Over the seeds, for that of one bf16 gradient is a matter of luck: it differs by half between two seeds.
+        # Over several seeds, because the error of one bf16 gradient differs by half between two seeds.
         error, own = (sum(e**2 for e in side) ** 0.5 / len(side) ** 0.5 for side in zip(*pairs, strict=True))
-        # In bf16 the results are as exact as the definition's in bf16, whose own error may exceed 2e-2.
+        # In bf16 the definition's own error may exceed 2e-2. The scan must then be as exact as that.
         limit = 1e-4 if not bf16 else max(2e-2, (1.1 if name == "logits" else 1.5) * own)
         assert error <= limit, f"{name} is off by {error:.2g}, the definition by {own:.2g}"
 
@@ -102,7 +107,7 @@ def test_outputs_and_gradients_match_the_definition(
     check(scan, options, 3, length, bf16, masked)
 
 
-# --- many rows: what the kernels do at the shapes that training has --------------------------------------------------
+# --- many rows, as in training ----------------------------------------------------------------------------------------
 
 WIDE: dict[str, Any] = {"d_model": 128, "n_heads": 2}  # heads of 64
 MANY = {  # options, and whether there are pads
@@ -117,7 +122,7 @@ MANY = {  # options, and whether there are pads
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
-    """Set from which part of the GPU at work the products around GELU end with it; steps are recorded anew."""
+    """Set the part of the GPU from which products apply GELU, and have all steps recorded again."""
     from recurformer.scan.fused import products
     from recurformer.scan.fused.engines import release_engines
 
@@ -134,21 +139,23 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
 def test_library_products_of_many_rows_in_bf16(
     full: Callable[[float], None], scan: str, options: dict, masked: bool
 ) -> None:
-    """Products of PyTorch's library behind kernels that were started early, and GELU as a kernel of its own."""
-    full(2.0)  # it never is
+    """The library's products follow kernels that start early, and GELU is a kernel by itself."""
+    full(2.0)  # GELU is never fused
     check(scan, options, 40, 71, True, masked, exact="cuda")
 
 
 @pytest.mark.parametrize("save", ["minimal", "pairs", "inner", "all"])
 @pytest.mark.parametrize("scan", ["fused", "wavefront"])
-def test_whatever_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch, scan: str, save: str) -> None:
-    """With biases, which kernels that start early read too."""
+def test_every_amount_kept_for_the_backward_gives_the_gradients(
+    monkeypatch: pytest.MonkeyPatch, scan: str, save: str
+) -> None:
+    """The layers have biases, which kernels that start early read too."""
     monkeypatch.setattr(fused, "affordable_save", lambda *_: save)
     check(scan, {**WIDE, "attention_bias": True, "mlp_bias": True}, 40, 71, True, True, exact="cuda")
 
 
 def test_blocks_of_three_quarters_of_a_power_of_two() -> None:
-    """198 of 128 columns would come to some processors twice, 132 of 192 once; the last of these has a part alone."""
+    """198 blocks of 128 columns would take two waves on 132 processors, and 132 blocks of 192 columns take one."""
     from recurformer.scan.fused.engines import ENGINES
 
     if torch.cuda.get_device_properties(0).multi_processor_count != 132:
@@ -171,10 +178,10 @@ def test_hundreds_of_steps_in_bf16() -> None:
 
 
 def test_more_numbers_than_32_bits_can_count() -> None:
-    """The last sequence of many has the outputs and gradients that it has by itself."""
+    """The last of many sequences has the outputs and gradients that it has alone."""
     torch.manual_seed(0)
     B, N, D = 512, 1100, 1024
-    assert B * N * 4 * D > 2**31  # the MLP's inner values, which are kept
+    assert B * N * 4 * D > 2**31  # the size of the MLP's inner values, which are kept
     layer = LanguageModel(ModelConfig(vocab_size=1, d_model=D, n_layers=1, n_heads=16)).cuda()
     x = torch.randn(B, N, D, device="cuda", requires_grad=True)
     outcome = []
@@ -192,14 +199,14 @@ def test_more_numbers_than_32_bits_can_count() -> None:
 
 
 def run_layers(model: LanguageModel, x: torch.Tensor) -> torch.Tensor:
-    """Outputs of a model's only layer."""
+    """Return the outputs of a model's only layer."""
     layer = model.layers[0]
     assert isinstance(layer, Layer)
     return fused.fused_scan(x, layer.maths(torch.bfloat16), model.layout(x.shape[1]))[0]
 
 
 def test_one_call_leaves_the_results_of_another_alone(request: pytest.FixtureRequest) -> None:
-    """Graphs are replayed into buffers of their own; what is returned is the caller's, and stays."""
+    """Graphs write to the engine's buffers. Tensors that a call returned stay as they are."""
     request.getfixturevalue("poisoned_memory")
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=97, n_layers=1, **WIDE)).cuda()
@@ -222,12 +229,12 @@ def test_one_call_leaves_the_results_of_another_alone(request: pytest.FixtureReq
 def test_products_that_end_with_gelu_of_several_blocks_of_rows_in_bf16(
     full: Callable[[float], None], scan: str, activation: str
 ) -> None:
-    """Also more rows of a chunk than parts of a norm weight's gradient."""
+    """A chunk also has more rows than a norm weight's gradient has parts."""
     from recurformer.scan.fused.products import ACTIVATION_TILE
     from recurformer.scan.fused.workspace import PARTS
     from recurformer.scan.schedule import WAVEFRONT_CHUNK as CHUNK
 
-    full(0.0)  # it always is
+    full(0.0)  # GELU is always fused
     B, length = 200, 37
     assert ACTIVATION_TILE["BM"] < B
     assert B * min(CHUNK, length) > PARTS
@@ -256,7 +263,7 @@ def test_two_runs_are_bit_identical(scan: str) -> None:
     tokens = torch.randint(0, 97, (2, 50), device="cuda")
     first, second = (loss_and_gradients(model, tokens) for _ in range(2))
     for name, value in first.items():
-        # The embedding's gradient is summed by atomic additions outside of the scan.
+        # PyTorch sums the embedding's gradient with atomics, outside of the scan.
         assert name == "embedding.weight" or torch.equal(value, second[name]), name
 
 
@@ -273,7 +280,7 @@ def test_generation_runs_and_repeats_with_its_seed() -> None:
 
 
 def compiles(test: Any) -> Any:
-    """Ignore what PyTorch's own compiler warns of, when it is imported and when it looks at FlexAttention."""
+    """Ignore warnings of PyTorch's compiler itself, at its import and about FlexAttention."""
     for ignored in (
         "ignore:.*torch.jit.script_method:DeprecationWarning",
         "ignore:The .grad attribute:UserWarning",
@@ -293,7 +300,7 @@ STANDARD = {
 }
 
 
-CASES = [  # each is compiled anew, which takes seconds
+CASES = [  # each one is compiled, which takes seconds
     ("alibi", "plain", 300, True),
     ("alibi", "pads", 300, False),
     ("alibi", "documents", 128, True),
@@ -308,7 +315,7 @@ CASES = [  # each is compiled anew, which takes seconds
 @compiles
 @pytest.mark.parametrize(("options", "kind", "length", "bf16"), CASES)
 def test_compiled_standard_layers_match_the_definition(options: str, kind: str, length: int, bf16: bool) -> None:
-    """FlexAttention and fused element-wise steps, outputs and all gradients, against plain float64 on the CPU."""
+    """Outputs and gradients of FlexAttention and fused element-wise steps equal those of float64 on the CPU."""
     torch.manual_seed(0)
     config = ModelConfig(
         **{"vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4, "layers": "standard", **STANDARD[options]}
@@ -352,7 +359,7 @@ def test_a_standard_layer_makes_no_square_bias() -> None:
     model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=1, n_heads=4, layers="standard")).cuda()
     N = 4096
     with torch.autocast("cuda", torch.bfloat16):
-        model(torch.zeros(1, N, dtype=torch.int64, device="cuda")[:, :256])  # kernels are made
+        model(torch.zeros(1, N, dtype=torch.int64, device="cuda")[:, :256])  # kernels are compiled here
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         model.hidden(torch.randint(0, 97, (1, N), device="cuda"), None)
@@ -385,7 +392,7 @@ def test_the_fused_loss_is_the_plain_one(options: dict, bf16: bool) -> None:
 
 @pytest.mark.parametrize("wide", [None, 4])
 def test_a_step_of_micro_batches_waits_for_the_gpu_once(wide: int | None) -> None:
-    """Besides liger-kernel, which reads some numbers in each micro-batch."""
+    """liger-kernel is not counted: it reads some numbers in each micro-batch."""
     from recurformer.data.windows import Batch
     from recurformer.training.config import TrainConfig
     from recurformer.training.distributed import OneProcess
@@ -408,7 +415,7 @@ def test_a_step_of_micro_batches_waits_for_the_gpu_once(wide: int | None) -> Non
     assert step()[2] == 8 * 40  # every target of every micro-batch is counted
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("warn")  # this call itself warns that it is a prototype
         try:
             step()
         finally:

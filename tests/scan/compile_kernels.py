@@ -1,6 +1,7 @@
-"""Compile the fused scan's kernels for an H100 without having one; prints each one's narrow global loads as JSON.
+"""Compile the fused scan's kernels for an H100 without having one, and print the narrow loads of each as JSON.
 
-Run by test_fused.py in a process of its own, where Triton has not been set to interpret.
+test_fused.py runs this script in a new process, where Triton does not interpret. A narrow load reads 16 bits of global
+memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ narrow: dict[str, int] = {}
 
 
 def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> Any:
-    """What a launch with these arguments would compile, compiled; also counts its narrow loads."""
+    """Compile a kernel as a launch with these arguments would, and count its narrow loads in `narrow`."""
     bound = dict(zip([p.name for p in kernel.params], args, strict=False))
     bound |= {name: options.pop(name) for name in list(options) if name in {p.name for p in kernel.params}}
     signature, constants, attributes = {}, {}, {}
@@ -43,7 +44,7 @@ def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> Any:
         elif isinstance(value, TensorDescriptor):
             block = ",".join(map(str, value.block_shape))
             signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype][1:]}[{block}]>"
-        elif isinstance(value, int) and value == 1:  # Triton takes it for a constant
+        elif isinstance(value, int) and value == 1:  # Triton makes a 1 a constant
             constants[parameter.name], signature[parameter.name] = value, "constexpr"
         elif isinstance(value, int):
             signature[parameter.name] = "i32"
@@ -59,6 +60,8 @@ def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> Any:
 
 
 def main(wanted: list[str]) -> None:
+    """Compile the kernels of these names and print their narrow loads."""
+
     def launcher(kernel: Any, grid: Any) -> Any:
         name = kernel.fn.__name__
         return lambda *args, **options: compile_launch(kernel, args, options) if name in wanted else None

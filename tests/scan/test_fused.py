@@ -1,6 +1,6 @@
-"""The fused scan's kernels in Triton's interpreter: every gradient against the definition, alone and as a stack.
+"""The fused scan in Triton's interpreter: outputs and gradients of one layer and of a stack equal the definition's.
 
-The same code runs compiled in tests/test_cuda.py. Chunks and leaves are made tiny here, so that a few positions meet
+The same kernels run compiled in tests/test_cuda.py. Chunks and leaves are tiny here. A few positions then exercise
 every kernel: pulls and pushes, several leaves, a last chunk that is not full.
 """
 
@@ -49,7 +49,7 @@ def small(**options: Any) -> LanguageModel:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
-    """The activation and direction of the products that our kernel makes from now on."""
+    """Return a list that records the activation and the direction of each product that our kernel makes from now on."""
     from recurformer.scan.fused.products import Products
 
     calls: list[tuple[int, bool]] = []
@@ -84,9 +84,9 @@ def compare(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> None:
-    """Outputs, pairs and every gradient of the model's layers as a stack, within `limit` of the definition's, relative.
+    """Assert that outputs, pairs and gradients of a model's layers, as a stack, equal the definition's in float64.
 
-    The definition runs in float64.
+    The relative error (RMS) of each tensor may be `limit`.
     """
     cache = None
     if past:
@@ -170,7 +170,7 @@ def test_gelu_and_its_slope_are_exact_and_gelu_at_infinity_too(interpreted: None
     u = torch.cat([torch.linspace(-12, 12, 1019), torch.tensor([-3e38, 3e38, -torch.inf, torch.inf, torch.nan])])
     gelu, slope = torch.empty_like(u), torch.empty_like(u)
     launch: Any = both
-    with np.errstate(over="ignore", invalid="ignore"):  # the interpreter's NumPy warns where a GPU does not
+    with np.errstate(over="ignore", invalid="ignore"):  # NumPy, which runs the interpreter, warns; a GPU does not
         launch[(1,)](u, gelu, slope, common.activated, common.activation_slope, len(u))
     exact = u[:-3].double().requires_grad_()
     expected = torch.nn.functional.gelu(exact)
@@ -188,7 +188,7 @@ def test_gelu_and_its_slope_are_exact_and_gelu_at_infinity_too(interpreted: None
 def test_queries_some_positions_at_a_time(
     interpreted: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, at_once: int, save: str
 ) -> None:
-    """Of several chunks, the last of which is not full, with pads and a past."""
+    """There are several chunks, the last one not full, with pads and with a past."""
     from recurformer.scan.fused import forward
 
     request.getfixturevalue("poisoned_memory")
@@ -205,14 +205,14 @@ def test_queries_some_positions_at_a_time(
 @interpreter
 @pytest.mark.parametrize("save", ["minimal", "pairs", "inner", "all"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_whatever_is_kept_for_the_backward(interpreted: None, activation: str, save: str) -> None:
+def test_every_amount_kept_for_the_backward_gives_the_gradients(interpreted: None, activation: str, save: str) -> None:
     several = {"n_layers": 2, "position": "rope"} if activation == "gelu" else {"attention_bias": True}
     compare(small(activation=activation, mlp_bias=True, **several), 3, 1e-5, chunk=2, leaf=2, save=save)
 
 
 @interpreter
-def test_what_is_kept_changes_no_bit(interpreted: None, request: pytest.FixtureRequest) -> None:
-    """Whether what Q, K and V make of the inputs is kept or made again, with pads, documents and shared heads."""
+def test_keeping_more_changes_no_bit(interpreted: None, request: pytest.FixtureRequest) -> None:
+    """Gradients are equal whether the products with Q, K and V are kept or made again, with pads and documents."""
     request.getfixturevalue("poisoned_memory")
     model = small(n_layers=2, n_kv_heads=1, norm="layer", attention_bias=True, mlp_bias=True)
     mask = torch.tensor([[True, False, True], [True, True, True]])
@@ -230,7 +230,7 @@ def test_what_is_kept_changes_no_bit(interpreted: None, request: pytest.FixtureR
 
 
 @interpreter
-def test_what_is_kept_is_bounded_by_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_the_device_bounds_how_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from recurformer.scan.fused.memory import affordable_save
 
     config = ModelConfig(d_model=64, n_heads=4, n_layers=3, layers="first:2", d_mlp=256)
@@ -239,7 +239,7 @@ def test_what_is_kept_is_bounded_by_the_memory_of_the_device(monkeypatch: pytest
         assert affordable_save(config, int(rows * 2**34 / (pairs + inner)), CPU) == expected
 
     wide = ModelConfig(d_model=1408, n_heads=22, n_layers=1)
-    every = (5 + 4) * 1408  # what Q, K and V make of the inputs, pairs, the MLP's inner values
+    every = (5 + 4) * 1408  # products with Q, K and V, pairs, the MLP's inner values
     assert affordable_save(wide, 2**34 // every, CPU) == "all"
     assert affordable_save(wide, 2**34 // every + 1, CPU) == "inner"
 
@@ -251,22 +251,22 @@ def test_heads_in_several_programs(interpreted: None, norm: dict[str, Any]) -> N
 
 
 @interpreter
-@pytest.mark.parametrize("d_mlp", [24, 160])  # 160: programs make three quarters of a power of two
+@pytest.mark.parametrize("d_mlp", [24, 160])  # 160: a program makes 128 + 64 columns
 def test_half_precision_with_the_activation_inside_the_products(
     interpreted: None, request: pytest.FixtureRequest, d_mlp: int
 ) -> None:
-    # float16, for the interpreter multiplies bfloat16 matrices wrongly.
+    # float16, because the interpreter multiplies bfloat16 matrices wrongly.
     ours = watched(request.getfixturevalue("monkeypatch"))
     model = small(d_model=16, d_mlp=d_mlp, activation="gelu_tanh")
     for save in ("pairs", "inner"):
         compare(model.float(), 3, 1e-2, dtype=torch.float16, chunk=4, leaf=4, save=save)
-    assert {kind for kind, _ in ours} == {-1, 1}  # products alone, and with the activation
+    assert {kind for kind, _ in ours} == {-1, 1}  # without the activation, and with it
     assert {transposed for _, transposed in ours} == {True, False}
 
 
 @interpreter
 def test_half_precision_with_blocks_that_are_small(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where others would be too few; here of 16 rows, for a batch of 17."""
+    """Small blocks are taken where others would be too few; here they have 16 rows, for a batch of 17."""
     from recurformer.scan.fused import products
 
     monkeypatch.setattr(products, "THIN_ROWS", 1)
@@ -282,7 +282,7 @@ def test_half_precision_with_blocks_that_are_small(interpreted: None, monkeypatc
 def test_half_precision_with_the_activation_behind_library_products(
     interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where rows are many and blocks of one size would not fill the GPU."""
+    """This happens where rows are many and blocks of one size would not fill the GPU."""
     from recurformer.scan.fused import products
 
     monkeypatch.setattr(products, "THIN_ROWS", 0)
@@ -293,8 +293,8 @@ def test_half_precision_with_the_activation_behind_library_products(
 
 
 @interpreter
-def test_the_backward_has_leaves_of_its_own(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice as long as the forward's, as by default, in two chunks of two of them."""
+def test_the_backward_has_longer_leaves(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are twice as long as the forward's, as by default; there are two chunks of two of them."""
     monkeypatch.setattr(fused, "LEAF", 2)
     monkeypatch.setattr(fused, "LEAF_BACKWARD", 4)
     compare(small(), 11, 1e-5, chunk=8)
@@ -317,10 +317,10 @@ def test_a_model_runs_it_and_fills_its_cache(interpreted: None) -> None:
 
 
 @interpreter
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which computes here, about the NaN
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which runs the interpreter, warns of the NaN
 @pytest.mark.parametrize("save", ["inner", "all"])
-def test_what_one_call_leaves_harms_no_other(interpreted: None, save: str) -> None:
-    """Neither a call under inference_mode nor one full of NaN."""
+def test_one_call_does_not_change_the_results_of_another(interpreted: None, save: str) -> None:
+    """A call under inference_mode and a call full of NaN leave later calls alone."""
     model = small(n_layers=2)
     layout = model.layout(2)
 
@@ -340,7 +340,7 @@ def test_what_one_call_leaves_harms_no_other(interpreted: None, save: str) -> No
 
 
 @interpreter
-def test_engines_are_bounded_by_the_memory_that_they_hold(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_are_dropped_when_they_hold_too_much_memory(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from recurformer.scan.fused import engines
 
     compare(small(), 3, 1e-5, chunk=2, leaf=2)
@@ -357,14 +357,14 @@ def test_engines_are_bounded_by_the_memory_that_they_hold(interpreted: None, mon
     compare(small(), 3, 1e-5, batch=2, chunk=2, leaf=2)
     assert ENGINES.engines() != [made]
     assert ENGINES.engines()[1].bytes > before
-    monkeypatch.setattr(engines, "MEMORY_PART", 2**40)  # no room beside the one that runs
+    monkeypatch.setattr(engines, "MEMORY_PART", 2**40)  # no memory for a second engine
     compare(small(), 3, 1e-5, batch=3, chunk=2, leaf=2)
     assert [engine.shape.B for engine in ENGINES.engines()] == [3]
 
 
 @interpreter
-def test_outputs_of_the_last_layer_do_not_keep_those_of_all(interpreted: None) -> None:
-    """Where nothing is needed for a backward; else the backward needs them anyway."""
+def test_outputs_of_the_last_layer_do_not_keep_those_of_all_layers(interpreted: None) -> None:
+    """Without a backward the outputs of other layers are freed. A backward needs them."""
     model, x = small(n_layers=2), torch.randn(1, 2, 8)
     maths, layout = [layer_of(model, l).maths() for l in range(2)], model.layout(2)
     for differentiable in (False, True):
@@ -375,7 +375,7 @@ def test_outputs_of_the_last_layer_do_not_keep_those_of_all(interpreted: None) -
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_attention_kernels_compile_to_wide_loads() -> None:
-    """For an H100, which need not be there: 16-bit loads mean that Triton lost the alignment of an address."""
+    """They are compiled for an H100, without having one. 16-bit loads mean that Triton lost an address's alignment."""
     kernels = ["attend_leaf", "merge_keys", "leaf_gradient", "query_gradient"]
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, script, *kernels], capture_output=True, text=True, check=False)
@@ -385,7 +385,7 @@ def test_attention_kernels_compile_to_wide_loads() -> None:
     assert set(narrow.values()) == {0}
 
 
-# --- what can't run says so ------------------------------------------------------------------------------------------
+# --- choice of the scan, and refusals --------------------------------------------------------------------------------
 
 
 def test_without_a_gpu_the_error_names_what_runs() -> None:
@@ -448,11 +448,13 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(config, batch_size=64, length=512) == "wavefront"
     deep = ModelConfig(n_layers=24)
     assert chosen(deep, batch_size=8, length=512) == "wavefront"
-    assert chosen(deep, batch_size=8, length=64) == "fused"  # 27 steps of all layers for the work of 4
+    assert (
+        chosen(deep, batch_size=8, length=64) == "fused"
+    )  # a wavefront takes 27 steps of all layers for the work of 4
     assert chosen(config, batch_size=8, length=64) == "wavefront"
     assert chosen(ModelConfig(layers="first:1"), batch_size=64, length=512) == "fused"
     assert chosen(config, batch_size=1, length=1) == "tiled"
-    for length in (9, 16, 17):  # a model that asks, and has no recurrent layer
+    for length in (9, 16, 17):  # the model has no recurrent layer
         assert chosen(ModelConfig(layers="standard"), batch_size=8, length=length) == "fused"
     name, why = choose_scan("auto", config, gpu, dtype=torch.float64)
     assert name == "tiled"
@@ -464,7 +466,7 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "call", "expected"),
     [
-        ({}, {}, "wavefront"),  # as `info` asks
+        ({}, {}, "wavefront"),  # batch and length unknown, as in `recurformer info`
         ({}, {"batch_size": 16, "length": 256}, "wavefront"),
         ({}, {"batch_size": 16, "length": 64}, "tiled"),
         ({}, {"batch_size": 1, "length": 1}, "tiled"),
@@ -477,7 +479,7 @@ def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, {"batch_size": 2, "length": 256, "past": 257}, "tiled"),
         ({}, {"batch_size": 1, "length": 4096}, "wavefront"),
         ({}, {"batch_size": 1, "length": 4097}, "tiled"),
-        ({}, {"batch_size": 102, "length": 1024}, "wavefront"),  # 4 layers of 640 numbers a position, 4 bytes each
+        ({}, {"batch_size": 102, "length": 1024}, "wavefront"),  # 4 layers with 640 values a position, 4 bytes each
         ({}, {"batch_size": 103, "length": 1024}, "tiled"),
         ({}, {"batch_size": 52, "length": 1024, "dtype": torch.float64}, "tiled"),
         ({}, {"batch_size": 16, "length": 256, "together": False}, "tiled"),
@@ -501,7 +503,7 @@ def test_an_unknown_batch_is_told_the_limit() -> None:
 
 
 def test_the_interpreter_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU the wavefront would be that of the kernels, interpreted: slow, and not in float64."""
+    """On a CPU the interpreter would run the wavefront's kernels: slowly, and not in float64."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("recurformer.hardware.HAS_TRITON", True)
     assert choose_scan("auto", ModelConfig(), CPU, batch_size=2, length=256)[0] == "tiled"

@@ -1,8 +1,8 @@
 """The backward pass: which kernel and which product when, for one chunk of every layer.
 
-A step has three parts. First, what the forward had is made again, for all positions of the chunk in parallel. Then the
-positions follow one by one, from the last, with data gradients alone. Last come the gradients of queries, temporary
-pairs, inputs and all weights, in parallel again.
+A step has three parts. First it makes values of the forward again, for all positions of the chunk in parallel. Then it
+goes from the last position to the first, with data gradients alone. Last it computes the gradients of queries,
+temporary pairs, inputs and all weights, in parallel again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ QUERY_KEYS, QUERY_WARPS = 64, 4  # keys at a time and warps of `query_gradient`
 
 @dataclass
 class BackwardBuffers:
-    """What the backward holds for a chunk; (L, C, B, width) where nothing else is said. gX is the gradient of X."""
+    """Buffers of the backward for a chunk. gX is the gradient of X.
 
-    # What the forward had.
+    Their shape is (L, C, B, width), and D is the width, unless a comment names another.
+    """
+
+    # Values of the forward.
     h_x: Tensor  # normed inputs
     h_z: Tensor  # normed outputs
     h_y: Tensor  # normed y
@@ -43,7 +46,7 @@ class BackwardBuffers:
     y: Tensor  # float32
     up: Tensor  # F or 2 F: inner values of the MLP; empty where they are kept
     inner: Tensor  # F: the same activated
-    # Gradients that the positions make one by one.
+    # Gradients made position by position.
     g_pairs: Tensor  # 2 G K, float32
     g_raw_pairs: Tensor  # 2 G K: of the products with K and V
     key_norm_parts: Tensor  # G K: each row's part of the gradient of the key norm's weight
@@ -57,7 +60,7 @@ class BackwardBuffers:
     scaled_gy: Tensor  # gy times the branch scale
     ga: Tensor  # H K
     delta: Tensor  # H, float32
-    # Gradients that are made of them in parallel.
+    # Gradients made of those in parallel.
     gq: Tensor  # H K
     g_temporary: Tensor  # 2 H K: what each query head sends to its temporary key and value
     g_raw: Tensor  # (H + 2 G) K: of the products with Q, K and V
@@ -138,7 +141,7 @@ class BackwardPass(Pass):
         self.weight_gradients()
 
     def repeat_forward(self) -> None:
-        """Make again what the forward had for the chunk and did not keep."""
+        """Make the values again that the forward had for the chunk and did not keep."""
         b, w, shape, options, products = self.buffers, self.weights, self.shape, self.options, self.products
         L, B, C, width = shape.L, shape.B, shape.C, self.sizes.queries
         self.prepare(b.h_x, b.raw, b.temporary_pairs, destination=2, queries=False)
@@ -157,11 +160,11 @@ class BackwardPass(Pass):
             products.multiply(b.h_y.flatten(1, 2), w.up, b.up.flatten(1, 2))
 
     def pull(self) -> None:
-        """Start the gradients of the chunk's pairs with what all later chunks' queries send."""
+        """Start the gradients of the chunk's pairs with those from all queries of later chunks."""
         self._gather(slice(0, 0), slice(0, self.shape.C), PULL_QUERIES, PULL_WARPS, PULL=True)
 
     def push(self, block: Block) -> None:
-        """Add what a tile's queries send to its pairs."""
+        """Add the gradients from a tile's queries to its pairs."""
         queries = block.queries.stop - block.queries.start
         tile_queries, warps = min(32, max(16, queries)), 1 if queries <= 8 else 4
         self._gather(block.queries, block.keys, tile_queries, warps, PULL=False)
@@ -207,7 +210,7 @@ class BackwardPass(Pass):
         products.multiply(b.scaled_gy[:, r], w.o, b.ga[:, r], transposed=False)
 
     def leaf(self, r: int) -> None:
-        """Add what the later queries of its own leaf send to pair r."""
+        """Add the gradients from later queries of the same leaf to pair r."""
         b, shape = self.buffers, self.shape
         heads = min(LEAF_HEADS, self.options.group_block)
         kernels.leaf_gradient[(shape.B * triton.cdiv(self.sizes.G, heads), shape.L)](

@@ -23,7 +23,7 @@ L2_BYTES = 24 * 2**20  # bytes of queries, temporary pairs and the products behi
 
 @dataclass
 class ForwardBuffers:
-    """What the forward holds for a chunk. `some` is the number of positions whose queries are made at a time."""
+    """Buffers of the forward for a chunk. `some` is the number of positions whose queries are made at a time."""
 
     h_some: Tensor  # (L, some, B, D), normed inputs
     raw: Tensor  # (L, some, B, (H + 2 G) K), their products with Q, K and V
@@ -75,8 +75,8 @@ class ForwardPass(Pass):
     def positions_at_once(self) -> int:
         """Positions whose queries and temporary pairs are made at a time.
 
-        As many as the L2 cache holds together with the products behind them. A stack takes the whole chunk, because its
-        products are smaller.
+        As many as the L2 cache holds with their inputs and products, so that kernels read products from the cache. A
+        stack takes the whole chunk, because its products are smaller. docs/gpu.md has the measured gain.
         """
         found, width = self.shape.C, self.sizes.D + self.sizes.projections
         while self.shape.L == 1 and found > 1 and found * self.shape.B * width * self.shape.dtype.itemsize > L2_BYTES:

@@ -1,4 +1,4 @@
-"""What the fused scan keeps for the backward, and how much memory that takes. Imports no Triton."""
+"""Choice of what the fused scan keeps for the backward, by the memory that it takes. Imports no Triton."""
 
 from __future__ import annotations
 

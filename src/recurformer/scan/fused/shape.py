@@ -52,7 +52,10 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class EngineShape:
-    """What the buffers and graphs of an engine depend on. N and P are not among it, because the table holds them."""
+    """Everything that the buffers and graphs of an engine depend on.
+
+    N and P do not belong to it, because the table holds them.
+    """
 
     config: ModelConfig  # of one layer; the number of layers and the vocabulary do not matter
     L: int

@@ -1,4 +1,4 @@
-"""What both passes of an engine share: buffers, packed weights, the table, and the options that launches repeat."""
+"""Everything that both passes of an engine share: buffers, packed weights, the table, and repeated launch options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = 1024  # programs that share the sum of a norm weight's gradient
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What launches need to know of a device; the defaults are those of a CPU, for the interpreter."""
+    """Facts of a device that launches depend on. The defaults are those of a CPU, for the interpreter."""
 
     on_gpu: bool = False
     launches_early: bool = False  # programmatic dependent launch: a kernel starts before the one ahead of it has ended

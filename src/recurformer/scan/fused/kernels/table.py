@@ -31,7 +31,8 @@ UP, RAW = tl.constexpr(Slot.UP.value), tl.constexpr(Slot.RAW.value)
 def pointer(table, slot, dtype: tl.constexpr):
     """Return the pointer in a slot.
 
-    Loads are wide only where Triton knows that the pointer is aligned, and attention kernels then take half the time.
+    Loads are wide only where Triton knows that the pointer is aligned. That brought a forward and backward from 117.0
+    to 112.9 ms.
     """
     return tl.multiple_of(tl.load(table + slot).to(tl.pointer_type(dtype)), 16)
 
