@@ -80,6 +80,16 @@ def layer_of(model: LanguageModel, index: int) -> Layer:
     return layer
 
 
+def count_evaluations(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of a layer each time the model evaluates one by itself."""
+    calls: list[int] = []
+    for n in range(len(model.layers)):
+        maths = layer_of(model, n).maths
+        counted = lambda dtype, n=n, maths=maths: (calls.append(n), maths(dtype))[1]  # noqa: E731
+        monkeypatch.setattr(layer_of(model, n), "maths", counted)
+    return calls
+
+
 def logits_and_loss(model: LanguageModel, tokens: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Logits and loss of a call; targets are random unless given."""
     options.setdefault("targets", random_tokens(*tokens.shape, seed=2))

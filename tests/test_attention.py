@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, gradients, layer_of, logits_of, loss_of, random_tokens, tiny
+from helpers import assert_close, gradients, logits_of, loss_of, random_tokens, tiny
 from torch import Tensor
 
 from recurformer import LanguageModel, attention
@@ -191,8 +191,7 @@ def test_recomputed_layers_keep_their_input_alone():
     kept = {}
     for recompute in (False, True):
         standard = tiny(layers="standard", position="none")
-        for index in range(2):
-            layer_of(standard, index).recompute = recompute
+        standard.recompute = "standard" if recompute else "none"
         saved: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, saved=saved: (saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1],

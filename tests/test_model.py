@@ -13,6 +13,7 @@ from helpers import (
     V,
     assert_all_close,
     assert_close,
+    count_evaluations,
     every_scan,
     gradients,
     layer_of,
@@ -266,7 +267,7 @@ def test_the_loss_without_logits_is_the_same(rows: int | None, tied: bool, scan:
     targets[0, :3] = -100
     expected = loss_of(model, tokens, targets=targets)
     if rows is not None:  # the loss works through this many positions at once
-        monkeypatch.setattr("recurformer.model.LOGITS_AT_ONCE", rows * 128)
+        monkeypatch.setattr("recurformer.loss.LOGITS_AT_ONCE", rows * 128)
     out = model(tokens, targets=targets, return_logits=False)
     assert out.logits is None
     assert out.loss is not None
@@ -284,7 +285,7 @@ def test_the_loss_without_logits_is_the_same(rows: int | None, tied: bool, scan:
 def test_nothing_to_predict_is_a_loss_of_zero_without_gradient(
     return_logits: bool, at_once: int, scan: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("recurformer.model.LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("recurformer.loss.LOGITS_AT_ONCE", at_once)
     model = tiny(scan=scan, layers="first:1")
     for shape in ((2, 5), (1, 1)):
         out = model(random_tokens(*shape), targets=torch.full(shape, -100), return_logits=return_logits)
@@ -451,14 +452,12 @@ def test_a_fresh_model_is_as_uncertain_as_its_vocabulary():
 
 @every_scan
 @pytest.mark.parametrize("masked", [False, True])
-def test_recomputing_layers_changes_no_gradient(scan: str, masked: bool):
+def test_recomputing_layers_changes_no_gradient(scan: str, masked: bool, monkeypatch: pytest.MonkeyPatch):
     model, tokens = tiny(scan=scan, layers="first:1", dtype=torch.float64), random_tokens(2, 9)
     options = {"attention_mask": torch.arange(9)[None].expand(2, -1) > 2} if masked else {}
     plain = gradients(model, loss_of(model, tokens, **options))
-    calls: list[int] = []
-    for n, layer in enumerate(model.layers):
-        layer.register_forward_pre_hook(lambda *_, n=n: calls.append(n))
-    model.recompute = True
+    calls = count_evaluations(model, monkeypatch)
+    model.recompute = "all"
     again = gradients(model, loss_of(model, tokens, **options))
     assert calls == [0, 1, 1, 0]
     assert all(torch.equal(plain[name], again[name]) for name in plain)
@@ -482,23 +481,26 @@ def test_a_forward_pass_continues_after_any_layer(depth: int, masked: bool, scan
     documents = torch.arange(9).div(4, rounding_mode="floor").expand(2, 9)
     options: dict[str, Any] = {"attention_mask": mask, "document_ids": documents}
     whole = model(tokens, targets=tokens, **options)
-    x = model.residual_stream(tokens, **options, depth=depth)
-    parted = model(tokens, targets=tokens, after=(depth, x), **options)
-    assert_close(parted.logits[mask], whole.logits[mask])
-    assert_close(parted.loss, whole.loss)
-    assert_all_close(gradients(model, parted.loss), gradients(model, whole.loss))
+    parts: dict[str, Any] = {"valid": None if mask.all() else mask, "documents": documents}
+    x = model.run_layers(model.embed(tokens, parts["valid"]), 0, depth, **parts)
+    x = model.finish(model.run_layers(x, depth, **parts))
+    logits, loss = model.logits(x), model.loss(x, tokens)
+    assert_close(logits[mask], whole.logits[mask])
+    assert_close(loss, whole.loss)
+    assert_all_close(gradients(model, loss), gradients(model, whole.loss))
     if scan != "wavefront" or depth != 1:  # which parts its stack
-        assert torch.equal(parted.logits, whole.logits)
+        assert torch.equal(logits, whole.logits)
 
 
 def test_parts_that_do_not_fit_are_refused():
     model, tokens = tiny(n_layers=2), random_tokens(2, 9)
-    with pytest.raises(ValueError, match="depth is 3; the model has 2 layers"):
-        model.residual_stream(tokens, depth=3)
-    x = model.residual_stream(tokens, depth=1)
-    with pytest.raises(ValueError, match="depth is -1"):
-        model(tokens, after=(-1, x))
-    with pytest.raises(ValueError, match=r"after has x of shape \(1, 9"):
-        model(tokens, after=(1, x[:1]))
-    with pytest.raises(ValueError, match="after and a cache do not go together"):
-        model(tokens, after=(1, x), use_cache=True)
+    x = model.embed(tokens)
+    for first, stop in ((0, 3), (-1, 2), (2, 1)):
+        with pytest.raises(ValueError, match=f"layers {first} to {stop} were asked for; the model has layers 0 to 2"):
+            model.run_layers(x, first, stop)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 9, 31\); it must be \(B, N, 32\)"):
+        model.run_layers(x[..., 1:])
+    with pytest.raises(ValueError, match="a cache needs all layers, not 1 to 2"):
+        model.run_layers(x, 1, cache=model.new_cache(2))
+    with pytest.raises(ValueError, match="recompute is 'some'; choose one of 'none', 'standard', 'all'"):
+        model.recompute = "some"  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,25 +1,72 @@
-"""Cross-entropy of the output layer without its logits: liger-kernel's fused kernels on NVIDIA GPUs.
+"""Cross-entropy of the output layer, with logits or without ever holding all of them.
 
-262,144 tokens by 32,128 logits are 17 GB in 16 bits. The fused loss makes them a few thousand rows at a time, takes the
-gradient of each block while it is there, and keeps the gradients of the hidden states and of the weight. Elsewhere, and
-without liger-kernel, `LanguageModel` makes blocks of logits with plain operations and makes them again in the backward.
+262,144 tokens by 32,128 logits are 17 GB in 16 bits. On NVIDIA GPUs liger-kernel's fused kernels compute a few thousand
+rows of logits at a time, take the gradient of each block at once, and keep only the gradients of hidden states and
+weight. Elsewhere plain operations compute blocks of logits, and compute them again in the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # the target that counts for nothing
+LOGITS_AT_ONCE = 2**25  # elements of a block of logits
+
+
+def mean_over_targets(total: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the token losses divided by the number of real targets; 0 without any."""
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the token losses in nats, a scalar in at least float32.
+
+    Args:
+        logits: (..., V).
+        targets: (...) int64, `IGNORE` for none.
+    """
+    rows = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def chunked_loss(x: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], width: int) -> Tensor:
+    """Return the sum of the token losses, computed on blocks of logits that the backward pass computes again.
+
+    Args:
+        x: (B, N, D), the input of the output layer.
+        targets: (B, N) int64, `IGNORE` for none.
+        logits_of: from (rows, D) to logits (rows, V).
+        width: logits of one position, padding included. A block has at most `LOGITS_AT_ONCE` of them.
+    """
+
+    def total(part: Tensor, wanted: Tensor) -> Tensor:
+        return summed_loss(logits_of(part), wanted)
+
+    rows = max(1, LOGITS_AT_ONCE // width)
+    if targets.numel() <= rows:
+        return total(x, targets)
+    parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+    losses = [
+        checkpoint(total, part, wanted, use_reentrant=False) if torch.is_grad_enabled() else total(part, wanted)
+        for part, wanted in parts
+    ]
+    return torch.stack(losses).sum()  # pyright: ignore[reportArgumentType]
+
+
+# --- on NVIDIA GPUs --------------------------------------------------------------------------------------------------
 
 
 @cache
 def liger_loss() -> Any:
-    """liger-kernel's loss, summed over targets, weight gradient accumulated in float32; None when it isn't there."""
+    """Return liger-kernel's loss, summed over targets, weight gradient in float32; None when it is not installed."""
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -28,24 +75,27 @@ def liger_loss() -> Any:
 
 
 def fused_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum of the token losses -log softmax(weight x)[target], a float32 scalar.
+    """Return the sum of the token losses -log softmax(weight x)[target], a float32 scalar.
 
     Args:
-        x: (T, D), what the output layer reads.
-        weight: (rows, D) in the dtype of x; rows from `vocab_size` on are padding and count as absent.
+        x: (T, D), the input of the output layer.
+        weight: (rows, D) in the dtype of x. Rows from `vocab_size` on are padding and count as absent.
         targets: (T,) int64, `IGNORE` for none.
         vocab_size: V.
     """
     bias = None
-    if len(weight) > vocab_size:  # cutting them off would leave products whose width is no multiple of 8: slow
+    if len(weight) > vocab_size:  # cutting the rows off would make products whose width is no multiple of 8: slow
         bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
         bias[vocab_size:] = float("-inf")
     return FusedLoss.apply(x, weight, targets, bias)  # pyright: ignore[reportReturnType]
 
 
 class FusedLoss(torch.autograd.Function):
-    """The library's function with two of its habits removed: it multiplies saved gradients in place, so that a second
-    backward pass would multiply them twice, and it has no gradient for the weight when x needs none."""
+    """liger-kernel's function without two of its faults.
+
+    The library multiplies saved gradients in place, so that a second backward pass would multiply them twice. It also
+    gives no gradient for the weight when x needs none.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:

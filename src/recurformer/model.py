@@ -1,11 +1,9 @@
-"""The Recurrent Transformer language model, all of it in this one file.
+"""The Recurrent Transformer language model: embed the tokens, run the layers, finish.
 
-What is unusual about the architecture (paper section 2):
-  - a recurrent layer attends to keys and values made from its own *outputs* at the earlier positions, and to one
-    temporary pair made from its input at the position itself;
-  - both pairs come from the same weights, so a recurrent layer has exactly the parameters of a Transformer layer;
-  - a standard layer is the same maths with the pairs of the inputs throughout, and any mix of the two kinds is a model.
-How a recurrent layer is evaluated (position by position, in tiles, ...) is the business of `recurformer.scan`.
+A recurrent layer attends to keys and values made from its own *outputs* at earlier positions, and to one temporary pair
+made from its input at the position itself. Both pairs come from the same weights, so a recurrent layer has exactly the
+parameters of a Transformer layer. A standard layer attends to the pairs of its inputs throughout. A model may mix the
+two kinds. `recurformer.layer` has the equations, `recurformer.scan` the algorithms that evaluate a recurrent layer.
 
 Shape legend, here and everywhere: B batch, N new positions, P past positions (in the cache), M = P + N, L layers,
 D width, F MLP width, H query heads, G key-value heads, K head width, V vocabulary.
@@ -13,9 +11,9 @@ D width, F MLP width, H query heads, G key-value heads, K head width, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,53 +25,31 @@ from recurformer.cache import KVCache
 from recurformer.checks import check_inputs
 from recurformer.choose import SCAN_CHOICES, choose_loss, choose_scan
 from recurformer.config import LayerKind, ModelConfig
+from recurformer.initialisation import draw_parameters
 from recurformer.layer import LayerMaths, accumulation_dtype, compute_dtype, normalise
-from recurformer.loss import IGNORE, fused_loss
+from recurformer.loss import chunked_loss, fused_loss, mean_over_targets, summed_loss
+from recurformer.modules import Norm, WeightReader, calls_more_than_forward, norm_weight, plain_weight
 from recurformer.scan.algorithms import scan_by_name
 from recurformer.scan.wavefront import wavefront_scan
 
-LOGITS_AT_ONCE = 2**25  # elements; above this the loss without logits works in chunks that are recomputed backward
-
-
-# --- one layer -------------------------------------------------------------------------------------------------------
-
-
-class Norm(nn.Module):
-    """The weight of a norm; `normalise` does the work."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-
-def plain_weight(module: nn.Module) -> Tensor:
-    """The matrix of a linear module.
-
-    Raises:
-        TypeError: when something wraps it, whose part the matrix would lack.
-    """
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{type(module).__name__} stands where a linear module was; recurformer.hf takes adapters")
-    return module.weight
+RECOMPUTE_CHOICES = ("none", "standard", "all")
 
 
 class Layer(nn.Module):
-    """One layer, recurrent or standard: the parameters, and the choice between scan and parallel attention.
+    """The parameters of one layer, recurrent or standard, and its evaluation.
 
     Attributes:
-        compiled: a standard layer's steps before and after attention run through torch.compile, which fuses norms,
-            activations and residuals. Recurrent layers are never compiled, and nothing is where there is a cache:
+        compiled: a standard layer runs its steps before and after attention through torch.compile, which fuses norms,
+            activations and residuals. Recurrent layers are never compiled. Calls with a cache are not compiled either:
             decoding meets too many shapes.
-        recompute: a standard layer keeps only its input for the backward and is evaluated again there.
-        weight_of: gives the matrix of a projection's module; adapters that wrap modules bring their own.
+        weight_of: function that returns the matrix of a projection's module. `LanguageModel.read_weights_with` sets it.
     """
-
-    weight_of: Callable[[nn.Module], Tensor] = staticmethod(plain_weight)
 
     def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
         self.config, self.kind = config, kind
-        self.compiled = self.recompute = False
+        self.compiled = False
+        self.weight_of: WeightReader = plain_weight
         D, F_, K = config.d_model, config.mlp_width, config.head_width
         H, G = config.n_heads, config.kv_heads
         self.attention_norm = Norm(D)
@@ -91,44 +67,62 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(F_, D, bias=config.mlp_bias)
 
     def maths(self, dtype: torch.dtype | None = None) -> LayerMaths:
-        """The layer's maths over its parameters, matrices cast to the compute dtype (default: as stored)."""
+        """Return the layer's equations over its parameters.
+
+        Args:
+            dtype: of the matrices and biases; None: as stored.
+
+        Raises:
+            ValueError: when a hook or a wrapper of a submodule would have no effect.
+        """
         tensors: dict[str, Tensor] = {}
-        for module_name, module in self.named_children():
-            name = module_name.removesuffix("_proj")
+        for name, module in self.named_children():
             if isinstance(module, Norm):
-                tensors[name] = module.weight
+                tensors[name] = norm_weight(module, name)
                 continue
-            matrix, bias = self.weight_of(module), getattr(module, "bias", None)
-            tensors[name] = matrix if dtype is None else matrix.to(dtype)
+            short = name.removesuffix("_proj")
+            matrix, bias = self.weight_of(module, name), getattr(module, "bias", None)
+            tensors[short] = matrix if dtype is None else matrix.to(dtype)
             if bias is not None:
-                tensors[f"{name}_bias"] = bias if dtype is None else bias.to(dtype)
+                tensors[f"{short}_bias"] = bias if dtype is None else bias.to(dtype)
         return LayerMaths(self.config, **tensors)
 
     def forward(
-        self, x: Tensor, layout: Layout, scan: str = "reference", cache: KVCache | None = None, index: int = 0
+        self,
+        x: Tensor,
+        layout: Layout,
+        scan: str = "reference",
+        cache: KVCache | None = None,
+        index: int = 0,
+        recompute: bool = False,
     ) -> Tensor:
-        """The layer's outputs z (B, N, D); appends the new pairs to layer `index` of the cache when there is one."""
-        if self.kind == "recurrent":
-            return self._recurrent(x, layout, scan, cache, index)
-        if self.recompute and cache is None and torch.is_grad_enabled():
-            return checkpoint(  # pyright: ignore[reportReturnType]
-                self._standard, x, layout, None, index, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._standard(x, layout, cache, index)
+        """Return the layer's outputs z (B, N, D).
+
+        Args:
+            x: (B, N, D), the layer's inputs.
+            layout: positions, padding and documents of the batch.
+            scan: name of the algorithm that evaluates a recurrent layer.
+            cache: receives the new pairs; None: no cache.
+            index: number of the layer in the cache.
+            recompute: keep only x for the backward pass, which evaluates the layer again.
+        """
+        evaluate = self._recurrent if self.kind == "recurrent" else self._standard
+        if not recompute:
+            return evaluate(x, layout, scan, cache, index)
+        return checkpoint(  # pyright: ignore[reportReturnType]
+            evaluate, x, layout, scan, cache, index, use_reentrant=False, preserve_rng_state=False
+        )
 
     def _recurrent(self, x: Tensor, layout: Layout, scan: str, cache: KVCache | None, index: int) -> Tensor:
-        run: Callable[..., Any] = scan_by_name(scan)
-        if torch.compiler.is_compiling():  # of the whole model: loops over positions are not to be traced
-            run = torch.compiler.disable(run)
-        past = None if cache is None else cache.past(index)
+        run = untraced(scan_by_name(scan))
         maths = self.maths(compute_dtype(self.q_proj.weight))
         with torch.autocast(x.device.type, enabled=False):  # every cast is written out
-            z, keys, values = run(x, maths, layout, past)  # pyright: ignore[reportCallIssue]
+            z, keys, values = run(x, maths, layout, None if cache is None else cache.past(index))
         if cache is not None:
             cache.write(index, keys, values)
         return z
 
-    def _standard(self, x: Tensor, layout: Layout, cache: KVCache | None, index: int) -> Tensor:
+    def _standard(self, x: Tensor, layout: Layout, _scan: str, cache: KVCache | None, index: int) -> Tensor:
         before, after = LayerMaths.projections, LayerMaths.outputs
         if self.compiled and cache is None:
             before, after = compiled(before), compiled(after)
@@ -140,38 +134,37 @@ class Layer(nn.Module):
             return after(maths, x, parallel_attention(q, keys, values, layout))
 
 
-# --- the language model ----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Output:
-    """What a call of the model returns."""
+    """The result of a call of the model."""
 
-    logits: Tensor | None  # (B, N, V) in the compute dtype; None under return_logits=False
+    logits: Tensor | None  # (B, N, V) in the compute dtype; None with return_logits=False
     loss: Tensor | None = None  # scalar, float32 (float64 for a float64 model), mean nats per real target
     cache: KVCache | None = field(default=None, repr=False)
+    hidden: Tensor | None = field(default=None, repr=False)  # (B, N, D), input of the output layer; return_hidden=True
 
 
 class LanguageModel(nn.Module):
     """A language model of recurrent and standard layers.
 
+    `forward` is `embed`, `run_layers`, `finish`, then `logits` and `loss`. Each of these is public, so that a training
+    loop may run the layers on different numbers of sequences at a time.
+
     Args:
-        config: its shape. Parameters are initialised as `init_weights` says, from torch's global generator.
+        config: shape of the model. `init_weights` draws the parameters, from torch's global generator.
 
     Attributes:
-        scan: how recurrent layers are evaluated: "auto", or the name of one exact algorithm of `recurformer.scan`.
-        recompute: keep only the inputs of the layers for the backward, which runs each layer's forward again: less
-            memory, more time. Calls with a cache are not affected.
-        weight_of: as `Layer.weight_of`, of the output layer.
+        scan: how recurrent layers are evaluated: "auto", or the name of an exact algorithm of `recurformer.scan`.
+        recompute: layers that keep only their inputs for the backward pass, which evaluates each of them again: "none",
+            "standard" or "all" (also True). Less memory, more time. Calls with a cache keep everything.
+        weight_of: function that returns the matrix of the output layer's module. `read_weights_with` sets it.
     """
-
-    weight_of: Callable[[nn.Module], Tensor] = staticmethod(plain_weight)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self._scan = "auto"
-        self.recompute = False
+        self._scan, self._recompute = "auto", "none"
+        self.weight_of: WeightReader = plain_weight
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_kinds)
         self.norm = Norm(config.d_model)
@@ -189,47 +182,37 @@ class LanguageModel(nn.Module):
             raise ValueError(f"scan is {name!r}; choose one of {', '.join(map(repr, SCAN_CHOICES))}")
         self._scan = name
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw every parameter anew. Norm weights are 1 and biases 0; matrices are normal with these deviations:
+    @property
+    def recompute(self) -> str:
+        return self._recompute
 
-        | matrix                | "fan_in"   | "official" (cut at 3 sigma)                 |
-        |-----------------------|------------|---------------------------------------------|
-        | embedding             | 1/sqrt(D)  | 1/sqrt(D); in both `embedding_std` if given |
-        | output                | 1/sqrt(D)  | 1/sqrt(D)                                   |
-        | q, k, v, up, gate     | 1/sqrt(D)  | 1/sqrt(D)                                   |
-        | o                     | 1/sqrt(HK) | 1/sqrt(2 D (l + 1)), l = 0 the first layer  |
-        | down                  | 1/sqrt(F)  | 1/sqrt(2 F (l + 1))                         |
+    @recompute.setter
+    def recompute(self, layers: Literal["none", "standard", "all"] | bool) -> None:
+        name = ("all" if layers else "none") if isinstance(layers, bool) else layers
+        if name not in RECOMPUTE_CHOICES:
+            raise ValueError(f"recompute is {name!r}; choose one of {', '.join(map(repr, RECOMPUTE_CHOICES))}")
+        self._recompute = name
+
+    def read_weights_with(self, reader: WeightReader) -> None:
+        """Let `reader(module, name)` return the matrix of every projection and of the output layer.
+
+        Adapters that wrap these modules need it: the model multiplies by matrices and never calls a projection.
         """
-        official, D, F_ = self.config.init == "official", self.config.d_model, self.config.mlp_width
+        self.weight_of = reader
+        for layer in self.layers:
+            cast(Layer, layer).weight_of = reader
 
-        def draw(weight: Tensor, std: float) -> None:
-            if official:
-                nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-            else:
-                nn.init.normal_(weight, std=std)
-
-        wide = self.config.embedding_std
-        draw(self.embedding.weight, D**-0.5 if wide is None else wide)
-        for l, layer in enumerate(self.layers):
-            for name, module in layer.named_children():
-                if isinstance(module, Norm):
-                    nn.init.ones_(module.weight)
-                elif isinstance(module, nn.Linear):
-                    std = module.in_features**-0.5
-                    if official and name in ("o_proj", "down_proj"):
-                        std = (2 * (D if name == "o_proj" else F_) * (l + 1)) ** -0.5
-                    draw(module.weight, std)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-        nn.init.ones_(self.norm.weight)
-        if not self.config.tie_embeddings:
-            draw(self.head.weight, D**-0.5)
+    def init_weights(self) -> None:
+        """Draw every parameter anew, as `recurformer.initialisation` says."""
+        head = None if self.config.tie_embeddings else self.head
+        draw_parameters(self.config, self.embedding, self.layers, self.norm, head)
 
     def num_parameters(self, embedding: bool = False) -> int:
-        """Number of parameters; without the embedding and the output layer unless `embedding`."""
+        """Return the number of parameters, without the embedding and the output layer unless `embedding`."""
         outside = () if embedding else ("embedding.weight", "head.weight")
         return sum(p.numel() for name, p in self.named_parameters() if name not in outside)
+
+    # --- a call ------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -241,23 +224,23 @@ class LanguageModel(nn.Module):
         use_cache: bool = False,
         return_logits: bool = True,
         validate: bool | None = None,
-        after: tuple[int, Tensor] | None = None,
+        return_hidden: bool = False,
     ) -> Output:
-        """Logits, and the loss when there are targets.
+        """Return the logits, and the loss when there are targets.
 
         Args:
             tokens: (B, N) integer ids. Ids at pads may be anything.
             targets: (B, N) integer, the token to predict AT each position (nothing is shifted), -100 to ignore.
-            attention_mask: (B, N) bool or 0/1 of any dtype, 0 = padding, anywhere in a row; with a cache also
-                (B, P + N), whose first P columns must repeat what the cache remembers.
+            attention_mask: (B, N) bool or 0/1 of any dtype, 0 = padding, anywhere in a row. With a cache it may also be
+                (B, P + N); its first P columns must then repeat the mask that the cache holds.
             document_ids: (B, N) integer, non-decreasing along N: packed documents that do not see each other.
-            cache: continue it; the new tokens are appended in place and the same object is returned.
+            cache: the cache to continue. The new tokens are appended in place and the same object is returned.
             use_cache: start a cache that grows as needed.
-            return_logits: False saves their memory (needs targets) and leaves `logits` None.
-            validate: check token range, targets, mask values and document order. None: on the CPU only, for on other
-                devices the check forces a synchronisation.
-            after: (depth, x): enter above the first `depth` layers, with their outputs x as `residual_stream` gives
-                them, not with a cache.
+            return_logits: False saves the memory of the logits and leaves `logits` None. Needs targets or
+                `return_hidden`.
+            validate: check token range, targets, mask values and document order. None: check on the CPU only, since on
+                other devices the check forces a synchronisation.
+            return_hidden: also return the input of the output layer.
 
         Returns:
             Output: logits (B, N, V); loss = sum of token losses / number of real targets (0 without any); cache.
@@ -265,166 +248,149 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: naming the value, the limit and the remedy, before any work.
         """
+        if not (return_logits or return_hidden) and targets is None:
+            raise ValueError("return_logits=False without targets would compute nothing; give targets")
         valid = check_inputs(
-            self.config,
-            self.embedding.weight.device,
-            tokens,
-            targets,
-            attention_mask,
-            document_ids,
-            cache,
-            use_cache,
-            return_logits,
-            validate,
-        )
+            self.config, tokens, device=self.embedding.weight.device, targets=targets, attention_mask=attention_mask,
+            document_ids=document_ids, cache=cache, use_cache=use_cache, validate=validate,
+        )  # fmt: skip
         if cache is None and use_cache:
-            weight = self.embedding.weight
-            cache = KVCache(self.config, tokens.shape[0], dtype=compute_dtype(weight), device=weight.device)
-        if after is None:
-            x = self.hidden(tokens.long(), valid, document_ids, cache)
-        else:
-            depth, x = after
-            self._check_depth(depth)
-            if x.shape != (*tokens.shape, self.config.d_model):
-                raise ValueError(
-                    f"after has x of shape {tuple(x.shape)}; it must be {(*tokens.shape, self.config.d_model)}"
-                )
-            if cache is not None:
-                raise ValueError("after and a cache do not go together: the layers below would have no pairs in it")
-            x = self._upwards(x, depth, self.config.n_layers, valid, document_ids)
-            x = normalise(x, self.norm.weight, self.config)
+            cache = self.new_cache(len(tokens))
+        x = self.hidden(tokens.long(), valid, document_ids, cache)
         logits = self.logits(x) if return_logits else None
-        return Output(logits, None if targets is None else self._loss(x, logits, targets), cache)
+        loss = None if targets is None else self.loss(x, targets, logits)
+        return Output(logits, loss, cache, x if return_hidden else None)
 
-    def residual_stream(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        *,
-        depth: int,
-        validate: bool | None = None,
-    ) -> Tensor:
-        """What leaves the first `depth` layers, (B, N, D) in the accumulation dtype; `forward` continues `after` it.
-
-        So the layers of a model may take different numbers of sequences at a time in training.
-
-        Args:
-            depth: 0 to L; 0 is the embedding.
-            tokens, attention_mask, document_ids, validate: as `forward`.
-
-        Raises:
-            ValueError: as `forward`, and for a depth that the model does not have.
-        """
-        self._check_depth(depth)
-        valid = check_inputs(
-            self.config,
-            self.embedding.weight.device,
-            tokens,
-            None,
-            attention_mask,
-            document_ids,
-            None,
-            False,
-            True,
-            validate,
-        )
-        return self._upwards(self._embedded(tokens.long(), valid), 0, depth, valid, document_ids)
-
-    def _check_depth(self, depth: int) -> None:
-        if not 0 <= depth <= self.config.n_layers:
-            raise ValueError(f"depth is {depth}; the model has {self.config.n_layers} layers, so it must be 0 to that")
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """Return an empty cache for calls of this model, in the compute dtype."""
+        weight = self.embedding.weight
+        return KVCache(self.config, batch_size, max_length, dtype=compute_dtype(weight), device=weight.device)
 
     def hidden(
         self, tokens: Tensor, valid: Tensor | None, documents: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """What the output layer reads, (B, N, D): `forward` without checks, logits and loss.
+        """Return the input of the output layer, (B, N, D): `forward` without checks, logits and loss.
 
         Args:
             tokens: (B, N) int64.
             valid: (B, N) bool, False at pads; None: no pads.
-            documents: (B, N) int64, as `document_ids`.
-            cache: continued in place.
+            documents: (B, N) int64, as `document_ids` of `forward`.
+            cache: the cache to continue in place.
         """
-        x = self._upwards(self._embedded(tokens, valid), 0, self.config.n_layers, valid, documents, cache)
-        if cache is not None:
-            cache.advance(tokens.shape[1], valid)
-        return normalise(x, self.norm.weight, self.config)
+        x = self.embed(tokens, valid)
+        x = self.run_layers(x, valid=valid, documents=documents, cache=cache)
+        return self.finish(x)
 
-    def _embedded(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        # Pads enter as zeros: nothing of their contents, be it NaN, reaches a real position or a gradient.
-        x = F.embedding(tokens if valid is None else tokens.masked_fill(~valid, 0), self.embedding.weight)
+    def embed(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return the input of the first layer, (B, N, D) in the accumulation dtype, zero at pads.
+
+        Args:
+            tokens: (B, N) int64. Ids at pads may be anything.
+            valid: (B, N) bool, False at pads; None: no pads.
+        """
+        x = self.embedding(tokens if valid is None else tokens.masked_fill(~valid, 0))
         x = x.to(accumulation_dtype(x.dtype))
+        # Zeros at pads: nothing of their contents, not even NaN, reaches a real position or a gradient.
         return x if valid is None else torch.where(valid[:, :, None], x, 0.0)
 
-    def _upwards(
+    def run_layers(
         self,
         x: Tensor,
-        first: int,
-        stop: int,
-        valid: Tensor | None,
-        documents: Tensor | None,
+        first: int = 0,
+        stop: int | None = None,
+        *,
+        valid: Tensor | None = None,
+        documents: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """x (B, N, D) through the layers first..stop - 1."""
+        """Return the output (B, N, D) of the layers first ... stop - 1, given the input x of the first of them.
+
+        Args:
+            x: (B, N, D) in the accumulation dtype.
+            first, stop: range of layers, 0 <= first <= stop <= L; stop None: L.
+            valid: (B, N) bool, False at pads; None: no pads.
+            documents: (B, N) int64, non-decreasing along N; None: one document a row.
+            cache: the cache to continue in place. Needs all layers.
+
+        Raises:
+            ValueError: for a range that the model does not have, x of another shape, or a cache with some layers only.
+        """
+        stop = self.config.n_layers if stop is None else stop
+        self._check_run(x, first, stop, cache)
         B, N, _ = x.shape
-        recompute = self.recompute and cache is None and torch.is_grad_enabled()
+        recompute = self.recompute if cache is None and torch.is_grad_enabled() else "none"
         scan, _ = choose_scan(
             self.scan, self.config, x.device, batch_size=B, length=N, past=0 if cache is None else cache.length,
-            dtype=compute_dtype(self.embedding.weight), together=not recompute,
+            dtype=compute_dtype(self.embedding.weight), together=recompute != "all",
         )  # fmt: skip
         if cache is not None:
             cache.reserve(N)
         layout = self.layout(N, valid, documents, cache)
-        for stack in self._stacks(range(first, stop), together=scan == "wavefront" and not recompute):
-            if len(stack) > 1:
-                x = self._wavefront(x, stack, layout, cache)
-            elif recompute:
-                x = checkpoint(self.layers[stack[0]], x, layout, scan, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+        for group in self.groups(range(first, stop), together=scan == "wavefront" and recompute != "all"):
+            if len(group) > 1:
+                x = self._wavefront(x, group, layout, cache)
             else:
-                x = self.layers[stack[0]](x, layout, scan, cache, stack[0])
+                layer = cast(Layer, self.layers[group[0]])
+                x = layer(x, layout, scan, cache, group[0], recompute in ("all", layer.kind))
+        if cache is not None:
+            cache.advance(N, valid)
         return x
 
-    def _stacks(self, indices: range, together: bool) -> list[list[int]]:
-        """Of these layers, those that are evaluated together: consecutive recurrent ones, or, without `together`, none.
+    def _check_run(self, x: Tensor, first: int, stop: int, cache: KVCache | None) -> None:
+        L, D = self.config.n_layers, self.config.d_model
+        if not 0 <= first <= stop <= L:
+            raise ValueError(f"layers {first} to {stop} were asked for; the model has layers 0 to {L}")
+        if x.dim() != 3 or x.shape[-1] != D:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {D})")
+        if cache is not None and (first, stop) != (0, L):
+            raise ValueError(f"a cache needs all layers, not {first} to {stop}: the others would have no pairs in it")
 
-        One that is more than a layer, wrapped or with hooks, is evaluated by itself.
-        """
-
-        def joins(index: int) -> bool:
-            layer = self.layers[index]
-            hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-            return self.config.layer_kinds[index] == "recurrent" and type(layer) is Layer and not any(hooks)
-
-        stacks: list[list[int]] = []
-        for index in indices:
-            if together and stacks and joins(index) and joins(index - 1):
-                stacks[-1].append(index)
-            else:
-                stacks.append([index])
-        return stacks
-
-    def _wavefront(self, x: Tensor, stack: list[int], layout: Layout, cache: KVCache | None) -> Tensor:
-        """Outputs of consecutive recurrent layers; appends their new pairs to the cache when there is one."""
-        run: Callable[..., Any] = wavefront_scan
-        if torch.compiler.is_compiling():
-            run = torch.compiler.disable(run)
-        layers = [cast(Layer, self.layers[index]) for index in stack]
-        maths = [layer.maths(compute_dtype(layer.q_proj.weight)) for layer in layers]
-        past = [None if cache is None else cache.past(index) for index in stack]
-        with torch.autocast(x.device.type, enabled=False):
-            z, pairs = run(x, maths, layout, past)  # pyright: ignore[reportCallIssue]
-        if cache is not None:
-            for index, (keys, values) in zip(stack, pairs, strict=True):
-                cache.write(index, keys, values)
-        return z
+    def finish(self, x: Tensor) -> Tensor:
+        """Return the input of the output layer, (B, N, D), given the output x of the last layer."""
+        return normalise(x, norm_weight(self.norm, "norm"), self.config)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., V) in the compute dtype, of what `hidden` returns."""
-        weight = self.embedding.weight if self.config.tie_embeddings else self.weight_of(self.head)
+        """Return the logits (..., V) in the compute dtype, given the input x (..., D) of the output layer."""
+        V = self.config.vocab_size
+        if self._calls_head():
+            return self.head(x.to(compute_dtype(self.head.weight)))[..., :V]
+        weight = self.output_weight()
         dtype = compute_dtype(weight)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), weight.to(dtype))[..., : self.config.vocab_size]
+            return F.linear(x.to(dtype), weight.to(dtype))[..., :V]
+
+    def output_weight(self) -> Tensor:
+        """Return the matrix of the output layer, (rows, D): the embedding's where the two are tied."""
+        return self.embedding.weight if self.config.tie_embeddings else self.weight_of(self.head, "head")
+
+    def _calls_head(self) -> bool:
+        """Whether logits need a call of the output layer's module, because of hooks on it."""
+        return not self.config.tie_embeddings and calls_more_than_forward(self.head)
+
+    def loss(self, x: Tensor, targets: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Return the mean loss in nats over the real targets, 0 without any.
+
+        Args:
+            x: (B, N, D), the input of the output layer.
+            targets: (B, N) integer, -100 to ignore.
+            logits: (B, N, V), where they exist already; None: the loss is computed without ever holding all of them.
+        """
+        targets = targets.long()
+        if logits is None and self._calls_head():
+            logits = self.logits(x)  # a hook sees the output layer's whole output
+        if logits is not None:
+            return mean_over_targets(summed_loss(logits, targets), targets)
+        weight = self.output_weight()
+        dtype = compute_dtype(weight)
+        if choose_loss(x.device, dtype)[0] == "fused":
+            with torch.autocast(x.device.type, enabled=False):
+                flat = x.flatten(0, 1).to(dtype)
+                total = fused_loss(flat, weight.to(dtype), targets.flatten(), self.config.vocab_size)
+        else:
+            total = chunked_loss(x, targets, self.logits, self.config.padded_vocab_size)
+        return mean_over_targets(total, targets)
+
+    # --- parts of a call ---------------------------------------------------------------------------------------------
 
     def layout(
         self, length: int, valid: Tensor | None = None, documents: Tensor | None = None, cache: KVCache | None = None
@@ -448,37 +414,52 @@ class LanguageModel(nn.Module):
             device=weight.device,
         )
 
-    def _loss(self, x: Tensor, logits: Tensor | None, targets: Tensor) -> Tensor:
-        def total(part: Tensor, wanted: Tensor, made: Tensor | None = None) -> Tensor:
-            made = self.logits(part) if made is None else made
-            made = made.flatten(0, -2).to(accumulation_dtype(made.dtype))
-            return F.cross_entropy(made, wanted.flatten(), ignore_index=IGNORE, reduction="sum")
+    def groups(self, indices: Sequence[int], together: bool) -> list[list[int]]:
+        """Return consecutive layers in groups: each group is evaluated by one scan.
 
-        targets = targets.long()
-        weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
-        dtype = compute_dtype(weight)
-        rows = max(1, LOGITS_AT_ONCE // self.config.padded_vocab_size)
-        if logits is None and choose_loss(x.device, dtype)[0] == "fused":
-            with torch.autocast(x.device.type, enabled=False):
-                flat = x.flatten(0, 1).to(dtype)
-                loss = fused_loss(flat, weight.to(dtype), targets.flatten(), self.config.vocab_size)
-        elif logits is not None or targets.numel() <= rows:
-            loss = total(x, targets, logits)
-        else:
-            # Chunks whose logits are thrown away and made again in the backward: all V * B * N never exist at once.
-            parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
-            losses = [
-                checkpoint(total, part, wanted, use_reentrant=False) if torch.is_grad_enabled() else total(part, wanted)
-                for part, wanted in parts
-            ]
-            loss = torch.stack(losses).sum()  # pyright: ignore[reportArgumentType]
-        return loss / (targets != IGNORE).sum().clamp(min=1)
+        A group has several layers only if all are recurrent, `together` is true, and none has hooks or another class:
+        a wavefront does not call the layers, so hooks would have no effect.
+        """
+
+        def joins(index: int) -> bool:
+            layer = self.layers[index]
+            return (
+                self.config.layer_kinds[index] == "recurrent"
+                and type(layer) is Layer
+                and not calls_more_than_forward(layer)
+            )
+
+        groups: list[list[int]] = []
+        for index in indices:
+            if together and groups and joins(index) and joins(index - 1):
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        return groups
+
+    def _wavefront(self, x: Tensor, group: list[int], layout: Layout, cache: KVCache | None) -> Tensor:
+        """Return the output of consecutive recurrent layers, and write their new pairs to the cache."""
+        run = untraced(wavefront_scan)
+        layers = [cast(Layer, self.layers[index]) for index in group]
+        maths = [layer.maths(compute_dtype(layer.q_proj.weight)) for layer in layers]
+        past = [None if cache is None else cache.past(index) for index in group]
+        with torch.autocast(x.device.type, enabled=False):
+            z, pairs = run(x, maths, layout, past)
+        if cache is not None:
+            for index, (keys, values) in zip(group, pairs, strict=True):
+                cache.write(index, keys, values)
+        return z
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Continue prompts (B, N); `recurformer.generation.sampling` has the options. (B * num_samples, N + new)."""
+        """Return prompts (B, N) with their continuations, (B * num_samples, N + new).
+
+        `recurformer.generation.sampling.generate_rows` documents the options.
+        """
         from recurformer.generation.sampling import generate
 
         return generate(self, tokens, max_new_tokens, **options)
 
 
-# --- what bad input gets ---------------------------------------------------------------------------------------------
+def untraced(scan: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a scan that torch.compile of the whole model does not trace: its loops over positions would not end."""
+    return torch.compiler.disable(scan) if torch.compiler.is_compiling() else scan

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import V, assert_all_close, assert_close, gradients, logits_of, loss_of, random_tokens, strong, tiny
+from helpers import (
+    V,
+    assert_all_close,
+    assert_close,
+    count_evaluations,
+    gradients,
+    logits_of,
+    loss_of,
+    random_tokens,
+    strong,
+    tiny,
+)
 from safetensors import safe_open
 from torch import Tensor
 
@@ -370,14 +381,12 @@ def test_other_caches_are_refused_in_generation():
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # it has a new name since 5.2x
-def test_gradient_checkpointing_changes_no_gradient():
+def test_gradient_checkpointing_changes_no_gradient(monkeypatch: pytest.MonkeyPatch):
     theirs, tokens = wrapped(dtype=torch.float64, layers="first:1").train(), random_tokens(2, 9)
     plain = gradients(theirs.model, theirs(tokens, labels=tokens).loss)
     theirs.gradient_checkpointing_enable()
     assert theirs.is_gradient_checkpointing
-    calls: list[int] = []
-    for n, layer in enumerate(theirs.model.layers):
-        layer.register_forward_pre_hook(lambda *_, n=n: calls.append(n))
+    calls = count_evaluations(theirs.model, monkeypatch)
     again = gradients(theirs.model, theirs(tokens, labels=tokens).loss)
     assert calls == [0, 1, 1, 0]
     assert all(torch.equal(plain[name], again[name]) for name in plain)

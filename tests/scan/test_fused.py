@@ -424,9 +424,9 @@ def test_arguments_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch) 
 
 def test_layers_that_are_more_than_layers_stay_by_themselves() -> None:
     model = tiny(n_layers=4)
-    assert model._stacks(range(4), together=True) == [[0, 1, 2, 3]]
-    assert model._stacks(range(4), together=False) == [[0], [1], [2], [3]]
-    assert tiny(n_layers=4, layers=("recurrent", "standard", "recurrent", "recurrent"))._stacks(
+    assert model.groups(range(4), together=True) == [[0, 1, 2, 3]]
+    assert model.groups(range(4), together=False) == [[0], [1], [2], [3]]
+    assert tiny(n_layers=4, layers=("recurrent", "standard", "recurrent", "recurrent")).groups(
         range(4), together=True
     ) == [
         [0],
@@ -434,7 +434,7 @@ def test_layers_that_are_more_than_layers_stay_by_themselves() -> None:
         [2, 3],
     ]
     layer_of(model, 1).register_forward_hook(lambda *_: None)
-    assert model._stacks(range(4), together=True) == [[0], [1], [2, 3]]
+    assert model.groups(range(4), together=True) == [[0], [1], [2, 3]]
 
 
 def test_the_choice_follows_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,6 +524,6 @@ def test_a_model_tells_the_choice_its_past(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny(n_layers=2)
     cache = model(random_tokens(2, 5), use_cache=True).cache
     model(random_tokens(2, 3), cache=cache)
-    model.recompute = True
+    model.recompute = "all"
     model(random_tokens(2, 4))
     assert asked == [(2, 5, 0, True), (2, 3, 5, True), (2, 4, 0, False)]

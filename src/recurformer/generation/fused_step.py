@@ -228,8 +228,7 @@ class FusedStep:
             enter("k_norm", torch.stack([found[f"layers.{l}.k_norm"][0].float() for l in range(self.L)]))
         enter("norm", model.norm.weight)
         enter("embedding", model.embedding.weight)
-        head = model.embedding.weight if config.tie_embeddings else model.weight_of(model.head)
-        enter("head", head.to(dtype))
+        enter("head", model.output_weight().to(dtype))
         return found
 
     def _arrange(self) -> None:

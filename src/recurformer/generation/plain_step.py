@@ -35,8 +35,7 @@ class PlainStep:
         with torch.inference_mode(False), torch.no_grad():
             self.layers = [(cast(Layer, layer).maths(dtype), cast(Layer, layer).kind) for layer in model.layers]
             self.embedding, self.norm = model.embedding.weight, model.norm.weight
-            head = self.embedding if config.tie_embeddings else model.weight_of(model.head)
-            self.head = head.detach().to(dtype)
+            self.head = model.output_weight().detach().to(dtype)
             self.slopes = self.frequencies = None
             if config.position == "alibi":
                 self.slopes = alibi_slopes(config.n_heads, config.alibi_slopes, device=device).to(acc)

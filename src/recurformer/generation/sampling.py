@@ -16,15 +16,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from recurformer.cache import KVCache
 from recurformer.checks import check_inputs
 from recurformer.choose import STEP_CHOICES
 from recurformer.generation.engine import DecodeEngine
 from recurformer.generation.engine import engine_obstacle as obstacle
 from recurformer.generation.prompt import read_prompt
 from recurformer.generation.stopping import StopFinder, stop_texts
-from recurformer.layer import accumulation_dtype, compute_dtype
-from recurformer.model import LanguageModel, Norm
+from recurformer.layer import accumulation_dtype
+from recurformer.model import LanguageModel
+from recurformer.modules import Norm
 
 GREEDY_BELOW = 1e-5  # a lower temperature would magnify the rounding errors of float32 logits: it means greedy
 LOOK_EVERY = {"cuda": 16}  # steps between two looks at which rows have ended, where a look waits for the device
@@ -117,9 +117,7 @@ def generate_rows(
     if pad_token_id is not None:
         check_whole("pad_token_id", pad_token_id, -(2**63), 2**63 - 1)
     pad = pad_id(pad_token_id, ends, tokenizer)
-    valid = check_inputs(
-        model.config, model.embedding.weight.device, tokens, None, attention_mask, None, None, False, True, None
-    )
+    valid = check_inputs(model.config, tokens, device=model.embedding.weight.device, attention_mask=attention_mask)
     if valid is not None and not (real := valid.any(1)).all():
         raise ValueError(f"prompt {int(real.int().argmin())} is all padding; a prompt needs at least one token")
 
@@ -228,8 +226,8 @@ class ModelDecoder:
 
     def prefill(self, tokens: Tensor, valid: Tensor | None, *, samples: int, chunk: int | None) -> Tensor:
         """Logits (B * samples, V) after each prompt."""
-        model, (B, _), device = self.model, tokens.shape, tokens.device
-        self.cache = KVCache(model.config, B, dtype=compute_dtype(model.embedding.weight), device=device)
+        model, B, device = self.model, len(tokens), tokens.device
+        self.cache = model.new_cache(B)
         logits = model.logits(read_prompt(model, self.cache, tokens, valid, chunk))
         if samples > 1:
             self.cache = self.cache.select(torch.arange(B, device=device).repeat_interleave(samples))

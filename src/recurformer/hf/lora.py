@@ -10,23 +10,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recurformer.model import plain_weight
+from recurformer.modules import plain_weight
 
 
-def adapted_weight(module: nn.Module) -> Tensor:
+def adapted_weight(module: nn.Module, name: str) -> Tensor:
     """The matrix of a projection, with what its active LoRA adapters add.
 
     Raises:
         ValueError: for an adapter that is no sum of W and a product, or that drops inputs out while training.
     """
     if isinstance(module, nn.Linear):
-        return plain_weight(module)
+        return plain_weight(module, name)
     wrapper: Any = module
     if hasattr(wrapper, "original_module"):  # PEFT's modules_to_save: a copy that is trained as a whole
         return wrapper.weight
     if not (hasattr(wrapper, "lora_A") and hasattr(wrapper, "get_delta_weight") and hasattr(wrapper, "base_layer")):
         raise ValueError(f"{type(module).__name__} wraps a projection in a way that has no matrix; use plain LoRA")
-    weight = plain_weight(wrapper.base_layer)
+    weight = plain_weight(wrapper.base_layer, name)
     if wrapper.merged or wrapper.disable_adapters:
         return weight
     for adapter in wrapper.active_adapters:

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from recurformer.cache import KVCache
-from recurformer.checks import check_inputs
 from recurformer.hf.cache import RecurformerCache
 from recurformer.hf.config import RecurformerConfig
 from recurformer.hf.lora import adapted_weight
-from recurformer.layer import compute_dtype
 from recurformer.loss import IGNORE
-from recurformer.model import LanguageModel, Layer, Norm
+from recurformer.model import LanguageModel, Layer
+from recurformer.modules import Norm
 from recurformer.store.folders import plain_state_dict
 
 PREFIX = "model"
@@ -58,18 +56,16 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _hold(self, model: LanguageModel) -> None:
         self.model = model
-        for module in model.modules():
-            if isinstance(module, Layer | LanguageModel):
-                module.weight_of = adapted_weight
+        model.read_weights_with(adapted_weight)
 
     @property
     def gradient_checkpointing(self) -> bool:
         """What Hugging Face sets to save memory: `LanguageModel.recompute`."""
-        return self.model.recompute
+        return self.model.recompute == "all"
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
-        self.model.recompute = value
+        self.model.recompute = "all" if value else "none"
 
     def forward(
         self,
@@ -125,8 +121,7 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
         if past is None and use_cache:
             past = RecurformerCache()
         if past is not None and past.kv is None:
-            weight = core.embedding.weight
-            past.kv = KVCache(core.config, len(input_ids), dtype=compute_dtype(weight), device=weight.device)
+            past.kv = core.new_cache(len(input_ids))
         kv = None if past is None else past.kv
 
         loss = None
@@ -138,19 +133,8 @@ class RecurformerForCausalLM(PreTrainedModel, GenerationMixin):
                 loss = loss * ((targets != IGNORE).sum() / num_items_in_batch)
             logits = logits[:, kept(logits_to_keep)]
         else:
-            valid = check_inputs(
-                core.config,
-                core.embedding.weight.device,
-                input_ids,
-                None,
-                attention_mask,
-                document_ids,
-                kv,
-                False,
-                True,
-                None,
-            )
-            x = core.hidden(input_ids.long(), valid, document_ids, kv)
+            options = {"attention_mask": attention_mask, "document_ids": document_ids, "cache": kv}
+            x = core(input_ids, **options, return_logits=False, return_hidden=True).hidden
             logits = core.logits(x[:, kept(logits_to_keep)])
         cached: dict[str, Any] = {CACHE: past}
         made = CausalLMOutputWithPast(loss=loss, logits=logits, **cached)

@@ -154,7 +154,7 @@ def _recurrent_layers(config: TrainConfig, sizes: _Sizes, gpu: bool, scan: str, 
 def loss_bytes(model: ModelConfig, tokens: int, full: int, gpu: bool) -> int:
     """Return the bytes of the loss: logits, log-probabilities and gradients of the rows that are made at once. The
     fused loss has blocks instead, and keeps two gradients."""
-    from recurformer.model import LOGITS_AT_ONCE
+    from recurformer.loss import LOGITS_AT_ONCE
 
     V, D = model.padded_vocab_size, model.d_model
     if gpu:

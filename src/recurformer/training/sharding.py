@@ -56,7 +56,8 @@ def shard(model: LanguageModel, device: torch.device) -> LanguageModel:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means: the loss is already divided
             module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "residual_stream")
+    for method in ("embed", "run_layers", "finish", "loss"):  # which training calls one by one
+        register_fsdp_forward_method(model, method)
     return model
 
 

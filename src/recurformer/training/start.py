@@ -100,7 +100,8 @@ def make_model(
     compiled = device.type == "cuda" if config.compile is None else config.compile
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        layer.compiled, layer.recompute = compiled, config.recompute
+        layer.compiled = compiled
+    model.recompute = "standard" if config.recompute else "none"
     source = checkpoint.model if checkpoint else config.init_from and resolve(config.init_from)
     if source:
         weights = recurformer.load(source).state_dict()

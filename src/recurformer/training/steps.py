@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from recurformer.checks import check_inputs
 from recurformer.loss import IGNORE
 from recurformer.model import LanguageModel
 from recurformer.training.config import TrainConfig
@@ -39,17 +40,23 @@ def gradient_step(
     optimizer.zero_grad(set_to_none=True)
     losses: list[Tensor] = []
 
-    def backward(part: dict[str, Tensor], after: tuple[int, Tensor] | None = None) -> None:
+    size, depth = config.micro_batch_size or len(batch.tokens), config.model.recurrent_depth
+
+    def backward(part: dict[str, Tensor], entry: Tensor | None = None) -> None:
+        """Add the gradient of a part's loss. `entry` is the output of its first `depth` layers, where there is one."""
         # The model's loss is a mean over the part's own targets; the step's loss weighs the parts by their targets.
         share = int((part["targets"] != IGNORE).sum()) / max(1, targets)
+        part = on_device(part, device)
         with autocast(config, device):
-            loss = model(**on_device(part, device), return_logits=False, after=after).loss
+            if entry is None:
+                loss = model(**part, return_logits=False).loss
+            else:
+                loss = loss_above(model, entry, depth, part)
         assert loss is not None
         loss = loss * share
         loss.backward()
         losses.append(loss.detach())
 
-    size = config.micro_batch_size or len(batch.tokens)
     for part in micro_batches(batch, config.recurrent_micro_batch_size or size):
         parts = micro_batches(part, size)
         if config.recurrent_micro_batch_size is None:
@@ -57,13 +64,11 @@ def gradient_step(
                 backward(few)
             continue
         # The recurrent layers at the bottom take the whole part at once, the layers above them `size` sequences.
-        depth = config.model.recurrent_depth
-        inputs: dict[str, Any] = on_device({name: part[name] for name in part if name != "targets"}, device)
         with autocast(config, device):
-            x = model.residual_stream(**inputs, depth=depth)
+            x = output_below(model, depth, on_device(part, device))
         entries = [entry.requires_grad_(x.requires_grad) for entry in x.detach().split(size)]
         for few, entry in zip(parts, entries, strict=True):
-            backward(few, (depth, entry))
+            backward(few, entry)
         if x.requires_grad:
             x.backward(torch.cat([entry.grad for entry in entries if entry.grad is not None]))
     processes.sum_gradients(model)
@@ -71,6 +76,18 @@ def gradient_step(
     # One transfer for both numbers: it is the only time in a step that the CPU waits for the GPU.
     loss, norm = torch.stack([torch.stack(losses).sum().double(), norm.double()]).tolist()
     return loss, norm, targets
+
+
+def output_below(model: LanguageModel, depth: int, part: dict[str, Any]) -> Tensor:
+    """Return the output (B, N, D) of the first `depth` layers for a part of a batch."""
+    valid, documents = check_inputs(model.config, **part, device=part["tokens"].device), part.get("document_ids")
+    return model.run_layers(model.embed(part["tokens"].long(), valid), 0, depth, valid=valid, documents=documents)
+
+
+def loss_above(model: LanguageModel, x: Tensor, depth: int, part: dict[str, Any]) -> Tensor:
+    """Return the mean loss of a part of a batch, given the output x (B, N, D) of its first `depth` layers."""
+    valid, documents = check_inputs(model.config, **part, device=part["tokens"].device), part.get("document_ids")
+    return model.loss(model.finish(model.run_layers(x, depth, valid=valid, documents=documents)), part["targets"])
 
 
 def micro_batches(batch: Batch | dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

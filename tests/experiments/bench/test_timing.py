@@ -61,10 +61,10 @@ def test_models_are_built_as_asked():
     config = ModelConfig(n_layers=2, d_model=16, n_heads=2)
     for compiled, expected in ((None, False), (True, True)):
         model = build_model(config, CPU, "tiled", compiled, recompute=True)
-        assert model.scan == "tiled"
+        assert (model.scan, model.recompute) == ("tiled", "standard")
         for layer in model.layers:
             assert isinstance(layer, Layer)
-            assert (layer.compiled, layer.recompute) == (expected, True)
+            assert layer.compiled == expected
     assert not any(p.is_meta for p in model.parameters())
 
 

@@ -122,7 +122,8 @@ def build_model(
     model.scan = scan
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        layer.compiled, layer.recompute = device.type == "cuda" if compiled is None else compiled, recompute
+        layer.compiled = device.type == "cuda" if compiled is None else compiled
+    model.recompute = "standard" if recompute else "none"
     return model
 
 

@@ -96,7 +96,7 @@ def position_gradients(
     Raises:
         ValueError: for tokens or positions that do not fit.
     """
-    check_inputs(model.config, model.embedding.weight.device, tokens, None, None, None, None, False, True, None)
+    check_inputs(model.config, tokens, device=model.embedding.weight.device)
     B, N = tokens.shape
     layout = model.layout(N)
     scan, _ = choose_scan(model.scan, model.config, tokens.device, batch_size=B, length=N, together=False)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from recurformer.config import Activation
-from recurformer.model import LanguageModel, Layer, Norm
+from recurformer.model import LanguageModel, Layer
+from recurformer.modules import Norm
 
 
 @torch.no_grad()
