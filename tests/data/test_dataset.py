@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -254,3 +256,19 @@ def test_raw_shards_that_cannot_be_opened(tmp_path: Path):
         TokenDataset(tmp_path / "odd.npy")
     with pytest.raises(ValueError, match="eos_id 10 is outside the vocabulary; it must be from 0 to 9"):
         TokenDataset(tmp_path / "odd.npy", vocab_size=10, eos_id=10)
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "absent"),
+    [
+        ("import recurformer.data.preparation, recurformer.data.dataset", ("torch", "transformers", "tokenizers")),
+        ("import recurformer.data.windows", ("recurformer.model", "recurformer.scan", "transformers")),
+    ],
+)
+def test_data_needs_no_model_and_text_needs_no_torch(script: str, absent: tuple[str, ...]):
+    check = f"{script}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

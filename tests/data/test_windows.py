@@ -192,7 +192,7 @@ def test_a_corpus_of_exactly_one_window_and_of_one_token_less(tmp_path: Path):
 
 def test_bad_requests_name_value_limit_and_remedy(numbered: TrainingWindows):
     dataset = numbered.dataset
-    with pytest.raises(ValueError, match="window is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="window is 0; it must be a whole number of at least 1"):
         TrainingWindows(dataset, 0, seed=0)
     with pytest.raises(ValueError, match=r"packing is 'document'.*did you mean 'documents'"):
         TrainingWindows(dataset, 8, seed=0, packing="document")  # pyright: ignore[reportArgumentType]
@@ -202,7 +202,7 @@ def test_bad_requests_name_value_limit_and_remedy(numbered: TrainingWindows):
         numbered.iterate(0, 9, 0, 2)
     with pytest.raises(ValueError, match="rank 2 of 2; it must be from 0 to 1"):
         numbered.iterate(0, 8, 2, 2)
-    with pytest.raises(ValueError, match="start -1"):
+    with pytest.raises(ValueError, match="start is -1; it must be a whole number of at least 0"):
         numbered.iterate(-1, 8)
     with pytest.raises(ValueError, match="index -1 is below 0"):
         numbered.batch(-1, 2)

@@ -1,4 +1,4 @@
-"""Tokens on disk: a folder that `prepare` made, or raw headless shards as OLMo's `.npy` files are."""
+"""Tokens on disk: a folder made by `prepare`, or raw shards without a header, as OLMo's `.npy` files are."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from recurformer.settings import suggest
 
 NUMPY_MAGIC = b"\x93NUMPY"
 
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -24,34 +26,36 @@ class Shard:
     path: Path
     n_tokens: int
     starts: Path | None
-    """Where each document begins; None for a raw shard, whose documents end at the end-of-document token."""
+    """File with the start of each document; None for a raw shard, whose documents end at the end token."""
 
 
 class TokenDataset:
-    """Tokens on disk, opened for reading at any place. Nothing is kept in memory, nothing stays open, and an instance
-    can be pickled and shared between threads.
+    """Tokens on disk, read at any place. Nothing stays in memory and no file stays open.
+
+    An instance can be pickled and shared between threads.
 
     Args:
-        source: a folder made by `recurformer prepare`; or a raw shard, a list of them or a folder of `.npy` shards,
-            which are read in the order given (a folder: by name). A raw shard is a bare sequence of little-endian
-            integers.
-        vocab_size: of raw shards, required. A prepared folder knows it, as the other two; given all the same, they
-            must agree.
-        dtype: of raw shards, "uint16" or "uint32"; None: the narrowest that holds the vocabulary.
-        eos_id: of raw shards, the token that ends each document; None: every file counts as one document.
+        source: a folder made by `recurformer prepare`, or raw shards: a file, a list of files, or a folder of `.npy`
+            files, which are read in order of their names. A raw shard is a bare sequence of little-endian integers.
+        vocab_size: number of ids. Raw shards do not store it and require it; for a prepared folder it must agree.
+        dtype: "uint16" or "uint32"; None: the narrowest type that holds the vocabulary. For a prepared folder it must
+            agree.
+        eos_id: the id that ends each document of raw shards; None: each file counts as one document. For a prepared
+            folder it must agree.
 
     Attributes:
-        n_tokens, n_documents: over all shards; n_documents is None for raw shards.
+        n_tokens: tokens of all shards.
+        n_documents: documents of all shards; None for raw shards.
         n_bytes: UTF-8 bytes of the text behind the tokens, for bits per byte; None for raw shards.
-        fingerprint: changes when the tokens or their meaning do.
+        fingerprint: a hash that changes when the tokens or their meaning do.
 
     Raises:
-        ValueError: for a missing, damaged, truncated or foreign file, and for options that do not fit.
+        ValueError: a file is missing, damaged, truncated or foreign, or an option does not fit.
     """
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        source: Source,
         *,
         vocab_size: int | None = None,
         dtype: str | None = None,
@@ -62,7 +66,7 @@ class TokenDataset:
         if isinstance(source, str | os.PathLike) and (Path(source) / SIDECAR).is_file():
             self._open_prepared(Path(source), {"vocab_size": vocab_size, "dtype": dtype, "eos_id": eos_id})
         else:
-            self._open_raw(source, vocab_size, dtype, eos_id)
+            self._open_raw(_raw_paths(source), vocab_size, dtype, eos_id)
         self.n_tokens = sum(shard.n_tokens for shard in self.shards)
 
     def _open_prepared(self, folder: Path, given: dict[str, int | str | None]) -> None:
@@ -82,14 +86,7 @@ class TokenDataset:
             shards.append(Shard(tokens, info.n_tokens, starts))
         self.shards = tuple(shards)
 
-    def _open_raw(
-        self,
-        source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        vocab_size: int | None,
-        dtype: str | None,
-        eos_id: int | None,
-    ) -> None:
-        paths = _raw_paths(source)
+    def _open_raw(self, paths: list[Path], vocab_size: int | None, dtype: str | None, eos_id: int | None) -> None:
         if vocab_size is None:
             raise ValueError(
                 f"{paths[0].parent} holds no {SIDECAR}, so its files are raw shards, which do not say what they hold; "
@@ -99,42 +96,25 @@ class TokenDataset:
         self.vocab_size, self.eos_id, self.dtype = vocab_size, eos_id, dtype or token_dtype(vocab_size)
         if eos_id is not None and not 0 <= eos_id < vocab_size:
             raise ValueError(f"eos_id {eos_id} is outside the vocabulary; it must be from 0 to {vocab_size - 1}")
-        width = DTYPES[self.dtype].itemsize
         digest = hashlib.sha256(f"{self.dtype} {vocab_size} {eos_id}".encode())
-        shards: list[Shard] = []
-        for path in paths:
-            n_bytes = path.stat().st_size
-            with path.open("rb") as file:
-                head = file.read(1 << 16)
-                file.seek(max(0, n_bytes - (1 << 16)))
-                tail = file.read()
-            if head.startswith(NUMPY_MAGIC):
-                raise ValueError(f"{path} has a NumPy header; raw shards have none: write it anew with array.tofile()")
-            if n_bytes == 0 or n_bytes % width:
-                raise ValueError(
-                    f"{path} has {n_bytes} bytes, which is no whole number of {self.dtype} tokens; "
-                    "the file is truncated or holds another dtype"
-                )
-            digest.update(f"\n{path.name} {n_bytes} ".encode() + head + tail)
-            shards.append(Shard(path, n_bytes // width, None))
-        self.shards = tuple(shards)
+        self.shards = tuple(_open_raw_shard(path, self.dtype, digest) for path in paths)
         self.fingerprint = digest.hexdigest()
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that made the tokens; None for raw shards."""
+        """Return the tokenizer that made the tokens; None for raw shards."""
         return None if self.folder is None else load_tokenizer(self.folder / TOKENIZER_FOLDER)
 
     def read(self, shard: int, start: int, count: int) -> np.ndarray:
-        """Tokens start ... start + count - 1 of a shard, (count,) int64.
+        """Return the tokens start ... start + count - 1 of a shard, (count,) int64.
 
         Raises:
-            ValueError: when the file ends before, or holds an id outside the vocabulary.
+            ValueError: the file ends before, or holds an id outside the vocabulary.
         """
-        # A positioned read instead of a lasting memory map: no limit on open files, and a file that was
-        # truncated meanwhile is an error here instead of a crash.
+        # A positioned read, not a lasting memory map: there is no limit on open files, and a file that was truncated
+        # meanwhile is an error, not a crash.
         path, dtype = self.shards[shard].path, DTYPES[self.dtype]
         with path.open("rb") as file:
-            file.seek(int(start) * dtype.itemsize)  # Python integers: 2^31 tokens are nothing special
+            file.seek(int(start) * dtype.itemsize)  # a NumPy integer of 32 bits would overflow at 2^31 tokens
             tokens = np.fromfile(file, dtype=dtype, count=int(count)).astype(np.int64)
         if len(tokens) != count:
             raise ValueError(f"{path} ends before token {start + count}; it was changed, prepare it anew")
@@ -147,7 +127,7 @@ class TokenDataset:
         return tokens
 
     def document_starts(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """The positions p of a shard, start < p < stop, at which a document begins, (n,) int64 ascending."""
+        """Return the positions p of a shard, start < p < stop, at which a document begins, (n,) int64 ascending."""
         starts = self.shards[shard].starts
         if starts is not None:
             every = np.memmap(starts, dtype=STARTS_DTYPE, mode="r")
@@ -158,22 +138,22 @@ class TokenDataset:
         return np.flatnonzero(self.read(shard, start, stop - 1 - start) == self.eos_id) + start + 1
 
     def documents(self) -> Iterator[tuple[int, int, int]]:
-        """Every document as (shard, start, stop), in order."""
+        """Yield every document as (shard, start, stop), in order."""
         stride = 1 << 20
         for index, shard in enumerate(self.shards):
             begin = 0
             for start in range(0, shard.n_tokens, stride):
-                # one further back than the stride begins, so that a document that starts right there is seen
+                # `document_starts` leaves out its own start, so a stride begins one token earlier
                 for border in self.document_starts(index, max(0, start - 1), min(start + stride, shard.n_tokens)):
                     yield index, begin, int(border)
                     begin = int(border)
             yield index, begin, shard.n_tokens
 
     def verify(self) -> None:
-        """Read every file of a prepared folder and compare it with the hash that the sidecar records.
+        """Read every file of a prepared folder and compare it with its recorded hash.
 
         Raises:
-            ValueError: naming the first file that differs.
+            ValueError: a file differs; the message names the first.
         """
         if self.folder is None:
             raise ValueError("raw shards record no hashes; only a prepared folder can be verified")
@@ -184,7 +164,7 @@ class TokenDataset:
                         raise ValueError(f"{self.folder / name} does not match its recorded hash; prepare it anew")
 
 
-def _raw_paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+def _raw_paths(source: Source) -> list[Path]:
     given = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
     paths: list[Path] = []
     for path in given:
@@ -199,8 +179,26 @@ def _raw_paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     return paths
 
 
+def _open_raw_shard(path: Path, dtype: str, digest: hashlib._Hash) -> Shard:
+    """Return a raw shard, and add its size, its head and its tail to the digest of the dataset."""
+    n_bytes, width = path.stat().st_size, DTYPES[dtype].itemsize
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+        file.seek(max(0, n_bytes - (1 << 16)))
+        tail = file.read()
+    if head.startswith(NUMPY_MAGIC):
+        raise ValueError(f"{path} has a NumPy header; raw shards have none: write it anew with array.tofile()")
+    if n_bytes == 0 or n_bytes % width:
+        raise ValueError(
+            f"{path} has {n_bytes} bytes, which is no whole number of {dtype} tokens; "
+            "the file is truncated or holds another dtype"
+        )
+    digest.update(f"\n{path.name} {n_bytes} ".encode() + head + tail)
+    return Shard(path, n_bytes // width, None)
+
+
 def _expect_size(path: Path, count: int, dtype: np.dtype) -> None:
-    """The cheapest check that finds a truncated, foreign or differently typed file."""
+    """Raise ValueError when a file has another size: it is then truncated, foreign or of another type."""
     size = path.stat().st_size if path.is_file() else None
     if size != count * dtype.itemsize:
         found = "is missing" if size is None else f"has {size} bytes"

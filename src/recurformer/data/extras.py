@@ -1,4 +1,4 @@
-"""Libraries that only some inputs need: imported when one of those inputs appears, never before."""
+"""Libraries that only some inputs need. They are imported when such an input appears."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any
 
 
 def require(module: str, purpose: str) -> Any:
-    """Import an optional library.
+    """Return an optional library.
+
+    Args:
+        module: name of the module to import.
+        purpose: what needs it, the subject of the error message.
 
     Raises:
-        ValueError: when it is not installed; the message says what needs it and how to install it.
+        ValueError: the library is not installed. The message says how to install it.
     """
     try:
         return importlib.import_module(module)

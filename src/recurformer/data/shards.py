@@ -1,4 +1,4 @@
-"""Writing a prepared folder: shards of tokens, their hashes, and a name that appears when all of it is there."""
+"""Write the shards of a prepared folder: tokens, starts of documents, and the hash of each file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recurformer.data.sidecar import DTYPES, SIDECAR, STARTS_DTYPE, ShardInfo
 
 
 class _HashedFile:
-    """A new file and the hash of what is written to it."""
+    """A new file, and the hash of its content."""
 
     def __init__(self, path: Path):
         self.name = path.name
@@ -26,7 +26,7 @@ class _HashedFile:
         self._digest.update(contents)
 
     def finish(self) -> str:
-        """Bring it to the disk; its hash."""
+        """Make the content durable and return its hash."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
@@ -37,7 +37,17 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Lays documents end to end, and begins a new shard with the first one after `shard_tokens`."""
+    """Writes documents end to end, and ends a shard with the first document that fills it.
+
+    Args:
+        folder: where the files go.
+        dtype: a key of `DTYPES`.
+        eos: id that ends each document; None: documents end without one.
+        shard_tokens: tokens at which a shard is full.
+
+    Attributes:
+        shards: the finished shards.
+    """
 
     def __init__(self, folder: Path, dtype: str, eos: int | None, shard_tokens: int):
         self.shards: list[ShardInfo] = []
@@ -54,14 +64,19 @@ class ShardWriter:
         return sum(shard.n_tokens for shard in self.shards) + self._n_tokens
 
     def write(self, tokens: np.ndarray, n_bytes: int) -> None:
-        """More of the current document."""
+        """Append tokens to the current document.
+
+        Args:
+            tokens: (n,) of the type that the shards hold.
+            n_bytes: UTF-8 bytes of the text behind them.
+        """
         if len(tokens):
             self._open()[0].write(tokens)
         self._n_tokens += len(tokens)
         self._n_bytes += n_bytes
 
     def end_document(self) -> bool:
-        """End the current document; False when it has no tokens, and leaves no trace."""
+        """End the current document. Return False when it has no tokens: it then leaves no trace."""
         if self._n_tokens == self._begin:
             self._n_bytes = self._begin_bytes
             return False
@@ -77,7 +92,7 @@ class ShardWriter:
         return True
 
     def finish(self) -> None:
-        """End the open shard, if there is one."""
+        """End the open shard. Do nothing when none is open."""
         if self._tokens is None or self._starts is None:
             return
         self.shards.append(
@@ -95,7 +110,7 @@ class ShardWriter:
         self._n_tokens = self._n_bytes = self._n_documents = self._begin = self._begin_bytes = 0
 
     def close(self) -> None:
-        """Let go of open files; only `finish` completes them."""
+        """Close open files without finishing them."""
         for file in (self._tokens, self._starts):
             if file is not None:
                 file.close()
@@ -109,6 +124,7 @@ class ShardWriter:
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Raise ValueError when something else than a prepared folder that may be replaced has the name `out`."""
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:

@@ -1,35 +1,45 @@
-"""The JSON file that describes a prepared folder, and the one rule that gives tokens their width on disk."""
+"""`dataset.json`, which describes a prepared folder, and the rule that gives tokens their width on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recurformer.settings import SHOWN, shown
 
 SIDECAR = "dataset.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-"""How a token is stored: always little-endian, whatever wrote it."""
+"""Types of a stored token. They are little-endian on every machine."""
 
 STARTS_DTYPE = np.dtype("<i8")
-"""How the start of a document is stored."""
+"""Type of the stored start of a document."""
+
+MOST_IDS = 2**32
+"""Size of the largest vocabulary that can be stored."""
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
+"""Name of a file in the folder itself: a path could lead to any file of the machine."""
+
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The narrowest type that holds the ids 0 ... vocab_size - 1.
+    """Return the name of the narrowest type that holds the ids 0 ... vocab_size - 1.
 
     Raises:
-        ValueError: when none does.
+        ValueError: no type holds them.
     """
     for name, dtype in DTYPES.items():
         if 1 <= vocab_size <= np.iinfo(dtype).max + 1:
             return name
-    raise ValueError(f"a vocabulary of {vocab_size} tokens cannot be stored; it must have from 1 to 2^32")
+    raise ValueError(f"a vocabulary of {shown(vocab_size)} tokens cannot be stored; it must have from 1 to 2^32")
 
 
 class _Strict(BaseModel):
@@ -37,13 +47,13 @@ class _Strict(BaseModel):
 
 
 class ShardInfo(_Strict):
-    """One file of tokens and the one beside it that says where its documents begin."""
+    """A file of tokens, and the file that says where its documents begin."""
 
-    tokens: str
-    documents: str
-    n_tokens: int
-    n_documents: int
-    n_bytes: int
+    tokens: FileName
+    documents: FileName
+    n_tokens: Size
+    n_documents: Size
+    n_bytes: Size
     tokens_sha256: str
     documents_sha256: str
 
@@ -53,12 +63,12 @@ class SourceInfo(_Strict):
 
     name: str
     sha256: str
-    n_bytes: int
-    n_documents: int
+    n_bytes: Size
+    n_documents: Size
 
 
 class TokenizerInfo(_Strict):
-    """The tokenizer whose files lie in the folder's `tokenizer` folder."""
+    """The tokenizer whose files lie in the folder `tokenizer`."""
 
     kind: str
     requested: str
@@ -66,24 +76,32 @@ class TokenizerInfo(_Strict):
 
 
 class Sidecar(_Strict):
-    """The whole description. Everything in it follows from the inputs and the options, so that equal work gives equal
-    files."""
+    """The content of `dataset.json`. It follows from the inputs and the options alone: equal work gives equal files."""
 
     format: Literal["recurformer-tokens"] = "recurformer-tokens"
     format_version: Literal[1] = 1
     dtype: Literal["uint16", "uint32"]
-    vocab_size: int
-    eos_id: int | None
+    vocab_size: Annotated[int, Field(ge=1, le=MOST_IDS)]
+    eos_id: Annotated[int, Field(ge=0, lt=MOST_IDS)] | None
     append_eos: bool
-    n_tokens: int
-    n_documents: int
-    n_bytes: int
+    n_tokens: Size
+    n_documents: Size
+    n_bytes: Size
     shards: tuple[ShardInfo, ...]
     sources: tuple[SourceInfo, ...]
     tokenizer: TokenizerInfo
 
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Sidecar:
+        for name in ("n_tokens", "n_documents", "n_bytes"):
+            if (total := sum(getattr(shard, name) for shard in self.shards)) != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but the shards have {total}")
+        if self.eos_id is not None and self.eos_id >= self.vocab_size:
+            raise ValueError(f"eos_id is {self.eos_id}, outside the vocabulary of {self.vocab_size}")
+        return self
+
     def write(self, folder: Path) -> None:
-        """Write it into `folder`, and to the disk."""
+        """Write `dataset.json` into a folder, durably."""
         with (folder / SIDECAR).open("w", encoding="utf-8", newline="\n") as file:
             file.write(self.model_dump_json(indent=2) + "\n")
             file.flush()
@@ -91,23 +109,26 @@ class Sidecar(_Strict):
 
     @classmethod
     def read(cls, folder: Path) -> Sidecar:
-        """Read it from `folder`.
+        """Return the content of a folder's `dataset.json`.
 
         Raises:
-            ValueError: when it is missing, damaged or of another version.
+            ValueError: the file is missing, damaged or of another version.
         """
         path = folder / SIDECAR
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {SIDECAR}; make it with `recurformer prepare`")
         try:
             return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise ValueError(f"{folder} holds no {SIDECAR}; make it with `recurformer prepare`") from None
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"
-            raise ValueError(f"{path} is damaged or of another version: {place}: {first['msg']}") from error
+            found = f", not {shown(first['input'])}" if first["loc"] else ""
+            raise ValueError(
+                f"{path} is damaged or of another version: {place[:SHOWN]}: {first['msg']}{found}; prepare it anew"
+            ) from error
 
     @property
     def fingerprint(self) -> str:
-        """Equal exactly when the tokens, their documents and their meaning are; where they came from does not count."""
+        """A hash that is equal exactly when the tokens, their documents and their meaning are. Sources do not count."""
         content = self.model_dump_json(exclude={"sources": True, "tokenizer": {"requested"}})
         return hashlib.sha256(content.encode()).hexdigest()

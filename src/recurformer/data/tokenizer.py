@@ -17,7 +17,7 @@ from recurformer.data.extras import require
 from recurformer.files import replacing
 
 MARKER = "recurformer_tokenizer.json"
-"""Written by `Tokenizer.save` into every folder: names the kind, so that loading never guesses."""
+"""File in every folder that `Tokenizer.save` writes. It names the kind, so that loading never guesses."""
 
 REPLACEMENT = "\ufffd"
 
@@ -26,17 +26,17 @@ PAD_NAMES = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]")
 
 
 class Tokenizer(abc.ABC):
-    """What the rest of the package asks of a tokenizer. Instances can be pickled.
+    """Base of the tokenizers. Instances can be pickled.
 
     Attributes:
-        vocab_size: ids run from 0 to vocab_size - 1.
-        eos_id: ends a document; None when the vocabulary has no such token.
-        pad_id: fills rows up; None when the vocabulary has no such token.
+        vocab_size: number of ids; they run from 0 to vocab_size - 1.
+        eos_id: id that ends a document; None when the vocabulary has no such token.
+        pad_id: id that fills rows; None when the vocabulary has no such token.
     """
 
     kind: ClassVar[str]
     file: ClassVar[str | None] = None
-    """Name of the file that holds the vocabulary in a saved folder; None when there is nothing to hold."""
+    """Name of the vocabulary's file in a saved folder; None when the kind has no file."""
 
     vocab_size: int
     eos_id: int | None
@@ -44,32 +44,40 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, nothing added at either end. Text that spells a special token stays ordinary text."""
+        """Return the ids of a text. Nothing is added at either end.
+
+        Text that spells a special token stays ordinary text.
+
+        Raises:
+            ValueError: the text cannot be encoded without its end token, or is no valid Unicode.
+        """
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
-        """The text of ids that are all inside the vocabulary."""
+        """Return the text of ids that are all inside the vocabulary."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. What is no text, a broken UTF-8 sequence or an id outside the vocabulary (a model's may be
-        padded), shows as U+FFFD."""
+        """Return the text of ids. U+FFFD stands for a broken UTF-8 sequence and for an id outside the vocabulary.
+
+        A model has ids outside the vocabulary when its embedding is padded.
+        """
         runs = itertools.groupby(map(int, ids), key=lambda token: 0 <= token < self.vocab_size)
         return "".join(self._decode(list(run)) if known else REPLACEMENT * len(list(run)) for known, run in runs)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as an integer array (n,)."""
+        """Return the ids of a text as an integer array (n,)."""
         return np.array(self.encode(text), dtype=np.int64)
 
     def stream(self) -> TextStream:
-        """A decoder for ids that arrive one by one, as in generation."""
+        """Return a decoder for ids that arrive one by one, as in generation."""
         return TextStream(self.decode)
 
     def contents(self) -> bytes:
-        """The bytes of the vocabulary's file; empty when there is none."""
+        """Return the bytes of the vocabulary's file; none when the kind has no file."""
         return b""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer's files into `folder`, made when it is missing. `load_tokenizer` reads them back."""
+        """Write the tokenizer's files into a folder, which is made when it is missing. `load_tokenizer` reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.file is not None:
@@ -78,7 +86,7 @@ class Tokenizer(abc.ABC):
         marker = {"kind": self.kind, "file": self.file, "vocab_size": self.vocab_size}
         marker |= {"eos_id": self.eos_id, "pad_id": self.pad_id}
         with replacing(folder / MARKER) as temporary:
-            temporary.write_text(json.dumps(marker, indent=2) + "\n")
+            temporary.write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 class TextStream:
@@ -118,7 +126,7 @@ class TextStream:
 
 
 class BytesTokenizer(Tokenizer):
-    """The UTF-8 bytes of the text, vocabulary 256. NUL, which text does not contain, ends a document."""
+    """The UTF-8 bytes of the text, vocabulary 256. NUL (0) ends a document, so no text may contain it."""
 
     kind = "bytes"
     vocab_size = 256
@@ -154,7 +162,16 @@ class _ByteStream(TextStream):
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. Its truncation, padding and post-processing are switched off."""
+    """A `tokenizer.json` of the `tokenizers` library, with truncation, padding and post-processing switched off.
+
+    Args:
+        raw: the file's content.
+        eos_id: id that ends a document, or None.
+        pad_id: id that fills rows, or None.
+
+    Raises:
+        ValueError: the library cannot read the content.
+    """
 
     kind = "tokenizers"
     file = "tokenizer.json"
@@ -174,7 +191,11 @@ class JsonTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: Path) -> JsonTokenizer:
-        """Special ids come from the `tokenizer_config.json` or `special_tokens_map.json` beside it, else by name."""
+        """Return the tokenizer of a file.
+
+        The end and padding tokens are those that `tokenizer_config.json` or `special_tokens_map.json` beside the file
+        names, else the first added tokens with a usual name.
+        """
         tokenizer = cls(path.read_bytes(), eos_id=None, pad_id=None)
         added = {token.content: id for id, token in tokenizer._tokenizer.get_added_tokens_decoder().items()}
         named = _special_names(path.parent)
@@ -196,7 +217,14 @@ class JsonTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`, as T5's; its own end and padding ids count."""
+    """A SentencePiece `.model`, as T5 has one, with the model's own end and padding ids.
+
+    Args:
+        raw: the file's content.
+
+    Raises:
+        ValueError: the content is no SentencePiece model.
+    """
 
     kind = "sentencepiece"
     file = "spiece.model"
@@ -226,15 +254,18 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces.decode(ids)
 
 
-# --- making one -------------------------------------------------------------------------------------------------------
+# --- load and train ---------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `source` names: "bytes", a `tokenizer.json`, a SentencePiece `.model`, or a folder, one
-    written by `Tokenizer.save` or one that holds a `tokenizer.json` or a single `.model`.
+    """Return the tokenizer that a name means. `recurformer.load_tokenizer` also takes the folder of a run.
+
+    Args:
+        source: "bytes", a `tokenizer.json`, a SentencePiece `.model`, or a folder: one that `Tokenizer.save` has
+            written, or one with a `tokenizer.json` or a single `.model`.
 
     Raises:
-        ValueError: when it is none of these, cannot be read, or needs a library that is not installed.
+        ValueError: the source is none of these, cannot be read, or needs a library that is not installed.
     """
     if source == "bytes":
         return BytesTokenizer()
@@ -253,16 +284,20 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
-    """Whether `load_tokenizer` would look for a tokenizer in this folder."""
+    """Whether a folder holds a file that `load_tokenizer` would read."""
     folder = Path(folder)
     return any((folder / name).is_file() for name in (MARKER, "tokenizer.json")) or any(folder.glob("*.model"))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    """A byte-level BPE learned from `texts`: lossless, id 0 is `<|endoftext|>`. A small text may give fewer tokens.
+    """Return a byte-level BPE learned from texts. It is lossless, and id 0 is `<|endoftext|>`.
+
+    Args:
+        texts: any number of texts.
+        vocab_size: number of ids wanted. A small text may give fewer.
 
     Raises:
-        ValueError: when `vocab_size` is below 257, the 256 bytes and the end of a document.
+        ValueError: `vocab_size` is below 257, the 256 bytes and the end of a document.
     """
     if vocab_size < 257:
         raise ValueError(f"a BPE vocabulary of {vocab_size} is too small; it needs 257: 256 bytes and the end token")
@@ -310,7 +345,7 @@ def _load_saved(folder: Path) -> Tokenizer:
 
 
 def _special_names(folder: Path) -> dict[str, str | None]:
-    """The end and padding tokens that the files beside a tokenizer.json name."""
+    """Return the end and padding tokens that the files beside a `tokenizer.json` name."""
     names: dict[str, str | None] = {"eos_token": None, "pad_token": None}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         try:

@@ -1,5 +1,4 @@
-"""Tokens on disk to batches: which windows there are, in which order training sees them, and how evaluation scores
-each token once."""
+"""Tokens on disk to batches: the windows of training and their order, and the windows of evaluation."""
 
 from __future__ import annotations
 
@@ -9,63 +8,60 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 
 from recurformer.data.dataset import TokenDataset
 from recurformer.loss import IGNORE
-from recurformer.settings import suggest
+from recurformer.settings import Count, Natural, check
 
 Packing = Literal["concat", "documents"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B windows of N positions, as `LanguageModel.forward` takes them."""
+    """B windows of N positions, with the names that `LanguageModel.forward` gives them."""
 
     tokens: torch.Tensor
     """(B, N) int64."""
     targets: torch.Tensor
-    """(B, N) int64: the token to predict at each position, already shifted; -100 where there is none."""
+    """(B, N) int64: the token to predict at each position, already shifted; -100: nothing is predicted there."""
     document_ids: torch.Tensor | None
-    """(B, N) int64, non-decreasing along a row: positions of different documents must not see each other. None: a row
-    is one stretch."""
+    """(B, N) int64, non-decreasing along a row: the model keeps documents apart. None: it does not."""
     window_ids: torch.Tensor
-    """(B,) int64: which windows these are."""
+    """(B,) int64: numbers of the windows."""
     attention_mask: torch.Tensor | None = None
     """(B, N) bool, False at padding; None: no padding."""
 
 
 class TrainingWindows:
-    """Fixed windows of a dataset in an order that is a function of (seed, epoch) and nothing else.
+    """Fixed windows of a dataset, in an order that depends on the seed and the epoch alone.
 
-    Window w of a shard has the tokens w N ... w N + N - 1 as inputs and their successors as targets, so it reads N + 1
-    tokens, and every token of a shard but its first is a target exactly once an epoch, up to the rest that fills no
-    window. Windows never cross a shard.
+    Window w of a shard has the tokens w N ... w N + N - 1 as inputs and the token after each of them as its target. A
+    window therefore reads N + 1 tokens. Each epoch, every token of a shard is a target once, except the first token
+    and a rest at the end that fills no window. No window crosses a shard.
 
-    There is no state: training counts the windows it has consumed, and this number is the whole position in the data.
-    Global index i means window `window_id(i)`; indices go on from epoch to epoch.
+    There is no state. The number of windows that training has consumed is the whole position in the data. Global index
+    i means window `window_id(i)`, and indices go on from epoch to epoch.
 
     Args:
         dataset: the tokens.
         window: N, inputs of a window.
         seed: any integer.
-        packing: "concat": a window is one stretch of text, documents run into each other, as in the paper;
-            "documents": `document_ids` tell them apart and no target lies across a border.
+        packing: "concat": a window is one stretch of text in which documents see each other, as in the paper.
+            "documents": `document_ids` tell documents apart, and no target lies across a border.
 
     Raises:
-        ValueError: when no shard has N + 1 tokens, or "documents" is asked of a raw shard without an end token.
+        ValueError: no shard has N + 1 tokens, or "documents" meets raw shards without an end token.
     """
 
     def __init__(self, dataset: TokenDataset, window: int, seed: int, packing: Packing = "concat"):
-        _at_least_one("window", window)
-        if packing not in get_args(Packing):
-            known = get_args(Packing)
-            raise ValueError(f"packing is {packing!r}; choose one of {', '.join(known)}{suggest(packing, known)}")
+        check("window", window, Count)
+        check("packing", packing, Packing)
         if packing == "documents" and dataset.n_documents is None and dataset.eos_id is None:
-            raise ValueError("packing 'documents' needs to know where documents end; give the raw shards' eos_id")
+            raise ValueError("packing 'documents' needs the end of each document; give the raw shards' eos_id")
         counts = [(shard.n_tokens - 1) // window for shard in dataset.shards]
         if not any(counts):
             longest = max(shard.n_tokens for shard in dataset.shards)
@@ -74,23 +70,23 @@ class TrainingWindows:
                 f"needs {window + 1} from one file; shorten the window or prepare more text"
             )
         self.dataset, self.window, self.seed, self.packing = dataset, window, seed, packing
-        self._ends = np.cumsum(counts, dtype=np.int64)  # of each shard: the windows in it and before it
+        self._ends = np.cumsum(counts, dtype=np.int64)  # number of the window after each shard's last
 
     def __len__(self) -> int:
-        """Windows of an epoch."""
+        """Number of windows in an epoch."""
         return int(self._ends[-1])
 
     def order(self, epoch: int) -> np.ndarray:
-        """The window ids of a whole epoch in the order of training, (len(self),) int64."""
+        """Return the windows of a whole epoch in the order of training, (len(self),) int64."""
         return shuffled(np.arange(len(self)), len(self), f"{self.seed} {epoch}")
 
     def window_id(self, index: int) -> int:
-        """The window with the global index `index`."""
+        """Return the number of the window with the global index `index`."""
         return int(self._window_ids(index, 1)[0])
 
     def batch(self, start: int, count: int) -> Batch:
-        """The windows with the global indices start ... start + count - 1."""
-        _at_least_one("count", count)
+        """Return the windows with the global indices start ... start + count - 1."""
+        check("count", count, Count)
         ids = self._window_ids(start, count)
         rows = np.empty((count, self.window + 1), dtype=np.int64)
         documents = np.zeros((count, self.window + 1), dtype=np.int64) if self.packing == "documents" else None
@@ -103,7 +99,7 @@ class TrainingWindows:
                 documents[row, self.dataset.document_starts(shard, begin, begin + self.window + 1) - begin] = 1
         tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
         if documents is not None:
-            targets[documents[:, 1:] == 1] = IGNORE  # a document's first token follows from nothing
+            targets[documents[:, 1:] == 1] = IGNORE  # nothing precedes the first token of a document
             documents = documents[:, :-1].cumsum(axis=1)
         return Batch(
             tokens=torch.from_numpy(tokens),
@@ -115,27 +111,29 @@ class TrainingWindows:
     def iterate(
         self, start: int, batch_size: int, rank: int = 0, world_size: int = 1, num_workers: int = 0
     ) -> Iterator[Batch]:
-        """Batches without end, from the global index `start` on.
+        """Yield batches without end, from the global index `start` on.
 
         Args:
-            start: windows consumed so far, by all ranks together.
-            batch_size: windows of a global batch, over all ranks; each yields its share of batch_size / world_size, and
-                together they consume the same windows whatever their number.
-            rank, world_size: which share is this process's.
+            start: windows that all ranks together have consumed.
+            batch_size: windows of a global batch, over all ranks. Each rank yields its share of
+                batch_size / world_size. Together they consume the same windows, whatever the number of ranks.
+            rank: number of this process.
+            world_size: number of processes.
             num_workers: threads that read ahead. They change when a batch is read, never which one comes next.
 
         Raises:
-            ValueError: when the ranks cannot share a batch evenly.
+            ValueError: the ranks cannot share a batch evenly.
         """
-        _at_least_one("batch_size", batch_size)
-        if not 0 <= rank < world_size:
+        for name, value in {"batch_size": batch_size, "world_size": world_size}.items():
+            check(name, value, Count)
+        for name, value in {"start": start, "rank": rank, "num_workers": num_workers}.items():
+            check(name, value, Natural)
+        if rank >= world_size:
             raise ValueError(f"rank {rank} of {world_size}; it must be from 0 to {world_size - 1}")
         if batch_size % world_size:
             raise ValueError(
                 f"batch size {batch_size} is not divisible by {world_size} ranks; it counts the windows of all ranks"
             )
-        if start < 0 or num_workers < 0:
-            raise ValueError(f"start {start} and num_workers {num_workers} must be at least 0")
         share = batch_size // world_size
         return self._read_ahead(itertools.count(start + rank * share, batch_size), share, num_workers)
 
@@ -166,18 +164,23 @@ class TrainingWindows:
 
 
 def evaluation_batches(dataset: TokenDataset, window: int, batch_size: int) -> Iterator[Batch]:
-    """Windows that score each token but a document's first exactly once, whatever `window` and `batch_size` are.
+    """Yield windows that score each token but a document's first exactly once, for every `window` and `batch_size`.
 
-    Document by document: a window holds tokens of one document, and the next one begins with the last token whose
-    successor is still to be scored, so that consecutive windows overlap by one token. The score of a text then does not
-    depend on its neighbours in the file; over the concatenation it would. Rows are as long as the batch's longest,
-    rounded up to a multiple of 64 but no longer than `window`; what is short of that is padded on the right.
+    A window holds tokens of one document. The next one begins with the last target of the window before, so consecutive
+    windows overlap by one token. The score of a text then does not depend on its neighbours in the file. Rows are as
+    long as the longest of their batch, rounded up to a multiple of 64 but no longer than `window`. Shorter rows are
+    padded on the right.
+
+    Args:
+        dataset: the tokens.
+        window: N, the most positions of a row.
+        batch_size: the most rows of a batch.
 
     Raises:
-        ValueError: when no document has two tokens.
+        ValueError: no document has two tokens.
     """
-    _at_least_one("window", window)
-    _at_least_one("batch_size", batch_size)
+    check("window", window, Count)
+    check("batch_size", batch_size, Count)
     return _evaluation_batches(dataset, window, batch_size)
 
 
@@ -210,11 +213,16 @@ def _evaluation_batches(dataset: TokenDataset, window: int, batch_size: int) -> 
 
 
 def shuffled(indices: np.ndarray, n: int, key: str) -> np.ndarray:
-    """Where a permutation of 0 ... n - 1, chosen by `key`, sends each of `indices`, (k,) int64.
+    """Return where a permutation of 0 ... n - 1, chosen by `key`, sends each of `indices`, (k,) int64.
 
-    A Feistel network over the next even number of bits; what falls outside 0 ... n - 1 goes through again until it
-    falls inside. So any place of an epoch is found at once, without the epoch in memory, and the order rests on integer
-    arithmetic alone, not on a library's generator that a new version may change.
+    The permutation is a Feistel network over the next even number of bits. A result outside 0 ... n - 1 goes through
+    the network again until it falls inside. Any place of an epoch is therefore found at once, without the epoch in
+    memory. The order rests on integer arithmetic alone: a new version of a library cannot change it.
+
+    Args:
+        indices: (k,) integers from 0 to n - 1.
+        n: size of the permutation.
+        key: any text.
     """
     half = max(3, ((n - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
@@ -231,12 +239,7 @@ def shuffled(indices: np.ndarray, n: int, key: str) -> np.ndarray:
 
 
 def _mixed(bits: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: every bit of the result depends on every bit of `bits`."""
+    """Return the finalizer of splitmix64: every bit of the result depends on every bit of `bits`."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
