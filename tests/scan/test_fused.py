@@ -388,6 +388,17 @@ def test_attention_kernels_compile_to_wide_loads() -> None:
 # --- choice of the scan, and refusals --------------------------------------------------------------------------------
 
 
+def test_without_triton_the_functions_import_and_the_error_names_what_runs() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None; import torch; from recurformer import LanguageModel, ModelConfig\n"
+        "import recurformer.scan.fused.scan, recurformer.scan.fused.engines\n"
+        "model = LanguageModel(ModelConfig(vocab_size=4, d_model=4, n_layers=1, n_heads=1)); model.scan = 'fused'\n"
+        "model(torch.zeros(1, 2, dtype=torch.int64))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "triton is not installed; install it, or model.scan = 'tiled'" in done.stderr.splitlines()[-1]
+
+
 def test_without_a_gpu_the_error_names_what_runs() -> None:
     model = tiny()
     model.scan = "fused"

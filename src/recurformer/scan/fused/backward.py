@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recurformer.scan.fused import kernels as triton_kernels
 from recurformer.scan.fused.launches import Pass
-from recurformer.scan.fused.weights import WeightGradients
+from recurformer.scan.fused.weights import GradientSums
 from recurformer.scan.fused.workspace import Workspace
 from recurformer.scan.schedule import Block, Schedule
 
@@ -118,7 +118,7 @@ class BackwardPass(Pass):
         super().__init__(workspace)
         self.schedule = Schedule(self.shape.C, 0, None, self.shape.leaf_backward)
         self.buffers = BackwardBuffers.empty(workspace)
-        self.gradients = WeightGradients(self.shape, self.weights, workspace.parts, workspace.new_buffer)
+        self.gradients = GradientSums(self.shape, self.weights, workspace.parts, workspace.new_buffer)
 
     def restore(self) -> None:
         """Make a chunk's queries and persistent pairs again, from x and z, ahead of the whole backward."""
@@ -154,7 +154,7 @@ class BackwardPass(Pass):
         products.multiply(b.a.flatten(1, 2), w.o, b.branch.flatten(1, 2))
         kernels.attended_rows[(B, C, L)](
             self.table, b.branch, w.o_bias, w.mlp_norm, b.y, b.h_y, 0, C, B, self.branch_scale, self.eps,
-            **options.stack, **options.row, BIAS=shape.config.attention_bias, REVERSE=True, **options.late,
+            **options.stack, **options.row, BIAS=shape.config.attention_bias, REVERSE=True, **options.starts_after,
         )  # fmt: skip
         if not shape.keeps_inner:
             products.multiply(b.h_y.flatten(1, 2), w.up, b.up.flatten(1, 2))
@@ -187,12 +187,12 @@ class BackwardPass(Pass):
             self.leaf(r)
         kernels.pair_gradient[(B, L)](
             self.table, b.g_pairs, b.raw_keys, w.kv_bias, w.k_norm, b.g_raw_pairs, b.key_norm_parts, r, B, self.eps,
-            **options.stack, **options.pair, GB=options.group_block, **options.early,
+            **options.stack, **options.pair, GB=options.group_block, **options.starts_early,
         )  # fmt: skip
         products.multiply(b.g_raw_pairs[:, r], w.kv, b.g_hz[:, r], transposed=False)
         kernels.output_gradient[(B, L)](
             self.table, b.ring, b.g_hz, w.attention_norm, b.gz, b.scaled_gz, sums["attention_norm_of_outputs"], r, B,
-            self.branch_scale, self.eps, **options.stack, **options.row, **options.early,
+            self.branch_scale, self.eps, **options.stack, **options.row, **options.starts_early,
         )  # fmt: skip
         if products.fuses_activation:
             up = None if self.shape.keeps_inner else b.up[:, r]
@@ -205,7 +205,7 @@ class BackwardPass(Pass):
         products.multiply(b.g_up[:, r], w.up, b.g_hy, transposed=False)
         kernels.attended_gradient[(B, L)](
             self.table, b.y, b.g_hy, w.mlp_norm, b.gz, b.gy, b.scaled_gy, sums["mlp_norm"], r, B, self.branch_scale,
-            self.eps, **options.stack, **options.row, **options.early,
+            self.eps, **options.stack, **options.row, **options.starts_early,
         )  # fmt: skip
         products.multiply(b.scaled_gy[:, r], w.o, b.ga[:, r], transposed=False)
 
@@ -216,7 +216,7 @@ class BackwardPass(Pass):
         kernels.leaf_gradient[(shape.B * triton.cdiv(self.sizes.G, heads), shape.L)](
             self.table, b.ga, b.delta, b.g_pairs, self.weights.slopes, r, shape.B, self.scale, **self.options.stack,
             **self.options.attention, S=shape.leaf_backward, HP=heads, RB=min(LEAF_ROWS, shape.leaf_backward),
-            num_warps=LEAF_WARPS, **self.options.early,
+            num_warps=LEAF_WARPS, **self.options.starts_early,
         )  # fmt: skip
 
     def activation(self, r: int) -> None:
@@ -226,7 +226,7 @@ class BackwardPass(Pass):
         kernels.activation_gradient[(B, triton.cdiv(F, block), self.shape.L)](
             self.table, b.up, self.weights.up_bias, b.g_inner, b.g_up, b.inner, r, B, **self.options.stack, F=F,
             FB=block, KIND=self.workspace.activation, BIAS=self.shape.config.mlp_bias, KEPT=self.shape.keeps_inner,
-            num_warps=8 if block > 1024 else 4, **self.options.early,
+            num_warps=8 if block > 1024 else 4, **self.options.starts_early,
         )  # fmt: skip
 
     def inputs_and_queries(self) -> None:

@@ -19,7 +19,7 @@ from recurformer.scan.fused.backward import BackwardPass
 from recurformer.scan.fused.forward import ForwardPass
 from recurformer.scan.fused.shape import EngineShape
 from recurformer.scan.fused.table import Slot, TableEntries
-from recurformer.scan.fused.weights import WeightGradients
+from recurformer.scan.fused.weights import GradientSums
 from recurformer.scan.fused.workspace import DeviceFacts, Workspace
 
 OUTSIDE = -(2**30)  # a step at which no layer has a chunk
@@ -67,7 +67,7 @@ class Engine:
         """Write queries and pairs that the forward did not keep."""
         self._run("restore", self.backward.restore, steps, entries)
 
-    def run_backward(self, steps: int, entries: TableEntries) -> WeightGradients:
+    def run_backward(self, steps: int, entries: TableEntries) -> GradientSums:
         """Write the gradients of the first layer's inputs, and return those of all weights."""
         sums = self.backward.gradients
         sums.zero()

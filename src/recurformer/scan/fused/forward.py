@@ -100,13 +100,14 @@ class ForwardPass(Pass):
 
     def pull(self) -> None:
         """Start the chunk's softmax states with all earlier pairs."""
-        self._merge_keys(slice(0, self.shape.C), slice(0, 0), PULL_KEYS, PULL_WARPS, PULL=True, **self.options.late)
+        queries, keys = slice(0, self.shape.C), slice(0, 0)  # the kernel itself finds the keys
+        self._merge_keys(queries, keys, PULL_KEYS, PULL_WARPS, PULL=True, **self.options.starts_after)
 
     def push(self, block: Block) -> None:
         """Add a tile of finished pairs to the softmax states of later queries of the chunk."""
         keys = block.keys.stop - block.keys.start
         tile_keys, warps = min(64, max(16, keys)), 1 if keys <= 8 else 4
-        self._merge_keys(block.queries, block.keys, tile_keys, warps, PULL=False, **self.options.early)
+        self._merge_keys(block.queries, block.keys, tile_keys, warps, PULL=False, **self.options.starts_early)
 
     def _merge_keys(self, queries: slice, keys: slice, tile_keys: int, warps: int, **options: Any) -> None:
         b, shape = self.buffers, self.shape
@@ -126,7 +127,7 @@ class ForwardPass(Pass):
         products.multiply(b.a[:, r], w.o, b.branch)
         kernels.attended_rows[(B, 1, L)](
             self.table, b.branch, w.o_bias, w.mlp_norm, b.y, b.h, r, 1, B, self.branch_scale, self.eps,
-            **options.stack, **options.row, BIAS=config.attention_bias, REVERSE=False, **options.early,
+            **options.stack, **options.row, BIAS=config.attention_bias, REVERSE=False, **options.starts_early,
         )  # fmt: skip
         if products.fuses_activation:
             products.multiply_tiled(b.h, w.up, b.inner, True, self.workspace.activation, r=r)
@@ -136,7 +137,7 @@ class ForwardPass(Pass):
         products.multiply(b.inner, w.down, b.branch)
         kernels.finished_rows[(B, L)](
             self.table, b.branch, w.down_bias, w.attention_norm, b.y, b.h, r, B, self.branch_scale, self.eps,
-            **options.stack, **options.row, BIAS=config.mlp_bias, **options.early,
+            **options.stack, **options.row, BIAS=config.mlp_bias, **options.starts_early,
         )  # fmt: skip
         products.multiply(b.h, w.kv, b.raw_pairs)
 
@@ -148,7 +149,7 @@ class ForwardPass(Pass):
             self.table, b.raw_pairs, w.k_norm, w.kv_bias, b.maximum, b.denominator, b.numerator, w.slopes, b.a, b.lse,
             r, shape.B, self.scale, self.eps, **self.options.stack, **self.options.pair, **self.options.visibility,
             S=shape.leaf, H=s.H, HP=heads, WB=triton.next_power_of_2(s.keys), NEW=r % shape.leaf > 0,
-            KEEP=shape.keeps_attention, num_warps=LEAF_WARPS, **self.options.early,
+            KEEP=shape.keeps_attention, num_warps=LEAF_WARPS, **self.options.starts_early,
         )  # fmt: skip
 
     def activate(self, r: int) -> None:
@@ -158,7 +159,7 @@ class ForwardPass(Pass):
         kernels.activate_rows[(B, triton.cdiv(F, block), self.shape.L)](
             self.table, b.up, self.weights.up_bias, b.inner, r, B, b.up.stride(0), b.inner.stride(0), B,
             **self.options.stack, F=F, FB=block, KIND=self.workspace.activation, BIAS=self.shape.config.mlp_bias,
-            KEEP=self.shape.keeps_inner, num_warps=8 if block > 1024 else 4, **self.options.early,
+            KEEP=self.shape.keeps_inner, num_warps=8 if block > 1024 else 4, **self.options.starts_early,
         )  # fmt: skip
 
     def keep_attention(self) -> None:

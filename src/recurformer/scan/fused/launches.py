@@ -74,8 +74,8 @@ class Pass:
             rows: number of positions.
         """
         shape = self.shape
-        kernels.store_pairs[(shape.B, rows, shape.L)](
+        kernels.store_chunk_pairs[(shape.B, rows, shape.L)](
             self.table, raw_pairs, self.weights.k_norm, self.weights.kv_bias, first, rows, shape.B, self.eps,
             **self.options.stack, **self.options.pair, GB=self.options.group_block, REVERSE=self.reverse,
-            **self.options.early,
+            **self.options.starts_early,
         )  # fmt: skip

@@ -119,7 +119,7 @@ class Products:
             out, w.weights.up_bias, up, inner, r, rows, out.stride(0), up.stride(0), inner.stride(0),
             **w.options.stack, IN=a.shape[2], OUT=width, KIND=activation,
             BIAS=self.shape.config.mlp_bias and activation >= 0, KEEP=self.shape.keeps_inner and activation >= 0,
-            BACKWARD=not transposed, **tile, **w.options.early,
+            BACKWARD=not transposed, **tile, **w.options.starts_early,
         )  # fmt: skip
 
     def tile(self, width: int, activated: bool) -> Tile:

@@ -99,7 +99,7 @@ class PackedWeights:
             self.down_bias[l].copy_(layer.down_bias)
 
 
-class WeightGradients:
+class GradientSums:
     """Sums over positions and batch of the gradients of all weights, float32, in `sums` by name.
 
     Matrices and biases have the shape of the packed weights. Norm weights have parts, (L, parts, width), which several

@@ -77,9 +77,11 @@ class LaunchOptions:
             "PRECISION": "ieee" if shape.dtype == torch.float32 else "tf32",
         }
         # A kernel that follows a kernel of ours in the stream, and may start while that one still runs.
-        self.early: dict[str, Any] = {"EARLY": True, "launch_pdl": True} if facts.launches_early else {"EARLY": False}
+        self.starts_early: dict[str, Any] = {"EARLY": facts.launches_early}
+        if facts.launches_early:
+            self.starts_early["launch_pdl"] = True
         # A kernel that could start early, and does not.
-        self.late: dict[str, Any] = {"EARLY": False}
+        self.starts_after: dict[str, Any] = {"EARLY": False}
 
 
 class Workspace:

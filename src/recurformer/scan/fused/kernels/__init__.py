@@ -29,7 +29,7 @@ from recurformer.scan.fused.kernels.rows import (
     keep_chunk,
     load_attended,
     norm_chunk,
-    store_pairs,
+    store_chunk_pairs,
 )
 
 __all__ = [
@@ -53,5 +53,5 @@ __all__ = [
     "product_thin",
     "product_tiled",
     "query_gradient",
-    "store_pairs",
+    "store_chunk_pairs",
 ]

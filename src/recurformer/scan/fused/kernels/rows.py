@@ -99,7 +99,7 @@ def inputs_to_heads(
 
 
 @triton.jit
-def store_pairs(
+def store_chunk_pairs(
     table, raw, k_weight, bias, r0, rows, B, eps, L: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     K: tl.constexpr, GB: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr,
     ROPE: tl.constexpr, BIAS: tl.constexpr, REVERSE: tl.constexpr, EARLY: tl.constexpr,
