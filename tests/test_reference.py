@@ -1,4 +1,4 @@
-"""The definition itself, held against the paper's formulas written out number by number and finite differences."""
+"""The reference agrees with the paper's formulas, written out number by number, and with finite differences."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def plain_logits(model: LanguageModel, tokens: list[int]) -> np.ndarray:
     return np.stack([weights[f"{output}.weight"][: c.vocab_size] @ norm(x, "norm") for x in stream])
 
 
-# Options that need more than one layer, or a model around it.
+# Options that concern more than one layer.
 MODEL_OPTIONS: dict[str, dict[str, Any]] = {
     "standard": {"layers": "standard"},
     "hybrid-first": {"layers": "first:1", "n_layers": 3},
@@ -128,7 +128,7 @@ def test_logits_are_the_papers_formulas(options: dict[str, Any], scan: str):
 def test_recurrent_and_standard_layers_differ():
     tokens = random_tokens(1, 9)
     recurrent, standard = (logits_of(tiny(layers=kind), tokens) for kind in ("recurrent", "standard"))
-    assert_close(recurrent[:, 0], standard[:, 0])  # no past yet: only the own temporary pair
+    assert_close(recurrent[:, 0], standard[:, 0])  # the first position attends only to its own temporary pair
     assert (recurrent[:, 1:] - standard[:, 1:]).abs().amax(-1).min() > 0.1
 
 
@@ -156,7 +156,7 @@ def test_gradients_are_finite_differences(options: dict[str, Any], scan: str):
     assert real is not None
 
     def outputs(x: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # The parameters are arguments only so that gradcheck, which changes its inputs in place, knows of them.
+        # The parameters are arguments because gradcheck changes them in place and must know of them.
         z, keys, values = SCANS[scan](x, layer.maths(), layout, None)
         return z[real], keys.transpose(1, 2)[real], values.transpose(1, 2)[real]
 

@@ -1,4 +1,4 @@
-"""The tiling as integers: every pair exactly once and in time, forward and backward; and the traffic that follows."""
+"""The schedule covers every pair exactly once and in time, forward and backward. Its traffic is counted right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
 
 def steps(schedule: Schedule) -> Iterator[Step]:
-    """Every position with its blocks, in forward order, from the rules themselves and not from `leaves`."""
+    """Every position with its blocks, in forward order. This repeats the rules without `Schedule.leaves`."""
     for chunk in schedule.chunks():
         for i in range(chunk.start, chunk.stop):
             pull = schedule.pull(chunk) if i == chunk.start else None
@@ -50,17 +50,17 @@ def schedules(draw: st.DrawFn) -> Schedule:
 
 
 def meetings(schedule: Schedule) -> np.ndarray:
-    """How often each query (row) meets each key (column, the past's slots first), asserting that it is in time.
+    """How often each query (row) meets each key (column, slots of the past first).
 
-    A pair is known from its position's own step on; what a query meets must be known then, and must be met before the
-    query's own step.
+    A pair is known after its own position. The function asserts that a query meets known pairs only, and that it meets
+    them before its own position ends.
     """
     P, N = schedule.past, schedule.length
     count = np.zeros((N, P + N), dtype=int)
 
     def meet(queries: slice, keys: slice, known: int, now: int) -> None:
         assert keys.start < keys.stop <= known, "a key that is not known yet"
-        assert now <= queries.start < queries.stop <= N, "a query whose turn is over"
+        assert now <= queries.start < queries.stop <= N, "a query that is already done"
         assert keys.start >= -P
         count[queries, keys.start + P : keys.stop + P] += 1
 
@@ -99,7 +99,7 @@ def test_any_schedule_is_exact(schedule: Schedule):
 @given(schedules())
 @settings(max_examples=100, deadline=None)
 def test_backwards_every_gradient_is_complete_when_its_position_comes(schedule: Schedule):
-    """The mirror: a query sends its gradients on after its position, and a pair must have them all before its own."""
+    """A query sends gradients after its own position. A pair must have all of them before its own position."""
     N, P = schedule.length, schedule.past
     received = np.zeros((N, N), dtype=int)  # pair, query
 
@@ -199,7 +199,7 @@ def test_a_schedule_that_is_none_is_refused(make, message: str):
 
 
 def test_traffic_of_three_positions_by_hand():
-    """N = 3, one head of width 2, 2-byte elements: a pair is 8 bytes, a query 4, a state (m, l and 2 values) 16."""
+    """N = 3, one head of width 2, 2-byte elements: a pair has 8 bytes, a query 4, a state (m, l, 2 values) 16."""
     traffic = attention_traffic(Schedule(3), batch=1, heads=1, head_dim=2)
     position = 4 + 8 + 16 + 8 + 4  # query, temporary pair, state; persistent pair and output
     first = 8 + (4 + 32)  # key 0 into query 1: the pair, the query, its state read and written
@@ -210,7 +210,7 @@ def test_traffic_of_three_positions_by_hand():
 
 
 def test_traffic_of_a_chunk_a_leaf_and_shared_heads_by_hand():
-    """N = 4 behind 2 past, chunks of 2, leaves of 2; 4 query heads on 2, width 4, 4-byte elements."""
+    """N = 4 after 2 past positions, chunks and leaves of 2; H = 4, G = 2, K = 4, 4-byte elements."""
     traffic = attention_traffic(Schedule(4, 2, 2, 2), batch=3, heads=4, head_dim=4, kv_heads=2, element_bytes=4)
     pair, query, state = 2 * 2 * 4 * 4, 4 * 4 * 4, 4 * 6 * 4
     positions = 4 * (query + pair + state + pair + query) + 2 * pair  # positions 1 and 3 read one pair of their leaf
@@ -249,7 +249,7 @@ def test_naive_traffic_is_quadratic_and_tiled_traffic_n_log_n():
         np.array([attention_traffic(make(int(n)), 1, 4, 64).bytes for n in lengths])
         for make in (naive_schedule, Schedule)
     )
-    # Closed forms: the naive loop reads N(N-1)/2 pairs and nothing else grows faster than N.
+    # Closed forms: the naive loop reads N(N-1)/2 pairs, and everything else grows as N.
     pair, query, state = 2 * 4 * 64 * 2, 4 * 64 * 2, 4 * 66 * 4
     position = 2 * query + 2 * pair + state
     assert np.array_equal(naive, lengths * (lengths - 1) // 2 * pair + lengths * position)
@@ -290,7 +290,7 @@ def test_the_chosen_schedule_moves_least(length: int, past: int):
 @pytest.mark.parametrize("chunk", [1, 4, 16, 64])
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_waves_do_everything_once_and_in_time(layers: int, chunk: int):
-    """Each layer meets positions that the layer below has finished, in order; backward the same from the other end."""
+    """Each layer takes positions in order, after the layer below. The backward does the same from the other end."""
     for length in (1, 3, 4, 5, 16, 31, 64, 100):
         done = [0] * layers
         found = waves(layers, length, chunk)
@@ -304,7 +304,7 @@ def test_waves_do_everything_once_and_in_time(layers: int, chunk: int):
             behind = {one - other for one, other in pairwise(wave.starts)}
             assert behind <= {chunk}
         assert done == [length] * layers
-        # Backward: every layer above, and every later position of the layer itself, has been passed.
+        # Backward: the layer above is done at these positions, and the layer itself at all later ones.
         passed = [length] * (layers + 1)
         passed[layers] = 0
         for wave in reversed(found):

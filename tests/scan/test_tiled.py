@@ -1,4 +1,4 @@
-"""Exact tiling against the reference: outputs, persistent pairs and every gradient of one layer in float64."""
+"""The tiled scan agrees with the reference in float64: outputs, persistent pairs and every gradient."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def case(
     past_mask: Tensor | None = None,
     **options: Any,
 ) -> Case:
-    """One layer with weights of deviation `std` and random inputs, behind `past` remembered positions."""
+    """One layer with weights of deviation `std` and random inputs, after `past` positions in a cache."""
     model = tiny(dtype=dtype, n_layers=1, **options)
     strong(model, std)
     remembered = None
@@ -106,10 +106,10 @@ def reference(case: Case) -> dict[str, Tensor]:
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """Every tensor within `tolerance` of its own largest value.
+    """Every tensor differs by at most `tolerance` times its own largest value.
 
-    A gradient that is zero but for rounding (that of a key bias, which shifts all scores alike) has no size of its
-    own; rounding, 1e-13 of the largest gradient, is allowed for.
+    The gradient of a key bias is zero up to rounding, because the bias shifts all scores alike. The limit therefore
+    allows 1e-13 of the largest gradient as rounding.
     """
     assert actual.keys() == expected.keys()
     loudest = max(expected[name].abs().max().item() for name in expected if name not in ("z", "keys", "values"))
@@ -138,7 +138,7 @@ def test_lengths_batches_and_head_widths(N: int, B: int, K: int):
 @pytest.mark.parametrize("qk_norm", ["head", "none"])
 @pytest.mark.parametrize("K", [8, 24, 48, 60, 64, 80, 96, 128, 192])
 def test_every_part_of_a_head_counts(K: int, qk_norm: Any):
-    """Queries, keys and values are large in the last of the head's dimensions alone."""
+    """Queries, keys and values are large in the last dimensions of a head only."""
     one = case(2, 11, n_heads=2, head_dim=K, position="none", qk_norm=qk_norm)
     with torch.no_grad():
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -150,7 +150,7 @@ def test_every_part_of_a_head_counts(K: int, qk_norm: Any):
     expected = reference(one)
     assert_same(tiled(one), expected)
     assert_same(tiled(one, leaf=2), expected)
-    # Without the last dimensions the outputs are others: the comparison above saw them.
+    # The outputs change without the last dimensions, so the comparison above depends on them.
     with torch.no_grad():
         for name in ("q_proj", "k_proj", "v_proj"):
             one.layer.get_submodule(name).weight.unflatten(0, (2, K))[:, -3:] = 0  # pyright: ignore
@@ -203,7 +203,7 @@ def test_every_schedule_is_exact(name: str, schedule: dict[str, Any]):
 
 
 def test_a_long_past_and_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch):
-    """Scores are made in blocks of at most QUERY_BLOCK x KEY_BLOCK; where they are cut changes nothing."""
+    """Blocks of scores are cut at QUERY_BLOCK x KEY_BLOCK, and the place of the cut changes nothing."""
     one = case(2, 40, past=83, n_kv_heads=2)
     expected = reference(one)
     assert_same(tiled(one, leaf=4), expected)
@@ -240,7 +240,7 @@ def test_a_schedule_that_is_none_is_refused(options: dict[str, Any], message: st
 
 @pytest.mark.parametrize("schedule", [{"chunk": None, "leaf": 1}, {"chunk": 16, "leaf": 4}], ids=["pure", "chunks"])
 def test_tiles_across_documents_are_skipped(schedule: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """No score is made for a block none of whose queries sees a key, and most of a long row is such blocks."""
+    """A block in which no query sees a key gets no scores. In a long row of documents, most blocks are such."""
     blocks: list[tuple[slice, slice]] = []
     scores = Attention.scores
 
@@ -268,7 +268,7 @@ def test_tiles_across_documents_are_skipped(schedule: dict[str, Any], monkeypatc
 
 @pytest.mark.parametrize("schedule", [{"chunk": None, "leaf": 1}, {"chunk": 8, "leaf": 4}], ids=["pure", "chunks"])
 def test_shared_heads_are_repeated_heads(schedule: dict[str, Any]):
-    """4 query heads on 2 key-value heads are 4 on [0, 0, 1, 1], and the gradient is the sum over the group."""
+    """2 key-value heads for 4 query heads equal 4 repeated ones, and their gradients are sums over the group."""
     grouped, full = (case(2, 21, n_kv_heads=G) for G in (2, 4))
 
     def repeated(name: str, weight: Tensor) -> Tensor:
@@ -315,7 +315,7 @@ def test_inputs_gradients_and_weights_may_have_any_strides():
 
 
 def test_expanded_inputs_and_gradients():
-    """One row for the whole batch, in and out: strides of 0."""
+    """One row serves as the whole batch, for inputs and gradients: strides of 0."""
     one = case(1, 21)
     three = case(3, 21)
     outcomes = []
@@ -342,7 +342,7 @@ def test_inputs_and_gradients_are_left_alone(save: str):
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one shape and a call of them, as `Case`."""
+    """Several layers of one shape and a call of them, as `Case` for one layer."""
 
     layers: list[Layer]
     layout: Layout
@@ -359,7 +359,7 @@ def stack(
     B: int, N: int, *, L: int = 3, dtype: torch.dtype = torch.float64, mask: Tensor | None = None,
     documents: Tensor | None = None, past: int = 0, past_mask: Tensor | None = None, **options: Any,
 ) -> Stack:  # fmt: skip
-    """L layers with strong weights and random inputs, behind `past` remembered positions."""
+    """L layers with strong weights and random inputs, after `past` positions in a cache."""
     model = tiny(dtype=dtype, n_layers=L, **options)
     remembered = None
     if past:
@@ -378,7 +378,7 @@ def stack(
 def one_after_the_other(
     x: Tensor, maths: list[LayerMaths], layout: Layout, past: list[tuple[Tensor, Tensor]] | None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """What `tiled_stack_scan` stands for, layer by layer with the reference."""
+    """The results that `tiled_stack_scan` must have, layer by layer from the reference."""
     pairs = []
     for l, layer in enumerate(maths):
         x, keys, values = reference_scan(x, layer, layout, None if past is None else past[l])
@@ -394,7 +394,7 @@ def evaluate_stack(scan: Callable, one: Stack, **options: Any) -> dict[str, Tens
     grads = torch.autograd.grad(z, [x, *parameters.values()], one.gz)
     found = {"z": z[one.real], "x": grads[0], **dict(zip(parameters, grads[1:], strict=True))}
     for l, (keys, values) in enumerate(pairs):
-        # Persistent pairs are held to the reference on their own scale, as gradients are.
+        # Persistent pairs are compared on their own scale, as gradients are.
         found |= {f"keys {l}": keys.transpose(1, 2)[one.real], f"values {l}": values.transpose(1, 2)[one.real]}
     return {name: tensor.detach() for name, tensor in found.items()}
 
@@ -462,7 +462,7 @@ def test_layers_of_a_stack_may_be_frozen_one_by_one():
 
 
 def test_a_stack_under_bfloat16():
-    """Fresh weights, as in training; matrices in bf16, everything that is summed up in float32."""
+    """Fresh weights, as in training; matrices are in bf16, sums in float32."""
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=2, n_heads=4))
     layout, layers = model.layout(65), [layer_of(model, l) for l in range(2)]
@@ -493,7 +493,7 @@ def test_models_of_both_kinds_stack_what_stands_together():
 
 
 def test_memory_of_a_stack_is_linear_in_the_length():
-    """For each layer as small as that of a layer by itself, at save="minimal"."""
+    """With save="minimal", the memory per layer is as small as that of a single layer."""
 
     def peak(N: int) -> float:
         one = stack(2, N, dtype=torch.float32, n_heads=2)
@@ -644,7 +644,7 @@ def test_changing_what_the_backward_needs_is_noticed():
 
 
 def test_only_what_is_asked_for_comes_back_through_a_whole_model():
-    """`autograd.grad` on parameters of one layer inside a model of three, recurrent and standard."""
+    """`autograd.grad` on the parameters of one layer, inside a model of recurrent and standard layers."""
     model = tiny(dtype=torch.float64, n_layers=3, layers=("recurrent", "standard", "recurrent"))
     tokens = random_tokens(2, 19)
     names = [name for name, _ in model.named_parameters() if name.startswith("layers.0.")]
@@ -673,7 +673,7 @@ def test_gradients_are_finite_differences(schedule: dict[str, Any], options: dic
     one = case(1, 6, std=0.5, vocab_size=97, d_model=4, n_heads=2, d_mlp=5, past=past, **options)
 
     def outputs(x: Tensor, *_: Tensor) -> Tensor:
-        # The parameters are arguments only so that gradcheck, which changes its inputs in place, knows of them.
+        # The parameters are arguments because gradcheck changes them in place and must know of them.
         return tiled_scan(x, one.layer.maths(), one.layout, one.past, save=save, **schedule)[0]
 
     assert torch.autograd.gradcheck(outputs, (one.x.requires_grad_(), *one.layer.parameters()))
@@ -700,7 +700,7 @@ def test_fresh_memory_and_repetition_change_no_bit(schedule: dict[str, Any], req
 @pytest.mark.parametrize("save", ["minimal", "all"])
 @pytest.mark.parametrize("options", [{}, {"position": "rope", "norm": "layer", "n_kv_heads": 2}], ids=["alibi", "rope"])
 def test_bfloat16_under_autocast(options: dict[str, Any], save: str):
-    """Fresh weights, as in training; matrices in bf16, everything that is summed up in float32."""
+    """Fresh weights, as in training; matrices are in bf16, sums in float32."""
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=1, n_heads=4, **options))
     layer, layout = layer_of(model, 0), model.layout(65)
@@ -737,7 +737,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("limit", [2**22, 1], ids=["small", "large"])
 def test_loops_of_small_products_keep_to_one_thread(limit: int, monkeypatch: pytest.MonkeyPatch):
-    """Inside the loops alone, forward and backward, and only where products are small."""
+    """Only the loops do, forward and backward, and only where products are small."""
     inside: dict[str, set[int]] = {"attend": set(), "add_query": set(), "merge": set()}
     for owner, name in ((Leaf, "attend"), (LeafGradients, "add_query"), (Attention, "merge")):
         original = getattr(owner, name)
@@ -767,9 +767,11 @@ def test_threads_come_back_when_a_loop_fails(monkeypatch: pytest.MonkeyPatch):
         assert torch.get_num_threads() == 2
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides its own; "error" finds it first
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # torch hides this warning of its own; our "error" filter would see it first
 def test_a_compiled_model_calls_the_scan_as_it_is():
-    """Without a warning, and never as a graph of thousands of operations."""
+    """The scan runs without a warning, and not as a graph of thousands of operations."""
     model, tokens = tiny(scan="tiled", dtype=torch.float64, layers="first:1"), random_tokens(2, 40)
     expected = gradients(model, loss_of(model, tokens))
     found = gradients(model, loss_of(torch.compile(model, backend="eager"), tokens))  # pyright: ignore[reportArgumentType]
@@ -780,7 +782,7 @@ def test_a_compiled_model_calls_the_scan_as_it_is():
 
 
 def minimal_peak(N: int, **options: Any) -> float:
-    """Bytes of a forward and backward pass at save="minimal" for each byte of the layer's input."""
+    """Peak bytes of a forward and backward pass with save="minimal", per byte of the layer's input."""
     model = tiny(n_layers=1, **options)
     layer, layout = layer_of(model, 0), model.layout(N)
     x = torch.randn(2, N, model.config.d_model).requires_grad_()
@@ -791,13 +793,13 @@ def minimal_peak(N: int, **options: Any) -> float:
         torch.autograd.grad(z, [x, *layer.parameters()], gz)
 
     peak = peak_memory(work) / x.nbytes
-    assert peak > 4  # outputs, gradients, queries, pairs: less would be a broken measurement
+    assert peak > 4  # outputs, gradients, queries and pairs exist; a smaller number is a broken measurement
     return peak
 
 
 @pytest.mark.timeout(300)
 def test_memory_is_linear_in_the_length_and_small():
-    """Forward and backward at save="minimal": less than 32 times the inputs, from 256 to 4096 positions."""
+    """The peak with save="minimal" is below 32 times the inputs, from 256 to 4096 positions."""
     peaks = {N: minimal_peak(N, n_heads=2) for N in (256, 1024, 4096)}
     assert max(peaks.values()) < 32
     assert peaks[4096] < 1.1 * peaks[1024] < 1.1 * 1.1 * peaks[256]
@@ -830,7 +832,7 @@ def test_keeping_more_takes_more_memory_and_by_size_it_is_kept(monkeypatch: pyte
 
 
 def test_outputs_of_the_last_layer_do_not_keep_those_of_all():
-    """Where nothing is needed for a backward; else the backward needs them anyway."""
+    """This holds where no backward follows. Otherwise the backward needs the outputs of all layers."""
     one = stack(2, 5, L=3, dtype=torch.float32)
     maths = [layer.maths() for layer in one.layers]
 
@@ -911,7 +913,7 @@ def test_ragged_micro_batches_add_up_to_the_whole_batch(pieces: tuple[int, ...])
 
 
 def test_one_position_has_no_choice():
-    """Softmax over one entry: queries and keys get a gradient of exactly zero, whatever the scores."""
+    """A softmax over one entry gives queries and keys a gradient of exactly zero, whatever the score is."""
     one = case(2, 1, attention_bias=True)
     found = tiled(one)
     for name, grad in found.items():
