@@ -1,8 +1,8 @@
-"""Evaluates finished runs on texts and on zero-shot items: `python runs/evaluate.py RUN... --data DIR --tasks DIR`.
+"""Evaluate finished runs on texts and on zero-shot items: `python runs/evaluate.py RUN... --data DIR --tasks DIR`.
 
-Writes RUN/evaluation.json: for each text what `recurformer eval RUN --data DIR --json` prints, for all tasks what
-`recurformer eval RUN --tasks DIR --json` does, of the newest checkpoint. One process loads each model once; what a run
-has been evaluated on already is left out.
+Writes RUN/evaluation.json. It holds, for each text, what `recurformer eval RUN --data DIR --json` prints, and for all
+tasks what `recurformer eval RUN --tasks DIR --json` prints, both of the newest checkpoint. One process loads each model
+once. Texts and tasks that the file already has are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE = "evaluation.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate_run(
     run: Path, data: Sequence[str], tasks: str | None, batch_size: int, limit: int | None, device: str
 ) -> dict[str, Any]:
-    """What RUN/evaluation.json holds in the end.
+    """Evaluate a run on what its evaluation.json lacks, and return all that the file then holds.
 
     Raises:
-        ValueError: for a folder that is no run, or data that is not there.
+        ValueError: for a folder that is no run, or data that are missing.
     """
     config, file = read_run_config(run), run / FILE
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -89,15 +89,15 @@ def evaluate_run(
 
 
 def save(file: Path, found: dict[str, Any]) -> None:
-    """Write what is known by now."""
+    """Write the results so far."""
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def release() -> None:
-    """Give the device back what was kept for the last model's shapes."""
+    """Free the memory that was kept for the last model's shapes."""
     from recurformer.experiments.bench.timing import release as release_memory
-    from recurformer.scan.fused.scan import release as release_engines
+    from recurformer.scan.fused.engines import release_engines
 
     if torch.cuda.is_available():
         release_engines()

@@ -1,24 +1,25 @@
-"""Launches the runs of a grid: here, one after the other, or as a SLURM array. Nothing that is finished is done twice.
+"""Launch the runs of a grid: here, one after another, or as a SLURM array. Finished runs are left alone.
 
-    python runs/launch.py runs/grids/paper.toml --list              what there is, one command a run
-    python runs/launch.py runs/grids/paper.toml --dry-run           what each run costs
-    python runs/launch.py runs/grids/paper.toml --out out           run, or go on with, all of them here
-    python runs/launch.py runs/grids/paper.toml --slurm jobs        write a SLURM array; --submit hands it in
+    python runs/launch.py runs/grids/paper.toml --list              print one command a run
+    python runs/launch.py runs/grids/paper.toml --dry-run           print the cost of each run
+    python runs/launch.py runs/grids/paper.toml --out out           train all runs here, or go on with them
+    python runs/launch.py runs/grids/paper.toml --slurm jobs        write a SLURM array; --submit submits it
 
 A grid is a TOML file:
 
-    configs = ["../300m-*.toml"]        # configuration files, relative to the grid; each is a run by itself
-    best_of = "lr.toml"                 # optional: each takes the axes' values of its best finished run in this grid
-    as_long_as = "main.toml"            # optional: each gets the steps that take as long as each other run of this grid
-    [axes]                              # every combination of these settings is a run; "a+b" sets two to one value
+    configs = ["../300m-*.toml"]        # configuration files, relative to the grid; one run each
+    best_of = "lr.toml"                 # optional: each takes the axes' values of its best finished run there
+    as_long_as = "main.toml"            # optional: each gets steps that take as long as each other run there
+    [axes]                              # every combination of these settings is a run; "a+b": one value for both
     "optimizer.lr" = [1e-3, 3.16e-3, 1e-2]
     [set]                               # settings of every run
     "schedule.steps" = 100
-    [evaluate]                          # optional: what finished runs are evaluated on, by runs/evaluate.py
+    [evaluate]                          # optional: the data on which runs/evaluate.py evaluates finished runs
     data = ["data/validation"]
     tasks = "data/zero-shot"
 
-Run R of grid G trains in OUT/G/R. A run that was stopped goes on with its last checkpoint.
+Run R of grid G trains in OUT/G/R. A run that was stopped goes on from its last checkpoint. When a run fails before its
+first step, the other runs of its configuration are left out. After two such configurations in a row no run begins.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recurformer.report import Run as Finished
 from recurformer.report import load_runs
-from recurformer.store.runs import METRICS
+from recurformer.store.runs import METRICS, read_metrics
 from recurformer.training.run import CONFIG
+from recurformer.training.signals import stop_numbers
 
 HERE = Path(__file__).parent
 KEYS = {"configs", "best_of", "as_long_as", "axes", "set", "evaluate"}
@@ -60,12 +62,12 @@ class Run:
     folder: Path
 
     def arguments(self, *more: str) -> list[str]:
-        """Of `recurformer`."""
+        """Return the arguments of `recurformer` that train it."""
         changes = [word for setting in self.settings for word in ("--set", setting)]
         return ["train", "--config", str(self.config), *changes, "--out", str(self.folder), *more]
 
     def command(self, gpus: int = 1) -> list[str]:
-        """That trains it, or goes on with it."""
+        """Return the command that trains it, or goes on with it."""
         python = [sys.executable, "-m"]
         if gpus > 1:
             python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
@@ -73,28 +75,38 @@ class Run:
 
     @property
     def newest(self) -> str:
-        """The name of its last checkpoint, "" before there is one."""
+        """The name of its newest checkpoint, "" before there is one."""
         return max((path.name for path in (self.folder / "checkpoints").glob("step-*")), default="")
 
     @property
     def finished(self) -> Finished | None:
-        """What it has recorded, once its last step is made."""
+        """Its records, once its last step is made and evaluated; None before."""
         if not all((self.folder / name).is_file() for name in (CONFIG, METRICS)):
             return None
         (found,) = load_runs([self.folder])
         step = max((record["step"] for record in found.records), default=0)
-        done = step == found.config["schedule"]["steps"] and (self.folder / "checkpoints" / f"step-{step:08d}").is_dir()
-        return found if done else None
+        made = step >= found.config["schedule"]["steps"]
+        saved = (self.folder / "checkpoints" / f"step-{step:08d}").is_dir()
+        evaluated = [record["step"] for record in found.events("evaluation")]
+        return found if made and saved and (found.config["data"]["validation"] is None or step in evaluated) else None
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether it has recorded a step."""
+        try:
+            return self.newest != "" or any(record["event"] == "train" for record in read_metrics(self.folder))
+        except (ValueError, KeyError, TypeError):
+            return True  # its records are damaged, so it has some
 
 
 # --- from a grid to its runs -----------------------------------------------------------------------------------------
 
 
 def read_grid(file: Path) -> dict[str, Any]:
-    """A grid's file.
+    """Return the table of a grid's file.
 
     Raises:
-        ValueError: for a file that is none, or a key that means nothing.
+        ValueError: for a file that is no grid, or an unknown key.
     """
     try:
         grid = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -108,16 +120,16 @@ def read_grid(file: Path) -> dict[str, Any]:
 
 
 def expand(file: Path, out: Path, settings: Sequence[str] = (), only: Sequence[str] = ()) -> list[Run]:
-    """The runs of a grid, in the order of its file.
+    """Return the runs of a grid, in the order of its file.
 
     Args:
         file: the grid.
-        out: where runs are.
-        settings: NAME=VALUE of every run, after those of the grid.
-        only: patterns with * and ?, of which a run's name or its configuration's has to match one.
+        out: the folder of all grids' runs.
+        settings: NAME=VALUE of every run; they override the grid's.
+        only: patterns with * and ?. A run is taken when its name or its configuration's matches one of them.
 
     Raises:
-        ValueError: for a grid that cannot be read, names no file, or waits for another grid's runs.
+        ValueError: for a grid that cannot be read or names no file, and for one that needs unfinished runs of another.
     """
     grid, runs = read_grid(file), []
     fixed = [_setting(name, value) for name, value in grid.get("set", {}).items()]
@@ -152,7 +164,7 @@ def _configs(file: Path, grid: dict[str, Any]) -> list[Path]:
 
 
 def _variants(axes: dict[str, list[Any]]) -> Iterator[tuple[list[str], list[str]]]:
-    """For each combination of the axes' values: words for the name, and settings."""
+    """Yield words for the name, and settings, for each combination of the axes' values."""
     for values in itertools.product(*axes.values()):
         words, changes = [], []
         for names, value in zip(axes, values, strict=True):
@@ -167,7 +179,7 @@ def _setting(name: str, value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """0.00316 as 3.16e-3."""
+    """Return 0.00316 as 3.16e-3."""
     if isinstance(value, float) and value and abs(value) < 0.01:
         mantissa, _, exponent = f"{value:e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -175,7 +187,7 @@ def _short(value: Any) -> str:
 
 
 def _best(file: Path, config: Path, out: Path) -> list[str]:
-    """The axes' settings of the best run of a configuration in another grid."""
+    """Return the axes' settings of the best run of a configuration in another grid."""
     names = [name for names in read_grid(file).get("axes", {}) for name in names.split("+")]
     candidates = [run for run in expand(file, out) if run.config == config]
     losses = {run: found.events("evaluation")[-1]["validation_loss"] for run in candidates if (found := run.finished)}
@@ -188,7 +200,7 @@ def _best(file: Path, config: Path, out: Path) -> list[str]:
 
 
 def _times(file: Path, config: Path, out: Path) -> list[tuple[list[str], list[str]]]:
-    """For each longer run of another grid: words for the name, and the steps that take a configuration as long."""
+    """Return words for the name, and the number of steps that take as long, for each longer run of another grid."""
     grid = read_grid(file)
     if "axes" in grid:
         raise ValueError(f"the grid {file} has several runs of a configuration; as_long_as needs one without axes")
@@ -205,7 +217,7 @@ def _times(file: Path, config: Path, out: Path) -> list[tuple[list[str], list[st
 
 
 def step_seconds(run: Finished) -> float:
-    """Median seconds of a step: without compilation, graph capture, evaluation and saving."""
+    """Return the median seconds of a step. It leaves out compilation, graph capture, evaluation and saving."""
     records = run.events("train")
     pairs = itertools.pairwise([{"step": 0, "seconds": 0.0}, *records])
     return statistics.median((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs)
@@ -214,55 +226,119 @@ def step_seconds(run: Finished) -> float:
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Launch:
+    """Runs under way: which ones wait, which ones train, and why none begins any more."""
+
+    waiting: list[Run]
+    gpus: int
+    log_files: bool  # each run writes to OUT/GRID/RUN.log instead of the screen
+    working: dict[Run, subprocess.Popen[bytes]] = field(default_factory=dict)
+    asked: dict[Run, str] = field(default_factory=dict)  # run that was asked to stop -> its newest checkpoint then
+    failed: list[Path] = field(default_factory=list)  # configurations of the last runs that failed before a step
+    stopped: bool = False
+    began: float = field(default_factory=lambda: time.monotonic())
+
+    def start(self) -> None:
+        """Start the next run."""
+        run = self.waiting.pop(0)
+        print(f"{run.name}: {shlex.join(run.command(self.gpus))}", flush=True)
+        with ExitStack() as files:
+            log = None
+            if self.log_files:
+                run.folder.parent.mkdir(parents=True, exist_ok=True)
+                log = files.enter_context(run.folder.with_name(f"{run.name}.log").open("ab"))
+            # A process group of its own: Ctrl-C reaches the launcher alone, which passes it on once.
+            self.working[run] = subprocess.Popen(run.command(self.gpus), stdout=log, stderr=log, process_group=0)
+
+    def look(self) -> None:
+        """Report the runs that have ended."""
+        for run, process in list(self.working.items()):
+            if process.poll() is None:
+                continue
+            del self.working[run]
+            saved = run in self.asked and run.newest > self.asked[run]
+            print(f"{run.name}: {_ending(process.returncode, saved)}, {_clock(self.began)}", flush=True)
+            if process.returncode > 0 and not saved and run not in self.asked and not run.has_stepped:
+                self.count_failure(run)
+            else:
+                self.failed = []
+
+    def count_failure(self, run: Run) -> None:
+        """Leave out the runs that would fail like this one: the others of its configuration, then all of them."""
+        if self.failed:
+            print("two configurations failed before their first step, so no further run begins; correct the cause and "
+                  "repeat the command", flush=True)  # fmt: skip
+            self.waiting.clear()
+            return
+        self.failed = [run.config]
+        alike = [other for other in self.waiting if other.config == run.config]
+        if alike:
+            print(f"{run.name} failed before its first step: {len(alike)} more runs of {run.config} are left out",
+                  flush=True)  # fmt: skip
+            self.waiting = [other for other in self.waiting if other not in alike]
+
+    def stop(self, *_: object) -> None:
+        """Begin no run any more, and ask those under way to save and stop."""
+        if self.stopped:
+            return
+        self.stopped = True
+        print("stopping: each run saves after its step; the same command goes on", flush=True)
+        for run, process in self.working.items():
+            self.asked[run] = run.newest
+            process.send_signal(signal.SIGTERM)
+
+
 def launch(runs: Sequence[Run], jobs: int, minutes: float | None, gpus: int) -> bool:
-    """Train what is not finished, `jobs` at a time; False when it was told to stop before the end.
+    """Train the runs that are not finished, `jobs` at a time.
 
     After `minutes` no run begins any more, and those under way are asked to save and stop.
+
+    Returns:
+        False when a signal or `minutes` ended it early.
     """
-    began, stopped = time.monotonic(), False
     waiting = [run for run in runs if run.finished is None]
     for run in runs:
         if run not in waiting:
             print(f"{run.name}: finished before", flush=True)
-    working: dict[Run, subprocess.Popen[bytes]] = {}
-    asked: dict[Run, str] = {}  # to stop, when this was the newest checkpoint
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        if not stopped:
-            stopped = True
-            print("stopping: each run saves after its step; the same command goes on", flush=True)
-            for run, process in working.items():
-                asked[run] = run.newest
-                process.send_signal(signal.SIGTERM)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    with ExitStack() as files:
-        while working or (waiting and not stopped):
-            if minutes is not None and time.monotonic() - began > 60 * minutes:
-                stop()
-            while waiting and len(working) < jobs and not stopped:
-                run = waiting.pop(0)
-                print(f"{run.name}: {shlex.join(run.command(gpus))}", flush=True)
-                log = None
-                if jobs > 1:
-                    run.folder.parent.mkdir(parents=True, exist_ok=True)
-                    log = files.enter_context(run.folder.with_name(f"{run.name}.log").open("ab"))
-                # A group of its own: Ctrl-C is for the launcher, which passes it on once.
-                working[run] = subprocess.Popen(run.command(gpus), stdout=log, stderr=log, process_group=0)
-            for run, process in list(working.items()):
-                if process.poll() is not None:
-                    del working[run]
-                    saved = run in asked and run.newest > asked[run]
-                    print(f"{run.name}: {_ending(process.returncode, saved)}, {_clock(began)}", flush=True)
+    at_work = Launch(waiting, gpus, log_files=jobs > 1)
+    with handling(at_work.stop):
+        while at_work.working or (at_work.waiting and not at_work.stopped):
+            if minutes is not None and time.monotonic() - at_work.began > 60 * minutes:
+                at_work.stop()
+            while at_work.waiting and len(at_work.working) < jobs and not at_work.stopped:
+                at_work.start()
+            at_work.look()
             time.sleep(0.2)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    return not stopped
+    return not at_work.stopped
+
+
+@contextmanager
+def handling(handler: Callable[..., Any]) -> Iterator[None]:
+    """Call `handler` for every signal that stops a run (Ctrl-C, SIGTERM, a closed terminal, SLURM's warning)."""
+    before = {number: signal.signal(number, handler) for number in stop_numbers()}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def wait_for(command: Sequence[str]) -> int:
+    """Run a command and return its exit code. A signal to the launcher ends the command, too."""
+    process: subprocess.Popen[bytes] | None = None
+
+    def end(*_: object) -> None:
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
+
+    with handling(end):
+        process = subprocess.Popen(command, process_group=0)
+        return process.wait()
 
 
 def _ending(code: int, saved: bool) -> str:
-    """What became of a run; of several processes torchrun says 1 whatever they say, so what they saved counts."""
+    """Return how a run ended. torchrun exits with 1 after any end but success, so a new checkpoint counts as well."""
     if saved and code:
         return "stopped and saved"
     return {0: "finished", 143: "stopped and saved", -15: "stopped before its first step"}.get(code, f"failed ({code})")
@@ -274,14 +350,14 @@ def _clock(began: float) -> str:
 
 
 def evaluate(grid: dict[str, Any], runs: Sequence[Run]) -> int:
-    """Evaluate the finished runs, all in one process; its exit code."""
+    """Evaluate the finished runs in one process, and return its exit code."""
     wanted = grid.get("evaluate", {})
     folders = [str(run.folder) for run in runs if run.finished]
     if not wanted or not folders:
         return 0
     options = [word for data in wanted.get("data", []) for word in ("--data", data)]
     options += ["--tasks", wanted["tasks"]] if "tasks" in wanted else []
-    return subprocess.run([sys.executable, str(HERE / "evaluate.py"), *folders, *options], check=False).returncode
+    return wait_for([sys.executable, str(HERE / "evaluate.py"), *folders, *options])
 
 
 ARRAY = """#!/bin/bash
@@ -296,14 +372,14 @@ ARRAY = """#!/bin/bash
 #SBATCH --signal=TERM@120
 {options}
 # Line n of commands.txt is run n. Two minutes before the time is up SLURM sends SIGTERM: the run saves and ends with
-# {code}, and `sbatch` of this same file goes on with what is not finished.
+# {code}. `sbatch` of this same file goes on with the runs that are not finished.
 cd {here}
 srun bash -c "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {folder}/commands.txt)"
 """
 
 
 def write_array(runs: Sequence[Run], name: str, folder: Path, gpus: int, at_once: int | None, options: str) -> Path:
-    """A folder with commands.txt, one run a line, and array.sh, which is for `sbatch`; the latter."""
+    """Write commands.txt (one run a line) and array.sh (for `sbatch`) into a folder; return the path of array.sh."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "commands.txt").write_text("".join(shlex.join(run.command(gpus)) + "\n" for run in runs))
@@ -319,26 +395,38 @@ def write_array(runs: Sequence[Run], name: str, folder: Path, gpus: int, at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("grid", type=Path, metavar="GRID")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where runs are (default: out)")
-    add("--only", action="append", default=[], metavar="NAME", help="these runs or configurations; * matches anything")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every run, as recurformer train")
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of all runs (default: out)")
     add(
-        "--jobs", type=int, default=1, metavar="N", help="runs at a time, their output in OUT/GRID/RUN.log (default: 1)"
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only these runs or configurations; * matches anything",
     )
-    add("--minutes", type=float, metavar="M", help="save and stop after so many; the same command goes on")
-    add("--gpus", type=int, default=1, metavar="N", help="of each run, through torchrun (default: 1)")
-    add("--list", action="store_true", help="print each run's command, and do nothing")
-    add("--dry-run", action="store_true", help="print what each run would cost, and do nothing")
+    add(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="setting of every run, as in recurformer train"
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time; above 1, each writes to OUT/GRID/RUN.log (default: 1)",
+    )
+    add("--minutes", type=float, metavar="M", help="save and stop after M minutes; the same command goes on")
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs of each run, through torchrun (default: 1)")
+    add("--list", action="store_true", help="print each run's command, and run none")
+    add("--dry-run", action="store_true", help="print the cost of each run, and run none")
     add("--slurm", type=Path, metavar="DIR", help="write a SLURM array there instead of running")
-    add("--submit", action="store_true", help="hand the array in with sbatch")
+    add("--submit", action="store_true", help="submit the array with sbatch")
     add("--at-once", type=int, metavar="N", help="tasks of the array at a time")
-    add("--slurm-options", default="", metavar="TEXT", help="of sbatch, as '--partition=gpu --time=24:00:00'")
+    add("--slurm-options", default="", metavar="TEXT", help="options of sbatch, as '--partition=gpu --time=24:00:00'")
     given = parser.parse_args(arguments)
     try:
         grid = read_grid(given.grid)
@@ -349,10 +437,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if given.dry_run:
             options = ["--dry-run", "--processes", str(given.gpus)]
-            return max(
-                subprocess.run([sys.executable, "-m", "recurformer", *run.arguments(*options)], check=False).returncode
-                for run in runs
-            )
+            commands = [[sys.executable, "-m", "recurformer", *run.arguments(*options)] for run in runs]
+            return next((code for command in commands if (code := wait_for(command))), 0)
         if given.slurm or given.submit:
             script = write_array(
                 runs, given.grid.stem, given.slurm or given.out / given.grid.stem / "slurm", given.gpus, given.at_once,
@@ -361,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{script}: {len(runs)} runs")
             return subprocess.run(["sbatch", str(script)], check=False).returncode if given.submit else 0
         whole = launch(runs, given.jobs, given.minutes, given.gpus)
-        code = evaluate(grid, runs) if whole else 0  # which takes minutes: not when it was told to stop
+        code = evaluate(grid, runs) if whole else 0  # it takes minutes: not after a signal
         left = [run.name for run in runs if run.finished is None]
         print(f"{len(runs) - len(left)} of {len(runs)} runs are finished")
         return 1 if left or code else 0

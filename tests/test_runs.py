@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -324,6 +327,74 @@ def test_time_that_is_up_saves_and_goes_on(
 
 
 @pytest.mark.parametrize(
+    ("broken", "begun", "left_out"),
+    [
+        ({"a"}, ["a-seed0", "b-seed0", "b-seed1", "b-seed2"], 2),  # b runs all the same
+        ({"a", "b"}, ["a-seed0", "b-seed0"], 2),  # one cause for all: nothing is repeated
+        (set(), ["a-seed0", "a-seed1", "a-seed2", "b-seed0", "b-seed1", "b-seed2"], 0),
+    ],
+    ids=["one configuration", "all", "none"],
+)
+def test_a_failure_is_not_repeated(
+    broken: set[str], begun: list[str], left_out: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Each run is a process that fails at once, or writes a step first."""
+    seen: list[str] = []
+
+    def command(run: Any, gpus: int = 1) -> list[str]:
+        seen.append(run.name)
+        if run.config.stem in broken:
+            return [sys.executable, "-S", "-c", "raise SystemExit(2)"]
+        text = json.dumps({"event": "train", "step": 1})
+        run.folder.mkdir(parents=True)
+        (run.folder / "metrics.jsonl").write_text(text + "\n")
+        return [sys.executable, "-S", "-c", "raise SystemExit(2)"]  # as after a loss that is not finite
+
+    monkeypatch.setattr(launcher.Run, "command", command)
+    runs = [
+        launcher.Run(f"{name}-seed{seed}", Path(f"{name}.toml"), (), tmp_path / f"{name}-seed{seed}")
+        for name in "ab"
+        for seed in range(3)
+    ]
+    assert launcher.launch(runs, 1, None, 1)
+    assert seen[::2] == begun  # asked for once to be shown, once to be run
+    shown = capsys.readouterr().out
+    assert shown.count("are left out") == bool(broken)
+    assert f"{left_out} more runs of a.toml are left out" in shown or not broken
+    assert ("correct the cause" in shown) == (len(broken) == 2)
+
+
+def test_a_signal_ends_an_evaluation_by_the_launcher(tmp_path: Path) -> None:
+    """And leaves no process behind."""
+    mark = tmp_path / "mark"
+    script = f"import time, pathlib; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
+
+    def interrupt() -> None:
+        while not mark.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launcher.wait_for([sys.executable, "-S", "-c", script]) == -signal.SIGTERM
+    thread.join()
+
+
+@pytest.mark.parametrize("change", ["no evaluation", "an earlier evaluation"])
+def test_a_run_without_its_last_evaluation_is_not_finished(change: str, place: Path, tmp_path: Path) -> None:
+    (run,) = launcher.expand(place / "grids" / "main.toml", place / "out", only=["slow"])
+    shutil.copytree(run.folder, tmp_path / "slow")
+    copy = launcher.Run("slow", run.config, (), tmp_path / "slow")
+    assert copy.finished
+    file = tmp_path / "slow" / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    last = 0 if change == "no evaluation" else 4
+    kept = [r for r in records if r["event"] != "evaluation" or r["step"] < last]
+    file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    assert copy.finished is None
+
+
+@pytest.mark.parametrize(
     ("code", "saved", "said"),
     [
         (0, False, "finished"),
@@ -341,11 +412,11 @@ def test_how_a_run_ended(code: int, saved: bool, said: str) -> None:
 def test_a_dry_run_is_that_of_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> SimpleNamespace:
+    def run(command: list[str]) -> int:
         seen.append(command)
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(launcher.subprocess, "run", run)
+    monkeypatch.setattr(launcher, "wait_for", run)
     grid = str(RUNS / "grids" / "table1.toml")
     assert (
         launcher.main([grid, "--out", str(tmp_path), "--only", "300m-6-recurrent-*", "--gpus", "8", "--dry-run"]) == 0
