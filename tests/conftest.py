@@ -19,7 +19,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     # Triton decides at the import of kernels whether it compiles or interprets them, so import them all here.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("recurformer.scan.fused.kernels")
-    importlib.import_module("recurformer.generation.kernels")
+    importlib.import_module("recurformer.generation.fused.kernels")
     del os.environ["TRITON_INTERPRET"]
 
 

@@ -50,6 +50,18 @@ class KVCache:
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.valid = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
 
+    @classmethod
+    def over(cls, config: ModelConfig, keys: list[Tensor], values: list[Tensor], valid: Tensor, length: int) -> KVCache:
+        """Return a cache over existing buffers: keys and values (B, G, capacity, K) of each layer, valid (B, capacity).
+
+        The cache shares the memory until it grows.
+        """
+        made = cls.__new__(cls)
+        made.config, made.batch_size, made.max_length, made.length = config, len(valid), None, length
+        made.keys, made.values, made.valid = keys, values, valid
+        made.padded = not bool(valid[:, :length].all())
+        return made
+
     @property
     def capacity(self) -> int:
         """Slots that fit before the buffers grow."""

@@ -157,6 +157,7 @@ class LanguageModel(nn.Module):
         scan: how recurrent layers are evaluated: "auto", or the name of an exact algorithm of `recurformer.scan`.
         recompute: layers that keep only their inputs for the backward pass, which evaluates each of them again: "none",
             "standard" or "all" (also True). Less memory, more time. Calls with a cache keep everything.
+        kept_engine: decode engine of the last `generate`, on a GPU. It is no part of the state, and is not copied.
         weight_of: function that returns the matrix of the output layer's module. `read_weights_with` sets it.
     """
 
@@ -165,6 +166,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self._scan, self._recompute = "auto", "none"
         self.weight_of: WeightReader = plain_weight
+        self.kept_engine: Any = None
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_kinds)
         self.norm = Norm(config.d_model)
@@ -453,9 +455,9 @@ class LanguageModel(nn.Module):
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Return prompts (B, N) with their continuations, (B * num_samples, N + new).
 
-        `recurformer.generation.sampling.generate_rows` documents the options.
+        `recurformer.generation.rows.generate_rows` documents the options.
         """
-        from recurformer.generation.sampling import generate
+        from recurformer.generation.rows import generate
 
         return generate(self, tokens, max_new_tokens, **options)
 

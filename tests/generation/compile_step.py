@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scan"))
 from compile_kernels import compile_launch  # pyright: ignore[reportMissingImports]
 
 from recurformer import LanguageModel, ModelConfig
-from recurformer.generation.fused_step import FusedStep, Tuning
-from recurformer.generation.state import State
+from recurformer.generation.fused.make import make_step
+from recurformer.generation.fused.tuning import Tuning
+from recurformer.generation.state import DecodeState
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 found: dict[str, dict[str, int]] = {}
@@ -56,8 +57,8 @@ def main(presets: list[str]) -> None:
     def launcher(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **options: Any) -> None:
             title = f"{name} {kernel.fn.__name__} {'x'.join(map(str, grid))} w{options.get('num_warps', 4)}"
-            if "IN" in options and "N" in options:
-                title += f" {options['N']}x{options['IN']}"
+            if "PRODUCT" in options:
+                title += f" {options['PRODUCT'].N}x{options['PRODUCT'].IN}"
             if title not in found:
                 found[title] = describe(compile_launch(kernel, args, dict(options)))
 
@@ -71,13 +72,13 @@ def main(presets: list[str]) -> None:
         B, shape = int(batch), (2, int(batch), config.kv_heads, 4096, config.head_width)
         with torch.device("meta"):
             model = LanguageModel(config).to(torch.bfloat16)
-            state = State(
+            state = DecodeState(
                 torch.empty(B, dtype=torch.int64), torch.empty((), dtype=torch.int32),
                 torch.empty(B, dtype=torch.int32), torch.empty(shape, dtype=torch.bfloat16),
                 torch.empty(shape, dtype=torch.bfloat16), None, None, torch.empty(B, config.vocab_size),
             )  # fmt: skip
         tuning = Tuning(**{key: json.loads(value) for key, value in (item.split("=") for item in tuned)})
-        FusedStep(model, state, defer=True, tuning=tuning)()
+        make_step(model, state, defer=True, tuning=tuning)()
     print(json.dumps(found, indent=1))
 
 

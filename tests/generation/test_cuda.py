@@ -12,9 +12,9 @@ from helpers import LAYER_OPTIONS, relative_rms, tiny
 
 from recurformer import KVCache, LanguageModel, ModelConfig
 from recurformer.choose import choose_step
-from recurformer.generation import sampling as generation
 from recurformer.generation.engine import DecodeEngine
 from recurformer.generation.plain_step import PlainStep
+from recurformer.generation.rows import LOOK_EVERY
 from recurformer.hardware import step_obstacle
 
 pytestmark = [
@@ -85,7 +85,7 @@ def test_a_recorded_step_is_the_same_step_run_eagerly(rows: int, layers: str, st
     for column in tokens.t():
         found = recorded.step(column)
         eager.state.tokens.copy_(column)
-        eager._see()
+        eager._set_visible()
         eager._step(True)
         eager.state.advance()
         eager.length += 1
@@ -195,7 +195,7 @@ def test_generation_waits_for_the_gpu_only_to_look_at_ends() -> None:
 
     free = waits(64)
     assert waits(128) == free  # none of them is a token's
-    looks = 128 // generation.LOOK_EVERY["cuda"]
+    looks = 128 // LOOK_EVERY["cuda"]
     assert waits(128, eos_token_id=96, pad_token_id=0) <= free + looks + 2
 
 
@@ -214,14 +214,14 @@ def test_a_model_keeps_its_engine_while_the_weights_stay() -> None:
     model = LanguageModel(ModelConfig(vocab_size=97, d_model=48, n_layers=2)).cuda()
     prompt = torch.randint(0, 97, (2, 5), device="cuda")
     first = model.generate(prompt, 12, seed=3)
-    kept = vars(model)["_decode_engine"]
+    kept = model.kept_engine
     assert torch.equal(model.generate(prompt, 12, seed=3), first)
-    assert vars(model)["_decode_engine"] is kept
+    assert model.kept_engine is kept
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     changed = model.generate(prompt, 12, seed=3)
-    assert vars(model)["_decode_engine"] is not kept
+    assert model.kept_engine is not kept
     assert torch.equal(changed, copy.deepcopy(model).generate(prompt, 12, seed=3))
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from recurformer import LanguageModel
 from recurformer.data.tokenizer import load_tokenizer
-from recurformer.generation import sampling as generation
+from recurformer.generation import decoder, generate, generate_rows, pad_prompts, rows
 from recurformer.generation.engine import DecodeEngine
-from recurformer.generation.sampling import generate, generate_rows, pad_prompts
 from recurformer.generation.stopping import StopFinder
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,14 +30,14 @@ def ragged(*lengths: int) -> tuple[Tensor, Tensor]:
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[DecodeEngine]:
     """The engines that generation makes from here on."""
     made: list[DecodeEngine] = []
-    real = generation.DecodeEngine
+    real = decoder.DecodeEngine
 
     class Noted(real):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             made.append(self)
 
-    monkeypatch.setattr(generation, "DecodeEngine", Noted)
+    monkeypatch.setattr(decoder, "DecodeEngine", Noted)
     return made
 
 
@@ -94,7 +93,7 @@ def test_looking_for_the_end_late_changes_nothing(monkeypatch: pytest.MonkeyPatc
     for limit in (1, 17, 200):
         found, steps = [], []
         for every in (1, 5, 16, 1000):
-            monkeypatch.setattr(generation, "LOOK_EVERY", {"cpu": every})
+            monkeypatch.setattr(rows, "LOOK_EVERY", {"cpu": every})
             calls = engines(monkeypatch)
             found.append(generate_rows(model, tokens, limit, seed=1, **options))
             steps.append(calls[-1].length)
@@ -110,8 +109,8 @@ def test_looking_for_the_end_late_changes_nothing(monkeypatch: pytest.MonkeyPatc
 def test_growth_in_the_middle_of_a_generation(monkeypatch: pytest.MonkeyPatch):
     model, (tokens, mask) = tiny(dtype=torch.float64), ragged(4, 9)
     expected = model.generate(tokens, 50, attention_mask=mask, temperature=0, step="model")
-    monkeypatch.setattr(generation, "ROOM", 4)
-    monkeypatch.setattr(generation, "ROOM_MULTIPLE", 1)
+    monkeypatch.setattr(decoder, "ROOM", 4)
+    monkeypatch.setattr(decoder, "ROOM_MULTIPLE", 1)
     made = engines(monkeypatch)
     assert torch.equal(model.generate(tokens, 50, attention_mask=mask, temperature=0), expected)
     assert made[0].capacity == 104  # 13, doubled
@@ -147,7 +146,7 @@ def test_finished_rows_fall_silent_and_end_the_call():
 def test_a_prompt_is_read_with_the_models_own_scan(monkeypatch: pytest.MonkeyPatch):
     made, model = engines(monkeypatch), tiny()
     calls: list[int] = []
-    monkeypatch.setattr(generation.DecodeEngine, "prefill", noted(generation.DecodeEngine.prefill, calls))
+    monkeypatch.setattr(DecodeEngine, "prefill", noted(DecodeEngine.prefill, calls))
     model.generate(random_tokens(2, 6), 4, num_samples=3, seed=0)
     assert calls == [6]
     assert [(one.length, one.batch_size) for one in made] == [(9, 6)]  # the last token is not fed
@@ -176,13 +175,13 @@ def test_models_that_are_more_decode_by_their_own_calls(monkeypatch: pytest.Monk
 def test_engines_are_kept_only_on_gpus():
     model = tiny()
     model.generate(random_tokens(1, 4), 3)
-    assert "_decode_engine" not in vars(model)
+    assert model.kept_engine is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"step": "fast"}, "step is 'fast'; choose one of 'model', 'auto'"),
+        ({"step": "fast"}, "step is 'fast'; choose one of 'auto', 'model'"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
         ({"stop": "x"}, "stop is 'x', but the tokenizer is None"),
         ({"stop": ["x", ""]}, "stop holds ''"),
@@ -265,7 +264,7 @@ def scripted(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, script: list
 
 @pytest.mark.parametrize("every", [1, 3, 16])
 def test_rows_end_at_the_token_that_completes_a_stop(every: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(generation, "LOOK_EVERY", {"cpu": every})
+    monkeypatch.setattr(rows, "LOOK_EVERY", {"cpu": every})
     model, tokenizer = tiny(), Letters("a", "E", "ND", "D", "N", ".")
     scripted(model, monkeypatch, [[1, 2, 3, 1, 1], [2, 5, 4, 6, 1], [6, 6, 6, 6, 6, 6, 2, 5, 1, 6], [1, 0, 6]])
     out = generate_rows(

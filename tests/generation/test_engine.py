@@ -17,7 +17,7 @@ from recurformer.generation import engine, prompt
 from recurformer.generation.engine import DecodeEngine
 from recurformer.generation.engine import engine_obstacle as obstacle
 from recurformer.generation.prompt import read_prompt, reads_by_steps
-from recurformer.generation.state import State
+from recurformer.generation.state import DecodeState
 
 KINDS: dict[str, dict[str, Any]] = {
     "recurrent": {},
@@ -401,7 +401,7 @@ def test_a_cache_that_does_not_fit_is_refused():
 
 def test_the_state_is_what_the_steps_agreed_on():
     config = tiny(n_kv_heads=2).config
-    state = State.empty(config, 3, 10, torch.bfloat16, "cpu", padded=True)
+    state = DecodeState.empty(config, 3, 10, torch.bfloat16, "cpu", padded=True)
     assert state.keys.shape == state.values.shape == (2, 3, 2, 10, 8)
     assert (state.keys.dtype, state.logits.dtype, state.logits.shape) == (torch.bfloat16, torch.bfloat16, (3, V))
     assert state.valid is not None
@@ -429,7 +429,7 @@ def test_bytes_of_a_token_follow_depth_and_width():
     assert ModelConfig.preset("300m-12").kv_bytes_per_token(2) / deep == 0.6875  # 0.69
     for name in ("300m-6", "300m-12", "300m-24"):
         config = ModelConfig.preset(name)
-        state = State.empty(config, 2, 5, torch.bfloat16, "meta")
+        state = DecodeState.empty(config, 2, 5, torch.bfloat16, "meta")
         assert state.nbytes == 2 * 5 * config.kv_bytes_per_token(2)
 
 
@@ -492,7 +492,7 @@ def test_an_engine_serves_while_the_weights_are_what_they_were():
 
 def test_copies_of_a_model_have_no_engine():
     model = tiny()
-    vars(model)["_decode_engine"] = DecodeEngine(model, 1)
-    assert vars(copy.deepcopy(model))["_decode_engine"] is None
-    assert vars(pickle.loads(pickle.dumps(model)))["_decode_engine"] is None
+    model.kept_engine = DecodeEngine(model, 1)
+    assert copy.deepcopy(model).kept_engine is None
+    assert pickle.loads(pickle.dumps(model)).kept_engine is None
     assert model.state_dict().keys() == tiny().state_dict().keys()

@@ -19,8 +19,9 @@ from helpers import LAYER_OPTIONS, random_tokens, relative_rms, tiny
 from torch import Tensor
 
 from recurformer import KVCache, LanguageModel, ModelConfig
-from recurformer.generation.fused_step import FusedStep, Tuning
-from recurformer.generation.state import State
+from recurformer.generation.fused.make import make_step
+from recurformer.generation.fused.tuning import Tuning
+from recurformer.generation.state import DecodeState
 from recurformer.hardware import step_obstacle
 
 interpreter = pytest.mark.skipif(
@@ -63,7 +64,7 @@ def compare(
     tokens = random_tokens(batch, context + steps).to(device)
     mask = left_padded(batch, context).to(device) if padded else None
     cache = KVCache(config, batch, device=device)
-    state = State.empty(config, batch, context + steps + 3, dtype, device, padded)
+    state = DecodeState.empty(config, batch, context + steps + 3, dtype, device, padded)
     with torch.no_grad():
         # From a filled cache on nothing is compiled anew, on a GPU, for this context alone.
         for part in (slice(0, min(1, context)), slice(1, context)):
@@ -72,7 +73,7 @@ def compare(
         state.load(cache)
         for buffer in (state.keys, state.values):
             buffer[:, :, :, context:] = float("nan")
-    step = FusedStep(model, state, defer=defer, tuning=tuning)
+    step = make_step(model, state, defer=defer, tuning=tuning)
 
     def logits_now() -> Tensor:
         state.logits.fill_(float("nan"))
@@ -184,9 +185,9 @@ def test_steps_without_logits_and_roll_back(interpreted: None) -> None:
     cache = KVCache(model.config, 1)
     with torch.no_grad():
         model(tokens[:, :context], cache=cache)
-    state = State.empty(model.config, 1, 16, torch.float32, "cpu")
+    state = DecodeState.empty(model.config, 1, 16, torch.float32, "cpu")
     state.load(cache)
-    step = FusedStep(model, state, defer=True, tuning=TINY)
+    step = make_step(model, state, defer=True, tuning=TINY)
     for token in (1, 2):
         state.tokens.fill_(token)
         step(logits=False)
@@ -205,8 +206,8 @@ def test_steps_without_logits_and_roll_back(interpreted: None) -> None:
 @interpreter
 def test_changed_weights_are_taken_over(interpreted: None) -> None:
     model = tiny(**HYBRID)
-    state = State.empty(model.config, 2, 4, torch.float32, "cpu")
-    step = FusedStep(model, state, tuning=TINY)
+    state = DecodeState.empty(model.config, 2, 4, torch.float32, "cpu")
+    step = make_step(model, state, tuning=TINY)
     step()
     before = state.logits.clone()
     with torch.no_grad():
@@ -227,8 +228,8 @@ def test_equal_states_give_equal_bits(interpreted: None) -> None:
     model = tiny(**HYBRID)
     outcomes = []
     for _ in range(2):
-        state = State.empty(model.config, 1, 40, torch.float32, "cpu")
-        step = FusedStep(model, state, defer=True, tuning=TINY)
+        state = DecodeState.empty(model.config, 1, 40, torch.float32, "cpu")
+        step = make_step(model, state, defer=True, tuning=TINY)
         for token in random_tokens(6):
             state.tokens.fill_(int(token))
             step()
@@ -253,9 +254,9 @@ def test_obstacles_name_what_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = ModelConfig(d_model=8, n_heads=1, head_dim=300)
     reason = str(step_obstacle(wide, cpu, torch.float32, 1))
     assert "the head width is 300; it must be 1 to 256, the plain step runs anywhere" in reason
-    state = State.empty(config, 1, 4, torch.float64, "cpu")
+    state = DecodeState.empty(config, 1, 4, torch.float64, "cpu")
     with pytest.raises(ValueError, match=r"the fused step can't run: the compute dtype is torch\.float64"):
-        FusedStep(LanguageModel(config), state)
+        make_step(LanguageModel(config), state)
 
 
 # --- compiled for an H100, which need not be there -------------------------------------------------------------------

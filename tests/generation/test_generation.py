@@ -11,15 +11,8 @@ from helpers import V, assert_close, every_scan, logits_of, random_tokens, tiny
 from torch import Tensor
 
 from recurformer import LanguageModel
-from recurformer.generation.sampling import (
-    Sampling,
-    generate,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    pad_prompts,
-    penalise,
-)
+from recurformer.generation import generate, pad_prompts
+from recurformer.generation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, penalise
 
 MODELS: dict[str, dict[str, Any]] = {
     "alibi": {},
@@ -288,7 +281,7 @@ def test_the_stream_is_the_new_tokens():
 def frequencies(sampling: Sampling, logits: list[float], draws: int = 20000) -> Tensor:
     """How often each token is drawn."""
     generator = torch.Generator().manual_seed(0)
-    drawn = sampling.draw(torch.tensor(logits).expand(draws, -1), None, generator)
+    drawn, _ = sampling.draw(torch.tensor(logits).expand(draws, -1), None, generator)
     return torch.bincount(drawn, minlength=len(logits)) / draws
 
 
@@ -420,16 +413,16 @@ def test_padded_vocabulary_is_never_sampled():
         ({"top_k": -1}, "top_k is -1; it must be a whole number of at least 0"),
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"top_k": True}, "top_k is True"),
-        ({"top_p": 1.1}, "top_p is 1.1; it must be from 0 to 1"),
+        ({"top_p": 1.1}, "top_p is 1.1; it must be a number of at least 0 and at most 1"),
         ({"top_p": -0.1}, "top_p is -0.1"),
-        ({"min_p": 1.1}, "min_p is 1.1; it must be from 0 to 1"),
+        ({"min_p": 1.1}, "min_p is 1.1; it must be a number of at least 0 and at most 1"),
         ({"min_p": None}, "min_p is None"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a finite number above 0"),
         ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
         ({"num_samples": 0}, "num_samples is 0; it must be a whole number of at least 1"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1; it must be a whole number of at least 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
-        ({"eos_token_id": V}, "eos_token_id is 97; it must be a whole number from 0 to 96"),
+        ({"eos_token_id": V}, "eos_token_id is 97; it must be a whole number of at least 0 and at most 96"),
         ({"eos_token_id": [1, -1]}, "eos_token_id is -1"),
         ({"eos_token_id": [None]}, "eos_token_id is None"),
         ({"pad_token_id": 0.5}, "pad_token_id is 0.5"),

@@ -30,6 +30,18 @@ TYPES = {
 narrow: dict[str, int] = {}
 
 
+def described(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> str:
+    """Return the type of an argument; note under its path what Triton knows of its value when it compiles."""
+    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    if isinstance(value, int) and value == 1:  # Triton takes it for a constant
+        constants[path] = value
+        return "constexpr"
+    return "i32" if isinstance(value, int) else "fp32"
+
+
 def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> Any:
     """Compile a kernel as a launch with these arguments would, and count its narrow loads in `narrow`."""
     bound = dict(zip([p.name for p in kernel.params], args, strict=False))
@@ -38,23 +50,18 @@ def compile_launch(kernel: Any, args: tuple, options: dict[str, Any]) -> Any:
     for place, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
         if parameter.is_constexpr:
-            constants[parameter.name], signature[parameter.name] = value, "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name], attributes[(place,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+            constants[(place,)], signature[parameter.name] = value, "constexpr"
+        elif isinstance(value, tuple):  # a named tuple of tensors and integers
+            parts = [described(part, (place, n), constants, attributes) for n, part in enumerate(value)]
+            signature[parameter.name] = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         elif isinstance(value, TensorDescriptor):
             block = ",".join(map(str, value.block_shape))
             signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype][1:]}[{block}]>"
-        elif isinstance(value, int) and value == 1:  # Triton makes a 1 a constant
-            constants[parameter.name], signature[parameter.name] = value, "constexpr"
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32"
+            signature[parameter.name] = described(value, (place,), constants, attributes)
     source = ASTSource(kernel, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    name = kernel.fn.__name__ + ("_pull" if constants.get("PULL") else "")
+    name = kernel.fn.__name__ + ("_pull" if bound.get("PULL") else "")
     narrow[name] = len(re.findall(r"ld\.global(?:\.\w+)*\.b16\b", made.asm["ptx"]))
     return made
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from recurformer.generation.sampling import evaluating
+from recurformer.generation.modes import evaluating
 from recurformer.loss import IGNORE
 from recurformer.model import LanguageModel
 

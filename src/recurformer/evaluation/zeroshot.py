@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recurformer.evaluation.perplexity import counting
-from recurformer.generation.sampling import evaluating, pad_prompts
+from recurformer.generation.modes import evaluating
+from recurformer.generation.prompt import pad_prompts
 from recurformer.layer import accumulation_dtype
 from recurformer.model import LanguageModel
 

@@ -1,4 +1,4 @@
-"""The decode engine: static buffers that grow, one step for all rows, recorded as a CUDA graph where there is a GPU."""
+"""The decode engine: static buffers that grow, and one step for all rows, recorded as a CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor
 
 from recurformer.cache import KVCache
 from recurformer.choose import choose_step
-from recurformer.generation.fused_step import FusedStep
+from recurformer.generation.fused.make import make_step
 from recurformer.generation.plain_step import PlainStep
 from recurformer.generation.prompt import read_prompt, reads_by_steps
-from recurformer.generation.state import State
+from recurformer.generation.state import DecodeState
 from recurformer.layer import compute_dtype
 from recurformer.model import LanguageModel, Layer
 
-FIRST_VISIBLE = 256  # slots that the plain step's first graph reads; each further one reads twice as many
+FIRST_VISIBLE = 256  # slots that the plain step's first graph reads; each further graph reads twice as many
 
 
 def engine_obstacle(model: LanguageModel) -> str | None:
-    """Why no engine can decode for this model, with a remedy, or None."""
-    if type(model) is not LanguageModel or {"hidden", "logits"} & vars(model).keys():
+    """Return why no engine can decode for this model, with a remedy, or None."""
+    replaced = any(getattr(model, name) != getattr(LanguageModel, name).__get__(model) for name in ("hidden", "logits"))
+    if type(model) is not LanguageModel or replaced:
         return "the model computes its logits in a way of its own; decode with step='model'"
     for index, layer in enumerate(model.layers):
         hooks = (layer._forward_hooks, layer._forward_pre_hooks)
@@ -32,34 +33,34 @@ def engine_obstacle(model: LanguageModel) -> str | None:
 
 
 def fingerprint(model: LanguageModel) -> tuple[tuple[int, int], ...] | None:
-    """Where the weights are and how often they were changed in place; None where PyTorch does not count."""
+    """Return addresses and version counters of all weights; None where PyTorch does not count changes."""
     if any(p.is_inference() for p in model.parameters()):
         return None
     return tuple((p.data_ptr(), p._version) for p in model.parameters())
 
 
 class DecodeEngine:
-    """Continues a fixed number of rows, one token of each a step, whatever the kinds of the layers.
+    """Continues a fixed number of rows, one token of each a step, for layers of any kind.
 
-    All rows fill the same slots; shorter prompts have pads, best on the left. The buffers grow as needed and keep what
-    they hold. `crop`, `clone` and `select` are exact at any point, as those of `KVCache`.
+    All rows fill the same slots; shorter prompts have pads, best on the left. The buffers grow as needed and keep their
+    contents. `crop`, `clone` and `select` are exact at any point, like those of `KVCache`.
 
     Args:
-        model: its weights are read where they are or, when their dtype differs, cast once: later changes of the weights
-            need a new engine.
+        model: its weights are read where they are. Weights of another dtype are cast once, so that later changes need a
+            new engine.
         batch_size: B, rows.
         capacity: slots to begin with.
         dtype: of products and cache; None: the model's, or autocast's where it is on.
         step: "plain" (PyTorch operations), "fused" (Triton kernels), or "auto".
-        padded: have room for a mask from the start; a prompt with pads makes it otherwise.
+        padded: make room for a mask now. Otherwise the first prompt with pads does.
 
     Attributes:
         length: slots filled, pads included.
-        state: the buffers; others after growth.
-        step_name, why: the step that runs, and the reason, in words.
+        state: the buffers. Growth replaces them.
+        step_name, why: the step that runs, and the reason in words.
 
     Raises:
-        ValueError: for sizes below 1, an unknown step or one that can't run here, a model with wrapped layers.
+        ValueError: for sizes below 1, an unknown step, a step that can't run here, or a model with wrapped layers.
     """
 
     def __init__(
@@ -88,25 +89,27 @@ class DecodeEngine:
         self._requested, self._weights = step, fingerprint(model)
         self._plain: PlainStep | None = None
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
-        self._use(State.empty(model.config, batch_size, capacity, dtype, weight.device, padded))
+        self._use(DecodeState.empty(model.config, batch_size, capacity, dtype, weight.device, padded))
 
     def __repr__(self) -> str:
         return f"DecodeEngine(step={self.step_name!r}, length={self.length}, batch_size={self.batch_size})"
 
     def __deepcopy__(self, memo: Any) -> None:
-        """Nothing: a copy of a model that keeps an engine makes its own."""
+        """Return nothing: a copy of a model that keeps an engine makes its own."""
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as None, for the same reason."""
         return type(None), ()
 
     def serves(self, model: LanguageModel, batch_size: int, step: str) -> bool:
-        """Whether it is what a new engine with these arguments would be: weights that changed since make it useless."""
+        """Return whether a new engine with these arguments would be the same, changed weights included."""
         same = (model, model.config, compute_dtype(model.embedding.weight), batch_size, step)
         own = (self.model, self.config, self.dtype, self.batch_size, self._requested)
         return same == own and self._weights is not None and self._weights == fingerprint(model)
 
     @property
     def batch_size(self) -> int:
+        """B, rows."""
         return self.state.batch_size
 
     @property
@@ -125,13 +128,15 @@ class DecodeEngine:
     def prefill(
         self, tokens: Tensor, valid: Tensor | None = None, *, samples: int = 1, chunk: int | None = None
     ) -> Tensor:
-        """Append the tokens of prompts; the logits (B, V) after each row's last real one, until the next step.
+        """Append the tokens of prompts; return the logits (B, V) after each row's last real one.
+
+        The next step overwrites them.
 
         Args:
             tokens: (B, N) ids, or (B / samples, N), N >= 1.
             valid: of their shape, bool, False at pads; None: no pads.
-            samples: neighbouring rows that continue the same prompt, which is then read once.
-            chunk: positions that go through the layers at once; None: as memory allows.
+            samples: number of neighbouring rows that continue the same prompt, which is read once.
+            chunk: positions that go through the layers at once; None: as many as memory allows.
 
         Raises:
             ValueError: for another shape, or `samples` above 1 when slots are filled.
@@ -170,8 +175,9 @@ class DecodeEngine:
         return state.logits
 
     def _read_by_steps(self, tokens: Tensor, valid: Tensor | None, samples: int) -> Tensor:
+        """Read left-padded prompts token by token; arguments and result as in `prefill`."""
         if valid is not None:
-            tokens = torch.where(valid, tokens, tokens[:, -1:])  # what stands at pads may be anything
+            tokens = torch.where(valid, tokens, tokens[:, -1:])  # ids at pads may be outside of the vocabulary
             assert self.state.valid is not None
             slots = slice(self.length, self.length + tokens.shape[1])
             self.state.valid[:, slots] = valid.repeat_interleave(samples, 0)
@@ -183,18 +189,20 @@ class DecodeEngine:
 
     @torch.no_grad()
     def step(self, tokens: Tensor | None = None, *, logits: bool = True) -> Tensor:
-        """Append one token of every row; the logits (B, V) after it, overwritten by the next step.
+        """Append one token of every row; return the logits (B, V) after it, which the next step overwrites.
 
         Args:
-            tokens: (B,) int64 ids, all real; None: what `state.tokens` holds.
-            logits: False leaves them as they were.
+            tokens: (B,) int64 ids, all real; None: those that `state.tokens` holds.
+            logits: False: skip the output layer and leave the logits as they were.
         """
         self.reserve(1)
         state = self.state
         if tokens is not None:
             state.tokens.copy_(tokens)
-        self._see()
-        with torch.autocast(self.device.type, enabled=False):  # dtypes are settled, whoever calls
+        self._set_visible()
+        with torch.autocast(
+            self.device.type, enabled=False
+        ):  # the engine has chosen the dtype; a caller's autocast must not
             if self.on_gpu:
                 with torch.cuda.device(self.device):
                     self._graph(logits).replay()
@@ -204,8 +212,8 @@ class DecodeEngine:
         self.length += 1
         return state.logits
 
-    def _see(self) -> None:
-        """Tell the plain step how many slots count: all filled ones, on a GPU rounded up to a power of two."""
+    def _set_visible(self) -> None:
+        """Set the slots that the plain step reads: all filled ones, on a GPU rounded up to a power of two."""
         if self._plain is None:
             return
         visible = self.length + 1
@@ -214,17 +222,19 @@ class DecodeEngine:
         self._plain.visible = visible
 
     def _graph(self, logits: bool) -> torch.cuda.CUDAGraph:
-        """The step as a CUDA graph, recorded when it is first needed. Recording changes nothing that counts."""
+        """Return the step as a CUDA graph, recorded when it is first needed; recording leaves the state as it is."""
         key = (logits, 0 if self._plain is None else self._plain.visible)
         if key not in self.graphs:
             graph, side = torch.cuda.CUDAGraph(), self.side
             assert side is not None
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._step(logits)  # the same step as the first replay: compiles kernels, wakes libraries
+                self._step(
+                    logits
+                )  # compiles kernels and loads libraries, and writes what the first replay writes again
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize(self.device)
-            # A stream of its own: the shared one belongs to one device, and its workspaces to all graphs.
+            # PyTorch's shared capture stream belongs to one device, and all graphs would share its workspaces.
             with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
                 self._step(logits)
                 self.state.advance()
@@ -235,7 +245,7 @@ class DecodeEngine:
     # --- buffers -----------------------------------------------------------------------------------------------------
 
     def reserve(self, new: int, *, padded: bool = False) -> None:
-        """Make room for `new` more slots, doubling as often as needed, and for a mask; all slots keep their pairs."""
+        """Make room for `new` more slots, doubling as often as needed, and for a mask. All slots keep their pairs."""
         capacity, padded = self.capacity, padded or self.state.valid is not None
         while capacity < self.length + new:
             capacity *= 2
@@ -244,21 +254,21 @@ class DecodeEngine:
         self.flush()
         old = self.state.as_cache(self.config, self.length)
         tokens = self.state.tokens
-        state = State.empty(self.config, self.batch_size, capacity, self.dtype, self.device, padded)
+        state = DecodeState.empty(self.config, self.batch_size, capacity, self.dtype, self.device, padded)
         state.load(old)
         state.tokens.copy_(tokens)
         state.logits.copy_(self.state.logits)
         self._use(state)
 
-    def _use(self, state: State) -> None:
-        """Let the step work on these buffers."""
+    def _use(self, state: DecodeState) -> None:
+        """Make the step work on these buffers."""
         self.settle()
         self.state = state
         self.graphs = {}
         self.pool: Any = None
-        self._step: Any = None  # the old one goes before there is a new one
+        self._step: Any = None  # frees the old step before the new one takes memory
         if self.step_name == "fused":
-            self._step = FusedStep(self.model, state, defer=True)
+            self._step = make_step(self.model, state, defer=True)
         else:
             if self._plain is None:
                 self._plain = PlainStep(self.model, state)
@@ -266,36 +276,37 @@ class DecodeEngine:
             self._step = self._plain
 
     def settle(self) -> None:
-        """Wait for recorded steps that still run: their graphs must not go before."""
+        """Wait for recorded steps that still run, because a graph must not be freed before it ends."""
         if self.on_gpu and self.graphs:
             torch.cuda.synchronize(self.device)
 
     def flush(self) -> None:
-        """Make the pairs of the last token where the step has put them off to the next one."""
+        """Make the pairs of the last token, where the step has left them to the next step."""
         if self.step_name == "fused" and self.length:
             self._step.flush()
 
     def refresh(self) -> None:
-        """Take over weights that were changed in place, where the step has copies of them."""
+        """Copy weights that were changed in place, where the step has copies of them."""
         if self.step_name == "fused":
             self._step.refresh()
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 
     def cache(self) -> KVCache:
-        """What is filled, as a `KVCache` over the engine's own memory: `clone` it to keep it beyond the next call."""
+        """Return the filled slots as a `KVCache` over the engine's own memory; its clone outlives the next call."""
         self.flush()
         return self.state.as_cache(self.config, self.length)
 
     @torch.no_grad()
     def load(self, cache: KVCache, rows: Tensor | Sequence[int] | None = None) -> None:
-        """Hold what a cache holds, and nothing else.
+        """Replace the engine's contents by those of a cache.
 
         Args:
-            rows: its rows that the engine's continue, in order, repeats allowed; None: all.
+            cache: is only read.
+            rows: rows of the cache, one for each row of the engine, in order, repeats allowed; None: all.
 
         Raises:
-            ValueError: for a cache of another model or device, and other numbers of rows than the engine's.
+            ValueError: for a cache of another model or device, or a number of rows that is not the engine's.
         """
         index = None if rows is None else torch.as_tensor(rows, device=self.device)
         cache.check(self.config, self.batch_size if index is None else cache.batch_size, 0, self.device)
@@ -323,11 +334,11 @@ class DecodeEngine:
         self.state.place(n)
 
     def clone(self) -> DecodeEngine:
-        """An independent engine that holds the same (fork)."""
+        """Return an independent engine with the same contents (fork)."""
         return self._another(None, self.batch_size)
 
     def select(self, rows: Tensor | Sequence[int]) -> DecodeEngine:
-        """A new engine of the given rows, in this order, repeats allowed (beams, several samples)."""
+        """Return a new engine of the given rows, in this order, repeats allowed (beams, several samples)."""
         index = torch.as_tensor(rows, device=self.device)
         if index.dim() != 1 or index.numel() == 0 or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"rows must be a non-empty list of row numbers, not {rows!r}")
@@ -337,6 +348,7 @@ class DecodeEngine:
 
     @torch.no_grad()
     def _another(self, rows: Tensor | None, batch_size: int) -> DecodeEngine:
+        """Return a new engine with these rows of the contents; None: all."""
         self.flush()
         padded = self.state.valid is not None
         made = DecodeEngine(self.model, batch_size, self.capacity, dtype=self.dtype, step=self.step_name, padded=padded)

@@ -1,4 +1,4 @@
-"""The step of PyTorch operations: any device, dtype and option. The layer's maths is `LayerMaths`, as everywhere."""
+"""The decode step in PyTorch operations, for any device, dtype and option. `LayerMaths` computes the layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recurformer.attention import Rotation, alibi_slopes, rotary_frequencies
-from recurformer.generation.state import State
+from recurformer.generation.state import DecodeState
 from recurformer.layer import accumulation_dtype, normalise
 from recurformer.model import LanguageModel, Layer
 
@@ -17,18 +17,17 @@ from recurformer.model import LanguageModel, Layer
 class PlainStep:
     """One token of every row: reads `tokens`, `slot` and positions, stores the new pairs, writes `logits`.
 
-    Its shapes are those of the buffers, so that a CUDA graph can hold it. The slot and the positions are advanced by
-    the engine.
+    All shapes are those of the buffers, so that a CUDA graph can hold the step. The engine advances slot and positions.
 
     Args:
-        model: its matrices are cast to the state's dtype once, here; those that have it are read where they are.
+        model: matrices of another dtype than the state's are cast once, here. The others are read where they are.
         state: the buffers.
 
     Attributes:
-        visible: slots that attention reads; those after `slot` count for nothing.
+        visible: number of slots that attention reads; slots after the new one have no effect.
     """
 
-    def __init__(self, model: LanguageModel, state: State) -> None:
+    def __init__(self, model: LanguageModel, state: DecodeState) -> None:
         self.config, self.state, self.visible = model.config, state, state.capacity
         config, dtype, device = model.config, state.keys.dtype, state.keys.device
         acc = accumulation_dtype(dtype)
@@ -44,15 +43,16 @@ class PlainStep:
 
     @torch.no_grad()
     def __call__(self, logits: bool = True) -> None:
+        """Run one step; `logits`: also write the state's logits."""
         s, dtype = self.state, self.state.keys.dtype
-        with torch.autocast(s.keys.device.type, enabled=False):  # every cast is written out
+        with torch.autocast(s.keys.device.type, enabled=False):  # every cast is explicit
             slot = s.slot.long()[None]
             bias, rotation = self.bias(), self.rotation()
             x = F.embedding(s.tokens, self.embedding)[:, None]
             x = x.to(accumulation_dtype(x.dtype))
             for l, (maths, kind) in enumerate(self.layers):
                 q, k, v = maths.projections(x, rotation)
-                # A recurrent layer's temporary pair stands in the slot until the persistent one is known.
+                # The slot holds a recurrent layer's temporary pair until the persistent one is known.
                 s.keys[l].index_copy_(2, slot, k)
                 s.values[l].index_copy_(2, slot, v)
                 x = maths.outputs(x, self.attend(q, s.keys[l], s.values[l], bias))
@@ -65,7 +65,7 @@ class PlainStep:
                 s.logits.copy_(F.linear(x, self.head)[:, : self.config.vocab_size])
 
     def bias(self) -> Tensor:
-        """(B or 1, H or 1, n): what is added to the scaled scores of the visible slots, ALiBi and -inf where unseen."""
+        """Return the bias (B or 1, H or 1, n) of the scores of the visible slots: ALiBi, and -inf at unseen slots."""
         s, n = self.state, self.visible
         j = torch.arange(n, dtype=torch.int32, device=s.keys.device)
         seen = (j <= s.slot)[None]
@@ -80,7 +80,7 @@ class PlainStep:
         return torch.where(seen[:, None], bias, float("-inf"))
 
     def rotation(self) -> Rotation | None:
-        """Rotary angles of the new tokens."""
+        """Return the rotary angles of the new tokens."""
         if self.frequencies is None:
             return None
         angles = self.state.positions[:, None, None, None].to(self.frequencies.dtype) * self.frequencies
@@ -88,9 +88,9 @@ class PlainStep:
         return Rotation(angles.cos().to(acc), angles.sin().to(acc))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Attention outputs of q, both (B, H, 1, K), over the visible slots; scores are at least float32."""
+        """Return attention outputs of q, both (B, H, 1, K), over the visible slots. Scores are at least float32."""
         (B, H, _, K), n = q.shape, self.visible
-        if q.device.type == "cpu" and q.dtype == bias.dtype:  # fastest there, and as exact
+        if q.device.type == "cpu" and q.dtype == bias.dtype:  # the fastest way on a CPU, and as exact
             grouped = keys.shape[1] != H
             return F.scaled_dot_product_attention(
                 q, keys[:, :, :n], values[:, :, :n], attn_mask=bias[:, :, None], enable_gqa=grouped

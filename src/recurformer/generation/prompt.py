@@ -1,6 +1,8 @@
-"""Reading prompts into a cache: through the scan, in chunks whose memory is bounded, or token by token."""
+"""Prompts: padding them to a batch, and reading them into a cache, in chunks of bounded memory or token by token."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,23 +11,25 @@ from recurformer.cache import KVCache
 from recurformer.config import ModelConfig
 from recurformer.model import LanguageModel
 
-CHUNK_TOKENS = 2**16  # of all rows together, that go through the layers at once
-BIAS_ELEMENTS = 2**27  # of the bias that a standard layer adds to the scores of a chunk and what was before it
-SHORTEST = 64  # positions of a chunk
-STEP_ROWS = 4  # up to which recurrent layers read a short prompt fastest token by token
-STEP_LENGTH = 256  # tokens of a short prompt: a scan of layers side by side takes a while to get going
+CHUNK_TOKENS = 2**16  # tokens of all rows together that go through the layers at once
+BIAS_ELEMENTS = 2**27  # elements of the bias that a standard layer adds to the scores of a chunk
+SHORTEST = 64  # positions of a chunk at least
+STEP_ROWS = 4  # rows up to which recurrent layers read a short prompt fastest token by token
+STEP_LENGTH = 256  # tokens of a short prompt; for longer ones a wavefront scan is faster, which starts slowly
 
 
 def reads_by_steps(model: LanguageModel, step: str, rows: int, length: int) -> tuple[bool, str]:
-    """Whether a prompt goes through the decode step token by token, and why, in words.
+    """Return whether a prompt goes through the decode step token by token, and why, in words.
 
-    A token of a recurrent layer needs a pass over most of the layer's weights wherever it is made. The step's passes
-    are at the memory's bandwidth from the first on; those of the scan are shared by the rows of a batch and, layers
-    being side by side, soon somewhat faster.
+    Each token of a recurrent layer needs a pass over most of the layer's weights. The step's passes reach the memory's
+    bandwidth from the first on. The passes of the scan serve all rows of a batch, and soon run somewhat faster, because
+    several layers work at once.
 
     Args:
+        model: its scan setting and its layers count.
         step: "plain" or "fused".
-        rows, length: of the batch of prompts.
+        rows: B * S.
+        length: N, slots of the prompts.
     """
     if step != "fused":
         return False, "the scan reads prompts; steps are as fast only where they are fused"
@@ -41,11 +45,14 @@ def reads_by_steps(model: LanguageModel, step: str, rows: int, length: int) -> t
 
 
 def chunk_length(config: ModelConfig, rows: int, past: int, new: int, requested: int | None) -> int:
-    """Positions of the next chunk of a prompt.
+    """Return the positions of the next chunk of a prompt.
 
     Args:
-        past, new: slots filled, and positions left.
-        requested: the caller's choice, as it is; None: what keeps memory bounded.
+        config: of the model.
+        rows: B.
+        past: slots filled.
+        new: positions left.
+        requested: the caller's choice, returned as it is; None: as many as keep memory bounded.
     """
     if requested is not None:
         return requested
@@ -58,11 +65,14 @@ def chunk_length(config: ModelConfig, rows: int, past: int, new: int, requested:
 def read_prompt(
     model: LanguageModel, cache: KVCache, tokens: Tensor, valid: Tensor | None, chunk: int | None = None
 ) -> Tensor:
-    """Append tokens (B, N) to a cache; what the output layer reads of each row's last real token, (B, D).
+    """Append tokens (B, N) to a cache; return the input (B, D) of the output layer at each row's last real token.
 
     Args:
+        model: reads the tokens.
+        cache: grows by N slots.
+        tokens: (B, N) ids.
         valid: (B, N) bool, False at pads; None: no pads.
-        chunk: positions that go through the layers at once; None: as memory allows.
+        chunk: positions that go through the layers at once; None: as many as keep memory bounded.
     """
     B, N = tokens.shape
     device = tokens.device
@@ -80,3 +90,22 @@ def read_prompt(
         start = stop
     assert found is not None
     return found
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Return tokens (B, N) int64, left-padded, and their mask (B, N) bool, from lists of ids of any lengths.
+
+    Raises:
+        ValueError: when there is no prompt, or an empty one.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts; give at least one")
+    longest = max(map(len, prompts))
+    tokens = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, ids in enumerate(prompts):
+        if not len(ids):
+            raise ValueError(f"prompt {row} is empty; a prompt needs at least one token, such as the end-of-text id")
+        tokens[row, longest - len(ids) :] = torch.as_tensor(ids)
+        mask[row, longest - len(ids) :] = True
+    return tokens, mask

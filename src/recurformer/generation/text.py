@@ -80,7 +80,8 @@ def complete(
             needs a single continuation.
         sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed as in `generate`.
     """
-    from recurformer.generation.sampling import generate_rows, pad_prompts
+    from recurformer.generation.prompt import pad_prompts
+    from recurformer.generation.rows import generate_rows
     from recurformer.generation.stopping import StopFinder
 
     if not prompts:
