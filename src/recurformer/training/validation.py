@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recurformer.evaluation.perplexity import Evaluation, InterruptedEvaluationError, evaluate
-from recurformer.generation.sampling import evaluating
+from recurformer.generation.modes import evaluating
 from recurformer.model import LanguageModel
 from recurformer.training.config import TrainConfig
 from recurformer.training.distributed import OneProcess

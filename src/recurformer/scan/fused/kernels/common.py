@@ -3,7 +3,7 @@
 # pyright: reportGeneralTypeIssues=false
 """Pieces that kernels of several subjects share: waiting for the kernel ahead, exponentials, activations, norms.
 
-Everything is computed in float32. `recurformer.generation.kernels` takes the wait, the activation and the norm from
+Everything is computed in float32. `recurformer.generation.fused.kernels` takes the wait, the activation and the norm from
 this file too.
 """
 
