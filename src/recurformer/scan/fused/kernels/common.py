@@ -3,8 +3,8 @@
 # pyright: reportGeneralTypeIssues=false
 """Pieces that kernels of several subjects share: waiting for the kernel ahead, exponentials, activations, norms.
 
-Everything is computed in float32. `recurformer.generation.fused.kernels` takes the wait, the activation and the norm from
-this file too.
+Everything is computed in float32. `recurformer.generation.fused.kernels` takes the wait, the activation and the norm
+from this file too.
 """
 
 from __future__ import annotations
