@@ -242,14 +242,15 @@ class Launch:
     def start(self) -> None:
         """Start the next run."""
         run = self.waiting.pop(0)
-        print(f"{run.name}: {shlex.join(run.command(self.gpus))}", flush=True)
+        command = run.command(self.gpus)
+        print(f"{run.name}: {shlex.join(command)}", flush=True)
         with ExitStack() as files:
             log = None
             if self.log_files:
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
                 log = files.enter_context(run.folder.with_name(f"{run.name}.log").open("ab"))
             # A process group of its own: Ctrl-C reaches the launcher alone, which passes it on once.
-            self.working[run] = subprocess.Popen(run.command(self.gpus), stdout=log, stderr=log, process_group=0)
+            self.working[run] = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
 
     def look(self) -> None:
         """Report the runs that have ended."""
