@@ -133,7 +133,9 @@ def test_values_get_types():
 def test_lines(tmp_path: Path):
     (file := tmp_path / "lines.jsonl").write_bytes(b'{"a": 1}\n[]\n{"cut')
     assert [values for _, values in read_lines(file)] == [{"a": 1}, []]
-    file.write_bytes(b'{"a": 1}\n' + b"\0" * 100 + b"\n")
+    file.write_bytes(b'{"a": 1}\n' + b"\0" * 100 + b'\n\0\0{"b": 2}\n\0\0')
+    assert [values for _, values in read_lines(file)] == [{"a": 1}, {"b": 2}]
+    file.write_bytes(b'{"a": 1}\n{"b"\0: 2}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*lines.jsonl is not valid JSON"):
         list(read_lines(file))
     file.write_bytes(b"\xff\n")

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -73,6 +75,12 @@ def appearing(path: str | os.PathLike[str], *, replace: bool = False) -> Iterato
         sync_folder(folder)
         _give_name(folder, path, replace)
     sync_folder(path.parent)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def unfinished(path: str | os.PathLike[str]) -> Path:

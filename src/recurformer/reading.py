@@ -166,6 +166,8 @@ def _brackets_are_deep(text: str) -> bool:
 
 
 def _json_is_deep(text: str) -> bool:
+    if text.count("[") + text.count("{") <= DEEPEST:  # a line of metrics, say
+        return False
     return _brackets_are_deep(JSON_TEXT.sub("", text))
 
 
@@ -258,8 +260,18 @@ def build(kind: type[T], values: Any, source: object, remedy: str = "") -> T:
         raise ValueError(f"{source}: {error}{end}") from None
 
 
+def check_format_version(version: Any, newest: int, source: object) -> None:
+    """Raise ValueError when a folder was written by a newer version of the package than this one."""
+    if type(version) is not int or not 1 <= version <= newest:
+        raise ValueError(
+            f"{source} has format_version {shown(version)}; this version reads up to {newest}: upgrade recurformer"
+        )
+
+
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, values) of each line of a JSON lines file. A last line without an end is left out.
+
+    NUL bytes at the start of a line are skipped: after a power cut some file systems leave them for unwritten data.
 
     Raises:
         ValueError: for a line that is no JSON; the message names file and line.
@@ -273,6 +285,9 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{place} has more than {LARGEST:,} bytes; the file is damaged, so remove the line")
             if not line.endswith(b"\n"):
                 return
+            line = line.lstrip(b"\0")
+            if line == b"\n":
+                continue
             try:
                 yield place, parse(line.decode("utf-8"), ".json", place)
             except UnicodeDecodeError:

@@ -134,14 +134,22 @@ def test_truncated_weights(kept: int, folder: Path):
 @pytest.mark.parametrize("text", ["", '{"model_type": "recurf', "\udcff"], ids=["empty", "cut", "binary"])
 def test_truncated_configuration(text: str, folder: Path):
     (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not (valid JSON|UTF-8 text)"):
         recurformer.load(folder)
 
 
-@pytest.mark.parametrize("text", ['{"model_type": "llama"}', "{}", "[1]", "null"])
-def test_foreign_configurations(text: str, folder: Path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "llama"}', "not 'recurformer'; convert the model first: recurformer convert .*model-rec"),
+        ("{}", "has no model_type, so it does not describe a model"),
+        ("[1]", "holds a list, not a table"),
+        ("null", "holds a NoneType, not a table"),
+    ],
+)
+def test_foreign_configurations(text: str, message: str, folder: Path):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="not 'recurformer'; convert the model first"):
+    with pytest.raises(ValueError, match=message):
         recurformer.load(folder)
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from recurformer.config import ModelConfig
-from recurformer.store.folders import FORMAT_VERSION, check_format_version
+from recurformer.reading import check_format_version
+from recurformer.store.folders import FORMAT_VERSION
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
@@ -38,7 +39,7 @@ class RecurformerConfig(PretrainedConfig):
         ours |= {name: values.pop(name) for name in FIELDS if name in values}
         config = ModelConfig.from_dict(ours)
         version = values.pop("format_version", FORMAT_VERSION)
-        check_format_version(version, "the configuration")
+        check_format_version(version, FORMAT_VERSION, "the configuration")
         use_cache = values.pop("use_cache", True)
         super().__init__(**values)
         self.format_version, self.use_cache = version, use_cache

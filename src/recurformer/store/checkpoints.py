@@ -20,13 +20,15 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from safetensors.torch import load_file
+from pydantic import Field
 from torch import Tensor
 
 from recurformer.files import appearing, remove_folder, remove_leftovers
-from recurformer.store.weights import read_parts, write_tensors
+from recurformer.reading import LARGEST_LIST, build, check_format_version, check_regular, read_table
+from recurformer.settings import Natural, NonNegative, Settings, shown
+from recurformer.store.weights import PARTS, check_dtype, open_parts, open_tensors, write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -35,22 +37,77 @@ NAME = re.compile(r"step-\d{8,}")
 OLD_LEFTOVER = re.compile(r"\.tmp-(old-)?step-\d{8,}")  # of killed processes of earlier versions
 
 RngState = dict[str, Tensor]
+RNG_TENSORS = {  # of `RngState`, as safetensors names their types; there may be one more for each GPU
+    "python": ((626,), "I64"),
+    "python_gauss": ((), "float64"),
+    "numpy": ((626,), "I64"),
+    "numpy_gauss": ((), "float64"),
+    "torch": ((5056,), "U8"),
+}
+
+Steps = Annotated[int, Field(ge=0, le=2**53)]
 
 
 @dataclass
-class TrainingState:
+class TrainingState(Settings):
     """Where a run is. With the weights, the optimizer and the random states it is all that a run continues from.
 
     Every number that depends on time (learning rate, which evaluation is due, ...) is computed from `step`.
     """
 
-    step: int = 0  # optimizer updates made
-    position: int = 0  # windows consumed: the place in the data
-    tokens: int = 0  # targets learned from, over all processes
-    seconds: float = 0.0  # of training, without evaluation and saving
-    evaluated: int = -1  # the step of the last evaluation
+    step: Steps = 0  # optimizer updates made
+    position: Steps = 0  # windows consumed: the place in the data
+    tokens: Steps = 0  # targets learned from, over all processes
+    seconds: NonNegative = 0.0  # of training, without evaluation and saving
+    evaluated: Annotated[int, Field(ge=-1, le=2**53)] = -1  # the step of the last evaluation
     validation_loss: float | None = None  # its loss, nats per token
     dataset: str = ""  # fingerprint of the training tokens
+
+
+@dataclass(frozen=True)
+class FileRecord(Settings):
+    """Size and hash of one file of a checkpoint, as the manifest states them."""
+
+    bytes: Natural
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest(Settings):
+    """The contents of a checkpoint's `manifest.json`."""
+
+    step: Steps
+    files: dict[str, FileRecord]
+    validation_loss: float | None
+
+    CHECKED_BY_ITSELF: ClassVar = ("files",)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Return the manifest in a checkpoint's folder.
+
+        Raises:
+            NewerFormatError: when a newer version has written it.
+            ValueError: when it is missing or damaged, or names files outside of the folder.
+        """
+        path = folder / MANIFEST
+        values = read_table(path, LARGEST_LIST)
+        try:
+            check_format_version(values.get("format_version", FORMAT_VERSION), FORMAT_VERSION, path)
+        except ValueError as error:
+            raise NewerFormatError(str(error)) from None
+        files = values.get("files")
+        if not isinstance(files, dict):
+            raise ValueError(f"{path} lists no files; it is damaged")
+        for name in files:
+            if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")):
+                raise ValueError(f"{path} names {shown(name)}, which is outside of its folder; it is damaged")
+        records = {name: build(FileRecord, entry, path) for name, entry in files.items()}
+        return build(cls, {**values, "files": records}, path)
+
+
+class NewerFormatError(ValueError):
+    """A checkpoint was written by a newer version. It is not damaged: nothing goes back to the one before it."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +124,38 @@ class Checkpoint:
         return self.path / "model"
 
     def read(self) -> tuple[TrainingState, dict[str, Tensor], RngState]:
-        """(state, optimizer tensors, random states), on the CPU."""
+        """Return (state, optimizer tensors, random states), on the CPU.
+
+        Raises:
+            ValueError: for a file whose contents make no sense, although its size and hash are right. It is named.
+        """
         folder = self.path / "training"
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state = TrainingState(**{f.name: values[f.name] for f in dataclasses.fields(TrainingState)})
+        remedy = f"remove {self.path} to continue from the checkpoint before it"
+        try:
+            file = folder / "state.json"
+            values = read_table(file)
+            if missing := [f.name for f in dataclasses.fields(TrainingState) if f.name not in values]:
+                raise ValueError(f"{file} lacks {', '.join(missing)}")
+            state = build(TrainingState, values, file)
+            if state.step != self.step:
+                raise ValueError(f"{file} is of step {state.step}, its checkpoint of step {self.step}")
+            optimizer = self._optimizer(folder)
+            rng = open_tensors(folder / "rng.safetensors")
+            for name, expected in RNG_TENSORS.items():
+                if name not in rng or (rng[name].shape, rng[name].dtype) != expected:
+                    raise ValueError(f"{folder / 'rng.safetensors'} has no usable random state {name!r}")
+            return state, optimizer, {name: tensor.read() for name, tensor in rng.items()}
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from error
+
+    @staticmethod
+    def _optimizer(folder: Path) -> dict[str, Tensor]:
         parts = folder / OPTIMIZER
-        optimizer = read_parts(parts) if parts.is_dir() else load_file(parts.with_suffix(".safetensors"))
-        return state, optimizer, load_file(folder / "rng.safetensors")
+        file = parts.with_suffix(".safetensors")
+        found = open_parts(sorted(parts.glob(PARTS))) if parts.is_dir() else open_tensors(file)
+        for name, tensor in found.items():
+            check_dtype(name, tensor)
+        return {name: tensor.read() for name, tensor in found.items()}
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -161,33 +243,52 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def checkpoint_at(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step, which another process has written or checked."""
+    """Return the checkpoint of a step, which another process has written or checked."""
     path = checkpoint_folder(folder, step)
-    return Checkpoint(path, step, json.loads((path / MANIFEST).read_text(encoding="utf-8"))["validation_loss"])
+    return Checkpoint(path, step, Manifest.read(path).validation_loss)
 
 
 def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], list[Path]]:
-    """(complete checkpoints, damaged folders) of RUN/checkpoints, each by rising step. Sizes are checked, no hashes."""
+    """Return (complete checkpoints, damaged folders) of RUN/checkpoints, each by rising step.
+
+    Sizes are checked, hashes are not. Folders whose names are not exactly those of checkpoints are passed over.
+
+    Raises:
+        ValueError: for a checkpoint that a newer version has written.
+    """
     complete: list[Checkpoint] = []
     damaged: list[Path] = []
     for path in sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()):
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-            if all((path / name).stat().st_size == size for name, size in sizes.items()):
-                complete.append(Checkpoint(path, manifest["step"], manifest["validation_loss"]))
-                continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-        damaged.append(path)
+            manifest = Manifest.read(path)
+        except NewerFormatError:
+            raise
+        except ValueError:
+            damaged.append(path)
+            continue
+        right_name = path.name == checkpoint_folder(folder, manifest.step).name
+        if right_name and all(_has_size(path / name, record) for name, record in manifest.files.items()):
+            complete.append(Checkpoint(path, manifest.step, manifest.validation_loss))
+        else:
+            damaged.append(path)
     return complete, damaged
 
 
+def _has_size(path: Path, record: FileRecord) -> bool:
+    try:
+        return check_regular(path) == record.bytes
+    except ValueError:
+        return False
+
+
 def newest_checkpoint(folder: Path, say: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The newest checkpoint of RUN/checkpoints whose every byte is as written; None when there is none.
+    """Return the newest checkpoint of RUN/checkpoints whose every byte is as written; None when there is none.
 
     Args:
-        say: told about each newer one that is damaged and passed over.
+        say: is told about each newer one that is damaged and passed over.
+
+    Raises:
+        ValueError: for a checkpoint that a newer version has written.
     """
     complete, damaged = list_checkpoints(folder)
     by_path = {c.path: c for c in complete}
@@ -200,13 +301,13 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None] = lambda message:
 
 
 def best_checkpoint(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
-    """The one of the lowest validation loss (the newer of equals); None when none was evaluated."""
+    """Return the one of the lowest validation loss (the newer of equals); None when none was evaluated."""
     measured = [(c.validation_loss, -c.step, c) for c in checkpoints if c.validation_loss is not None]
     return min(measured, key=lambda m: m[:2])[2] if measured else None
 
 
 def resolve(path: str | Path, which: Literal["best", "newest"] = "best") -> Path:
-    """The model folder that a path means: a model folder itself, that of a checkpoint, or of one of a run's.
+    """Return the model folder that a path means: a model folder itself, that of a checkpoint, or one of a run's.
 
     Args:
         path: a model folder, RUN/checkpoints/step-..., or RUN.
@@ -231,13 +332,18 @@ def resolve(path: str | Path, which: Literal["best", "newest"] = "best") -> Path
 
 
 def intact(checkpoint: Checkpoint) -> bool:
-    manifest = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
+    """Return whether every file of a checkpoint has the size and the hash that its manifest states."""
     try:
-        return all(digest(checkpoint.path / name) == entry["sha256"] for name, entry in manifest["files"].items())
-    except OSError:
+        files = Manifest.read(checkpoint.path).files
+        return all(
+            _has_size(checkpoint.path / name, record) and digest(checkpoint.path / name) == record.sha256
+            for name, record in files.items()
+        )
+    except (OSError, ValueError):
         return False
 
 
 def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

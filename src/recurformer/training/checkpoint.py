@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recurformer.files import appearing, unfinished
+from recurformer.reading import brief
 from recurformer.store.checkpoints import (
     OPTIMIZER,
     Checkpoint,
@@ -75,7 +76,7 @@ def write_shared_checkpoint(
 
 
 def read_rng() -> RngState:
-    """The states of every generator a step might draw from (Python, NumPy, torch on CPU and GPUs), as tensors."""
+    """Return the states of all generators that a step might draw from, as tensors: Python, NumPy, torch, GPUs."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()  # noqa: NPY002 (other people's code draws from it)
     _, keys, place, has_gauss, cached = numpy_state
@@ -92,11 +93,27 @@ def read_rng() -> RngState:
 
 
 def restore_rng(state: RngState) -> None:
-    """The inverse of `read_rng`. GPUs that are not here are passed over."""
+    """Set the states that `read_rng` returned. Those of GPUs that are not here are passed over.
+
+    Raises:
+        ValueError: for numbers that are no state of a generator.
+    """
+    try:
+        _restore_rng(state)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise ValueError(
+            f"the random states of the checkpoint are damaged ({brief(error)}); remove it to continue from the "
+            "checkpoint before it"
+        ) from error
+
+
+def _restore_rng(state: RngState) -> None:
     version, *words = state["python"].tolist()
     gauss = state["python_gauss"].item()
     random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
     *keys, place, has_gauss = state["numpy"].tolist()
+    if not 0 <= place <= len(keys):  # NumPy itself would read beyond its memory
+        raise ValueError(f"place {place} of {len(keys)}")
     np.random.set_state(  # noqa: NPY002
         ("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, state["numpy_gauss"].item())
     )

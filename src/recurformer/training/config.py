@@ -363,13 +363,13 @@ def _model_table(values: Mapping[str, Any], others: TrainConfig) -> dict[str, An
     if preset is not None:
         preset = check("model.preset", preset, Literal[tuple(PRESETS)])  # pyright: ignore[reportInvalidTypeForm]
     if others.init_from is not None and not _is_whole(table):
-        from recurformer.store.folders import read_model_config
+        from recurformer.store.folders import load_config
 
         if preset is not None:
             raise ValueError(
                 f"model.preset is {preset!r}, but init_from {others.init_from!r} gives the shape; drop one of them"
             )
-        table = {**read_model_config(others.init_from).to_dict(), **table}
+        table = {**load_config(others.init_from).to_dict(), **table}
     elif preset is not None:
         # A preset's vocabulary is its paper's. The data decide, unless the table says otherwise.
         table = {**{name: value for name, value in PRESETS[preset].items() if name != "vocab_size"}, **table}

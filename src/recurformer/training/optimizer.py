@@ -88,12 +88,15 @@ def load_optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module, tenso
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        if name not in parameters or value.shape not in (parameters[name].shape, torch.Size([])):
+        if name not in parameters or value.shape != (torch.Size([]) if kind == "step" else parameters[name].shape):
             raise ValueError(
                 f"the optimizer state {key!r} of shape {tuple(value.shape)} fits no parameter of the model"
             )
         states.setdefault(name, {})[kind] = like(value, parameters[name])
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    for name, state in states.items():
+        if state.keys() != {"exp_avg", "exp_avg_sq", "step"}:
+            raise ValueError(f"the optimizer state of {name!r} has {', '.join(sorted(state))}; it is damaged")
     if states and states.keys() != trained:
         raise ValueError(f"the optimizer state lacks {', '.join(sorted(trained ^ states.keys()))}")
     saved = optimizer.state_dict()
