@@ -163,6 +163,8 @@ def accepted(annotation: Any) -> str:
         return f"a list, each entry {accepted(get_args(annotation)[0])}"
     base, *extras = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     limits = [limit for extra in extras for limit in getattr(extra, "metadata", [extra])]
+    if get_origin(base) is dict:
+        return "a table of named values"
     if base is bool:
         return "true or false"
     if base is str:

@@ -324,10 +324,10 @@ def test_folders_and_files_that_hold_no_checkpoint(tmp_path: Path, options: dict
     with pytest.raises(ValueError, match=r"absent\.pt can't be read"):
         load_official(tmp_path / "absent.pt", options)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json can't be read"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load_official(RECURRENT / "model.pt", tmp_path / "config.json")
     (tmp_path / "config.yaml").write_text("- 1")
-    with pytest.raises(ValueError, match="holds a list, not a configuration"):
+    with pytest.raises(ValueError, match="holds a list, not a table"):
         load_official(RECURRENT / "model.pt", tmp_path / "config.yaml")
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list, not a state dict"):

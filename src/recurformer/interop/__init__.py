@@ -1,4 +1,4 @@
-"""Models of other projects, read into ours and, where they can be, written back. The core imports nothing of this."""
+"""Models of other projects, read into ours and, where possible, written back. No other room but the command uses it."""
 
 from recurformer.interop.conversion import convert
 from recurformer.interop.llama import load_llama, save_llama

@@ -7,25 +7,32 @@ model. `canonical_name` undoes the last two, `parameter_names` the first.
 
 from __future__ import annotations
 
-import json
-import pickle
+import dataclasses
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from recurformer.config import ModelConfig
-from recurformer.files import replacing
+from recurformer.config import Layers, ModelConfig, Vocabulary, Width
+from recurformer.files import replacing, write_json
 from recurformer.model import LanguageModel
-from recurformer.settings import suggest
-from recurformer.store.folders import plain_state_dict
-from recurformer.store.weights import write_tensors
+from recurformer.reading import brief, build, check_regular, read_table
+from recurformer.settings import Positive, Settings, shown, suggest
+from recurformer.store.folders import assembled, plain_state_dict
+from recurformer.store.weights import (
+    Shape,
+    StoredTensor,
+    check_dtype,
+    in_memory,
+    open_tensors,
+    parameter_shapes,
+    write_tensors,
+)
 
 WEIGHT_FILES, CONFIG_FILES = ("model.pt", "model.safetensors"), ("config.yaml", "config.json")
 
@@ -62,7 +69,30 @@ DEFAULTS: dict[str, Any] = {
     "scale_logits": False,
     "norm_after": False,
 }
-# Those that change speed, precision or a fresh initialisation alone.
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialSizes(Settings):
+    """Types and limits of the official options that are not among a few supported values."""
+
+    d_model: Width
+    n_heads: Width
+    n_kv_heads: Width | None
+    n_layers: Layers
+    mlp_ratio: Width
+    mlp_hidden_size: Width | None
+    vocab_size: Vocabulary
+    embedding_size: Vocabulary | None
+    alibi: bool
+    rope: bool
+    rope_theta: Positive
+    attention_layer_norm: bool
+    layer_norm_eps: Positive
+    include_bias: bool
+    weight_tying: bool
+
+
+# Options that change speed, precision or a fresh initialisation alone.
 IGNORED = (
     "block_group_size", "bwd_mlp_chunks", "emb_init_std", "eos_token_id", "flash_attention", "init_cutoff_factor",
     "init_device", "init_fn", "init_std", "max_sequence_length", "pad_token_id", "precision", "rope_full_precision",
@@ -101,7 +131,7 @@ def load_official(
     path_or_state_dict: str | Path | Mapping[str, Any],
     config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
 ) -> LanguageModel:
-    """A model from an official checkpoint, in evaluation mode, with parameters in the stored dtype.
+    """Return the model of an official checkpoint, in evaluation mode, with parameters in the stored dtype.
 
     Args:
         path_or_state_dict: a folder as the official code writes it (`model.pt` or `model.safetensors`, with
@@ -113,52 +143,55 @@ def load_official(
     Raises:
         ValueError: for an option, a tensor or a file that can't be read faithfully; it names what and why.
     """
-    if isinstance(path_or_state_dict, str | Path):
-        path = Path(path_or_state_dict)
+    weights = path_or_state_dict
+    if isinstance(weights, str | Path):
+        path = Path(weights)
         if config is None:
             config = find_file(path if path.is_dir() else path.parent, CONFIG_FILES)
-        tensors = read_tensors(find_file(path, WEIGHT_FILES) if path.is_dir() else path)
-    else:
-        tensors = path_or_state_dict
+        weights = find_file(path, WEIGHT_FILES) if path.is_dir() else path
     if config is None:
         raise ValueError("a state dict does not say how many heads a model has; pass config=")
+    source: object = "the official configuration"
     if isinstance(config, str | Path):
-        config = read_options(Path(config))
+        source = config
+        config = read_table(Path(config))
     if not isinstance(config, ModelConfig):
-        config = model_config(config)
-
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    model.load_state_dict(convert(tensors, config, model.state_dict()), assign=True)
-    return model.requires_grad_(True).eval()
+        config = model_config(config, source)
+    found = read_tensors(weights) if isinstance(weights, Path) else tensors_in(weights)
+    return assembled(config, our_tensors(found, config))
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
-def model_config(options: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of a dictionary of official options; what it leaves out has the official default.
+def model_config(options: Mapping[str, Any], source: object = "the official configuration") -> ModelConfig:
+    """Return the ModelConfig of a dictionary of official options. An option that is left out has the official default.
+
+    Args:
+        source: the file of the options, named in messages.
 
     Raises:
         ValueError: for an unknown option, or a value that changes the function in a way that we don't have.
     """
     options = options.get("model", options)
+    if not isinstance(options, Mapping):
+        raise ValueError(f"model in {source} is {shown(options)}, not a table of options")
     for name in options:
         if name not in DEFAULTS and name not in IGNORED:
-            raise ValueError(
-                f"unknown option {name!r} in the official configuration{suggest(name, [*DEFAULTS, *IGNORED])}"
-            )
+            raise ValueError(f"unknown option {shown(name)} in {source}{suggest(str(name), [*DEFAULTS, *IGNORED])}")
     given = {**DEFAULTS, **options}
     for name, value in given.items():  # interpolations of the official YAML files, such as ${model.n_heads}
         if isinstance(value, str) and (reference := re.fullmatch(r"\$\{model\.(\w+)\}", value)):
             given[name] = given.get(reference[1], value)
     if given["bias_for_layer_norm"] is None:
         given["bias_for_layer_norm"] = given["include_bias"]
+    given |= dataclasses.asdict(build(OfficialSizes, given, source))
     for name, supported in SUPPORTED.items():
         if given[name] not in supported:
-            source = "" if name in options else " by default"
+            origin = "" if name in options else " by default"
             raise ValueError(
-                f"the official option {name} is {given[name]!r}{source}; supported: {', '.join(map(repr, supported))}"
+                f"the official option {name} is {shown(given[name])}{origin}; supported: "
+                f"{', '.join(map(repr, supported))}"
             )
     if given["alibi"] == given["rope"]:
         both = given["alibi"]
@@ -174,10 +207,8 @@ def model_config(options: Mapping[str, Any]) -> ModelConfig:
     vocabulary, rows = given["vocab_size"], given["embedding_size"] or given["vocab_size"]
     if rows < vocabulary:
         raise ValueError(f"the official option embedding_size {rows} is below vocab_size {vocabulary}")
-    width, swiglu = (
-        given["mlp_hidden_size"] or given["mlp_ratio"] * given["d_model"],
-        given["activation_type"] == "swiglu",
-    )
+    width = given["mlp_hidden_size"] or given["mlp_ratio"] * given["d_model"]
+    swiglu = given["activation_type"] == "swiglu"
     return ModelConfig(
         vocab_size=vocabulary,
         vocab_multiple=next(m for m in (1, 128, rows) if -(-vocabulary // m) * m == rows),
@@ -205,7 +236,7 @@ def model_config(options: Mapping[str, Any]) -> ModelConfig:
 
 
 def canonical_name(name: str) -> str:
-    """An official parameter's one name, whichever wrapper or sharing module listed it.
+    """Return the one name of an official parameter, whichever wrapper or sharing module listed it.
 
     `module.transformer.blocks.0.graphed_callable.block.pre_attention_block.kv_proj.weight` (DDP, one CUDA graph a
     layer, a module that shares the tensor) is `transformer.blocks.0.kv_proj.weight`.
@@ -218,7 +249,7 @@ def canonical_name(name: str) -> str:
 
 
 def parameter_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Canonical official name -> the names of our parameters that it holds, concatenated along dimension 0.
+    """Return {canonical official name: names of our parameters that it holds, concatenated along dimension 0}.
 
     A checkpoint has some of these: q, k and v come fused as `att_proj`, as `q_proj` and `kv_proj`, or one by one.
     """
@@ -247,46 +278,53 @@ def parameter_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     return {f"transformer.{name}": ours for name, ours in names.items()}
 
 
-def convert(tensors: Mapping[str, Any], config: ModelConfig, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from official tensors.
-
-    Args:
-        expected: the model's own state dict; its shapes say how fused tensors split and what has to be there.
+def our_tensors(found: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Return our state dict from official tensors. Names, shapes and types are checked before one is read.
 
     Raises:
-        ValueError: for a tensor that is unknown, missing, of another shape, or listed twice with different values.
+        ValueError: for a tensor that is unknown, missing, of another shape or type, or listed twice with different
+            values.
     """
-    names, found, source = parameter_names(config), dict[str, Tensor](), dict[str, str]()
-    for listed, tensor in flatten_groups(tensors).items():
+    names, expected = parameter_names(config), parameter_shapes(config)
+    places: list[tuple[str, StoredTensor, list[str]]] = []
+    for listed, tensor in flatten_groups(found).items():
         name = canonical_name(listed)
         ours = [our_name for our_name in names.get(name, ()) if our_name in expected]
         if not ours:
-            raise ValueError(f"unknown tensor {listed!r} in the official checkpoint{suggest(name, names)}")
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{listed!r} in the official checkpoint is a {type(tensor).__name__}, not a tensor")
-        rows = [expected[our_name].shape[0] for our_name in ours]
-        shape = (sum(rows), *expected[ours[0]].shape[1:])
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{listed!r} has shape {tuple(tensor.shape)}; the configuration asks for {shape}")
-        for our_name, part in zip(ours, tensor.detach().split(rows), strict=True):
-            if our_name in found and not torch.equal(found[our_name], part):
-                raise ValueError(
-                    f"{listed!r} and {source[our_name]!r} share one parameter but hold different values; "
-                    "the checkpoint is damaged"
-                )
-            if our_name not in found:
-                found[our_name], source[our_name] = part.clone(), listed
-    if missing := [name for name in expected if name not in found]:
+            raise ValueError(f"unknown tensor {shown(listed)} in the official checkpoint{suggest(name, names)}")
+        shape = (sum(expected[our_name][0] for our_name in ours), *expected[ours[0]][1:])
+        if tensor.shape != shape:
+            raise ValueError(f"{listed!r} has shape {tensor.shape}; the configuration asks for {shape}")
+        check_dtype(listed, tensor)
+        places.append((listed, tensor, ours))
+    filled = {our_name for _, _, ours in places for our_name in ours}
+    if missing := [name for name in expected if name not in filled]:
         raise ValueError(
             f"the official checkpoint lacks the tensors of {len(missing)} parameters, the first {missing[0]!r}; "
             "it is incomplete or of another configuration"
         )
-    return found
+    return _split(places, expected)
 
 
-def flatten_groups(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Names with `block_groups.G.I` (blocks wrapped in groups of equal size) as `blocks.N`."""
-    places = [re.search(r"\bblock_groups\.(\d+)\.(\d+)\.", name) for name in tensors]
+def _split(places: Iterable[tuple[str, StoredTensor, list[str]]], expected: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Return our parameters, read from (official name, tensor, our names of its parts)."""
+    made, source = dict[str, Tensor](), dict[str, str]()
+    for listed, tensor, ours in places:
+        parts = tensor.read().split([expected[our_name][0] for our_name in ours])
+        for our_name, part in zip(ours, parts, strict=True):
+            if our_name in made and not torch.equal(made[our_name], part):
+                raise ValueError(
+                    f"{listed!r} and {source[our_name]!r} share one parameter but hold different values; "
+                    "the checkpoint is damaged"
+                )
+            if our_name not in made:
+                made[our_name], source[our_name] = part.clone() if len(ours) > 1 else part, listed
+    return made
+
+
+def flatten_groups(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors with `blocks.N` in place of `block_groups.G.I` (blocks wrapped in groups of equal size)."""
+    places = [re.search(r"\bblock_groups\.(\d{1,5})\.(\d{1,5})\.", name) for name in tensors]
     size = 1 + max((int(place[2]) for place in places if place), default=0)
     return {
         name.replace(place[0], f"blocks.{int(place[1]) * size + int(place[2])}.") if place else name: tensor
@@ -298,40 +336,44 @@ def flatten_groups(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_file(folder: Path, names: Iterable[str]) -> Path:
-    """The first of `names` that a folder has."""
+    """Return the first of `names` that a folder has."""
     for name in names:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     raise ValueError(f"{folder} has no {' or '.join(names)}")
 
 
-def read_tensors(path: Path) -> Mapping[str, Any]:
-    """The state dict in a `.safetensors` or a pickled file; nothing but tensors is ever unpickled."""
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the state dict in a `.safetensors` or a pickled file. Nothing but tensors is ever unpickled.
+
+    Raises:
+        ValueError: when it is missing, damaged or no state dict.
+    """
     try:
+        size = check_regular(path)
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return open_tensors(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > size:  # PyTorch never compresses; a small file could unpack to any size
+                raise ValueError(f"it unpacks to {unpacked:,} bytes, more than the file has")
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a state dict: {first_line(error)}") from error
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{path} can't be read as a state dict: {brief(error)}") from error
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{path} holds a {type(tensors).__name__}, not a state dict")
-    return tensors
+    return tensors_in(tensors, str(path))
 
 
-def read_options(path: Path) -> Mapping[str, Any]:
-    """The dictionary in a YAML or JSON file."""
-    try:
-        options = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} can't be read as a configuration: {first_line(error)}") from error
-    if not isinstance(options, Mapping):
-        raise ValueError(f"{path} holds a {type(options).__name__}, not a configuration")
-    return options
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, without the advice that follows."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def tensors_in(tensors: Mapping[Any, Any], source: str = "the state dict") -> dict[str, StoredTensor]:
+    """Return the entries of a state dict; raise ValueError for one that is no dense tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{shown(name)} in the official checkpoint is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{name!r} in the official checkpoint is no dense tensor; store it as one")
+    return in_memory(tensors, source)
 
 
 # --- back ------------------------------------------------------------------------------------------------------------
@@ -364,12 +406,15 @@ def save_official(model: LanguageModel, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as temporary:
         write_tensors(tensors, temporary)
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(options, indent=2) + "\n")
+    write_json(folder / "config.json", options)
 
 
 def official_options(config: ModelConfig) -> dict[str, Any]:
-    """The official options of a model that the official code can be."""
+    """Return the official options of a model.
+
+    Raises:
+        ValueError: for an option that the official code does not have.
+    """
     recurrent = "recurrent" in config.layer_kinds
     wanted = {
         "layers": (len(set(config.layer_kinds)) == 1, "its layers are all of one kind"),
@@ -389,7 +434,7 @@ def official_options(config: ModelConfig) -> dict[str, Any]:
         wanted["position"] = (False, "it has 'alibi' and 'rope'")
     for name, (fits, why) in wanted.items():
         if not fits:
-            raise ValueError(f"{name} is {getattr(config, name)!r}, which the official code can't express: {why}")
+            raise ValueError(f"{name} is {shown(getattr(config, name))}, which the official code can't express: {why}")
     swiglu = config.activation == "swiglu"
     return {
         "d_model": config.d_model,
