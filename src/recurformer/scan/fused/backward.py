@@ -62,7 +62,7 @@ class BackwardBuffers:
     delta: Tensor  # H, float32
     # Gradients made of those in parallel.
     gq: Tensor  # H K
-    g_temporary: Tensor  # 2 H K: what each query head sends to its temporary key and value
+    g_temporary: Tensor  # 2 H K: each query head's part for its temporary key, then value
     g_raw: Tensor  # (H + 2 G) K: of the products with Q, K and V
     g_hx: Tensor
     ring: Tensor  # (L, 2, C, B, D), float32: gradients of inputs, for the layer below; empty without one

@@ -1,6 +1,6 @@
 """Graphs of both passes of one shape, recorded once and replayed for every chunk of every call.
 
-An engine belongs to one stack of L layers of one shape (L = 1: a layer by itself). It owns what lives for a chunk of C
+An engine belongs to one stack of L layers of one shape (L = 1: a layer by itself). It owns the buffers of a chunk of C
 positions, and runs a chunk of every layer as one step. Layer l is at chunk w - l at step w, so the layers of a stack
 work on different chunks at the same time. A step is recorded once as a CUDA graph. The table in device memory holds
 whatever differs between chunks, calls and lengths.
@@ -60,7 +60,7 @@ class Engine:
         self.workspace.weights.load(layers, slopes)
 
     def run_forward(self, steps: int, entries: TableEntries) -> None:
-        """Write outputs and pairs, and what is kept for the backward."""
+        """Write outputs and pairs, and the tensors that are kept for the backward."""
         self._run("forward", self.forward.step, steps, entries)
 
     def run_restore(self, steps: int, entries: TableEntries) -> None:

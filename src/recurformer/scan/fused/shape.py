@@ -65,7 +65,7 @@ class EngineShape:
     leaf_backward: int  # the same of the backward, whose kernels gain more from larger leaves
     dtype: torch.dtype
     device: torch.device
-    segmented: bool  # padding or documents limit what a query sees
+    segmented: bool  # padding or documents limit which keys a query sees
     keeps_attention: bool  # the forward keeps attention outputs and log-sum-exps for a backward
     keeps_inner: bool  # and the MLP's inner values
     keeps_raw: bool  # and the products with Q, K and V, ahead of their norms

@@ -19,13 +19,13 @@ class Slot(IntEnum):
     STEP = 0  # w, the step of the running graph
     LENGTH = 1  # N
     PAST = 2  # P
-    X = 3
-    Z = 4
+    X = 3  # the first layer's inputs
+    Z = 4  # outputs of all layers
     Q = 5
-    KV = 6
-    A = 7
-    LSE = 8
-    POSITIONS = 9  # (B, P + N)
+    KV = 6  # the past's pairs, then temporary ones, each replaced by the persistent one
+    A = 7  # attention outputs
+    LSE = 8  # log-sum-exps
+    POSITIONS = 9  # (B, P + N), as are segments
     QUERY_SEGMENTS = 10
     KEY_SEGMENTS = 11
     FIRST = 12  # (B, chunks): the first slot that a chunk's queries see
@@ -33,10 +33,10 @@ class Slot(IntEnum):
     COS = 14
     SIN = 15
     ROTATION_STRIDE = 16  # values between the rotations of two sequences; 0 when all share them
-    GZ = 17
-    GX = 18
-    GA = 19
-    DELTA = 20
+    GZ = 17  # gradients: of the last layer's outputs,
+    GX = 18  # of the first layer's inputs,
+    GA = 19  # of attention outputs
+    DELTA = 20  # <ga, a> for each head
     UP = 21  # the MLP's inner values
     RAW = 22  # the products with Q, K and V
 
@@ -48,7 +48,7 @@ class TableEntries:
         layout: positions, padding, documents.
         batch: B.
         chunk: C.
-        segmented: True when padding or documents limit what a query sees.
+        segmented: whether padding or documents limit which keys a query sees.
         tensors: contiguous tensors by the names of their slots.
     """
 

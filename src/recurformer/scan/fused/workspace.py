@@ -106,7 +106,7 @@ class Workspace:
     def new_buffer(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return a new buffer of zeros, in the compute dtype by default.
 
-        Zeros, because layers that have no chunk yet send what their buffers hold through the products.
+        It holds zeros, because a layer that has no chunk yet still takes part in every product.
         """
         with torch.inference_mode(False):  # the buffer outlives the call that makes it
             buffer = torch.zeros(sizes, dtype=dtype or self.shape.dtype, device=self.shape.device)

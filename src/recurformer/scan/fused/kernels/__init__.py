@@ -1,4 +1,4 @@
-"""Triton kernels of the fused scan: attention between blocks, and everything between two matrix products.
+"""Triton kernels of the fused scan: attention, norms, activations, and some matrix products.
 
 They work on L stacked layers; one layer by itself is L = 1. Files by subject: `table` (addresses and sizes of a call),
 `common` (waits, exponentials, activations, norms), `heads` (one row of heads), then the kernels that the engine

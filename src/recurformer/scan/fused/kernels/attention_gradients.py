@@ -24,7 +24,7 @@ def merged_keys_gradient(
     G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PULL: tl.constexpr,
     ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries send to the pairs k0, k0 + 1, ... of the chunk to gkv (L, C, B, 2 G K), float32.
+    """Add gradients from queries to those of pairs k0, k0 + 1, ... of the chunk, gkv (L, C, B, 2 G K), float32.
 
     PULL: start gkv, with all queries of later chunks. Otherwise the queries are q0, q0 + 1, ... of the chunk; their ga
     is in the chunk's buffer, and their delta is made here.
@@ -100,7 +100,7 @@ def leaf_gradient(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, HP: tl.constexpr, RB: tl.constexpr,
     ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Add what the later queries of its own leaf send to pair r, whose gradient is then complete.
+    """Add gradients from the later queries of its leaf to that of pair r, which is then complete.
 
     Query r + 1 comes for the first time: its delta is made here and kept in delta_chunk (L, C, B, H) for earlier pairs.
     A program handles HP key-value heads of one sequence, and RB queries at a time. A whole leaf at a time needs so many
@@ -166,7 +166,7 @@ def query_gradient(
 ):  # fmt: skip
     """Write the gradients of a chunk's queries, gq (L, C, B, H K), and those of their own temporary pairs.
 
-    g_own (L, C, B, 2, H K) holds what each query head sends to its temporary key, then to its temporary value. ga and
+    g_own (L, C, B, 2, H K) holds each query head's part for its temporary key, then for its temporary value. ga and
     delta are stored where earlier chunks read them.
     """
     b, h, l = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H, tl.program_id(2).to(tl.int64)

@@ -85,7 +85,7 @@ def output_gradient(
     table, ring, g_h, weight, gz, scaled, partial, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Write gz: what comes from above, plus what the pair sends through the norm of z.
+    """Write gz: the gradient from above, plus that of the pair through the norm of z.
 
     gz is (L, B, D); scaled, s gz, and g_h are (L, C, B, D). The norm weight's gradient is added to partial (L, B, D).
     """
@@ -115,7 +115,7 @@ def attended_gradient(
     table, y, g_h, weight, gz, gy, scaled, partial, r, B, s, eps, L: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     DB: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Write gy: gz plus what the MLP sends through the norm of y.
+    """Write gy: gz, plus the gradient of the MLP through the norm of y.
 
     gz and g_h are (L, B, D); y, gy and scaled, s gy, are (L, C, B, D). The norm weight's gradient is added to partial
     (L, B, D).

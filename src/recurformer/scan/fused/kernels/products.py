@@ -1,10 +1,10 @@
 # Triton compiles this file; to a type checker it is not Python.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportGeneralTypeIssues=false
-"""Matrix products of one position with what follows them, and the activation as a kernel of its own.
+"""Matrix products of one position, with or without the activation, and the activation as a kernel by itself.
 
-The library makes all other products (`recurformer.scan.fused.products` decides). Ours can start before the kernel ahead
-has ended, and can apply the activation before they store.
+`recurformer.scan.fused.products` decides which products these kernels make; the library makes the others. These kernels
+can start before the kernel ahead has ended, and can apply the activation before they store.
 """
 
 from __future__ import annotations
