@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from recurformer.layer import LayerMaths, accumulation_dtype
+from recurformer.layer import LayerMaths
 from recurformer.scan.schedule import Block, LeafStep, Wave
-from recurformer.scan.tiled.blocks import Attention, LeafGradients, cut
+from recurformer.scan.tiled.blocks import LeafGradients, cut
 from recurformer.scan.tiled.call import (
     Activations,
     QueriesAndPairs,
@@ -38,6 +38,7 @@ from recurformer.scan.tiled.call import (
     wave_view,
 )
 from recurformer.scan.tiled.derivatives import InputProjections, NormTape, activation_slopes
+from recurformer.scan.tiled.gradients import AttentionGradients, WeightGradients
 from recurformer.scan.tiled.stack import StackedLayers
 
 if TYPE_CHECKING:
@@ -63,9 +64,17 @@ class TiledBackward:
         layers: weights and equations.
         record: of the forward.
         wanted: names of the tensors of a layer that need a gradient.
+        gz: (B, N, D), the gradient of the last layer's outputs.
+
+    Attributes:
+        g_stream: (N, B, D), the gradient of the residual stream. At each position, a layer finds the gradient of its
+            outputs here and leaves that of its inputs, which the layer below finds in turn.
     """
 
-    def __init__(self, call: TiledCall, layers: list[LayerMaths], record: ForwardRecord, wanted: set[str]) -> None:
+    def __init__(
+        self, call: TiledCall, layers: list[LayerMaths], record: ForwardRecord, wanted: set[str], gz: Tensor
+    ) -> None:
+        self.g_stream = gz.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         self.call, self.layers, self.record = call, layers, record
         self.stack = StackedLayers.of(layers, for_forward=False)
         self.inputs = layer_inputs(record.x, record.z)
@@ -74,17 +83,10 @@ class TiledBackward:
         lse = None if record.activations is None else record.activations.lse
         self.attention = AttentionGradients(call, pairs, lse)
 
-    def run(self, gz: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Return the gradient of x (B, N, D) and, by name, those of the wanted tensors of each layer.
-
-        Args:
-            gz: (B, N, D), the gradient of the last layer's outputs.
-        """
+    def run(self) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Return the gradient of x (B, N, D) and, by name, those of the wanted tensors of each layer."""
         length = POSITION_BLOCK if self.record.activations is not None else POSITION_BLOCK // 2
         length = max(self.call.schedule.leaf, length)  # whole leaves
-        # The gradient of the residual stream, (N, B, D). Each layer finds that of its outputs here and leaves that of
-        # its inputs, position by position: the layer below is the next to come there.
-        self.g_stream = gz.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         for wave in reversed(self.call.waves):
             for block in reversed(list(cut(slice(0, wave.length), length))):
                 self.through_outputs(wave.part(block))
@@ -138,7 +140,8 @@ class TiledBackward:
             torch.stack([t[l][:, :, span] for l, span in wave])
             for t in (attention.q, attention.ga, attention.gq, attention.lse, attention.delta)
         )
-        p = ((q * k_tmp).sum(-1) - lse).exp()[..., None]  # probability and score of a query's own temporary pair
+        # Probability of a query's own temporary pair, and the gradient of its score.
+        p = ((q * k_tmp).sum(-1) - lse).exp()[..., None]
         ds = p * ((ga * v_tmp).sum(-1) - delta)[..., None]
         gq = (gq + ds * k_tmp) * K**-0.5
 
@@ -241,7 +244,7 @@ class BlockLoop:
     def __init__(self, stack: StackedLayers, known: BlockActivations, gz: Tensor) -> None:
         self.stack, self.known, self.a = stack, known, known.a
         config, (width, n, B, _) = stack.config, gz.shape
-        self.s, self.shape = config.branch_scale, (width, B, 2, config.kv_heads, config.head_width)
+        self.scale, self.pair_shape = config.branch_scale, (width, B, 2, config.kv_heads, config.head_width)
         self.gz, self.gy = torch.empty_like(gz), torch.empty_like(gz)
         # Gradients of the outputs of both norms, and of the inner values of the MLP before the activation.
         self.g_mlp_norm, self.g_z_norm = (torch.empty_like(gz, dtype=stack.compute_dtype) for _ in range(2))
@@ -266,9 +269,9 @@ class BlockLoop:
             row: the position in the leaf.
             rotation: the inverse of the rotation of the keys there.
         """
-        gz = self.through_pair(r, leaf.pair_gradient(row).view(self.shape), rotation)
+        gz = self.through_pair(r, leaf.pair_gradient(row).view(self.pair_shape), rotation)
         gy = self.through_mlp(r, gz)
-        ga = torch.bmm((self.s * gy).to(self.stack.compute_dtype), self.stack.o)
+        ga = torch.bmm((self.scale * gy).to(self.stack.compute_dtype), self.stack.o)
         leaf.add_query(row, ga.to(self.a.dtype), self.a_rows[r])
 
     def through_pair(self, r: int, g_pair: Tensor, rotation: Rotation | None) -> Tensor:
@@ -288,7 +291,7 @@ class BlockLoop:
     def through_mlp(self, r: int, gz: Tensor) -> Tensor:
         """Return gy_i, given gz_i, both (layers, B, D)."""
         stack = self.stack
-        g_inner, g_up = torch.bmm((self.s * gz).to(stack.compute_dtype), stack.down), self.g_up_rows[r]
+        g_inner, g_up = torch.bmm((self.scale * gz).to(stack.compute_dtype), stack.down), self.g_up_rows[r]
         torch.mul(g_inner, self.slope_up_rows[r], out=g_up)
         g_norm = torch.bmm(g_up, stack.up)
         if stack.gate is not None:
@@ -299,143 +302,15 @@ class BlockLoop:
 
     def add_weight_gradients(self, weights: WeightGradients, layers: range) -> None:
         """Add the gradients of the weights behind the queries and temporary pairs, for all positions at once."""
-        known, s = self.known, self.s
-        weights.add_product("down", layers, s * self.gz, known.inner)
+        known, scale = self.known, self.scale
+        weights.add_product("down", layers, scale * self.gz, known.inner)
         weights.add_product("up", layers, self.g_up, known.mlp_norm.output)
         if self.g_gate is not None:
             weights.add_product("gate", layers, self.g_gate, known.mlp_norm.output)
         weights.add("mlp_norm", layers, known.mlp_norm.weight_gradient(self.g_mlp_norm))
-        weights.add_product("o", layers, s * self.gy, known.a.to(self.stack.compute_dtype))
+        weights.add_product("o", layers, scale * self.gy, known.a.to(self.stack.compute_dtype))
         weights.add_product("k", layers, self.g_pair[:, :, :, 0].flatten(3), known.h_z)
         weights.add_product("v", layers, self.g_pair[:, :, :, 1].flatten(3), known.h_z)
         if known.key_norm is not None and self.g_key is not None:
             weights.add("k_norm", layers, known.key_norm.weight_gradient(self.g_key))
         weights.add("attention_norm", layers, known.z_norm.weight_gradient(self.g_z_norm))
-
-
-# --- where gradients add up ------------------------------------------------------------------------------------------
-
-
-class AttentionGradients:
-    """Gradients of the queries and persistent pairs of each layer, filled by the mirrored schedule.
-
-    Attributes:
-        layers: the attention of each layer.
-        q: (L, E, R, N, K), scaled queries.
-        lse: (L, E, R, N), log-sum-exp of each query.
-        ga: (L, E, R, N, K), gradient of the attention outputs a.
-        delta: (L, E, R, N), <ga_i, a_i> of each head.
-        gq: (L, E, R, N, K), gradient of the scaled queries.
-        gkv: (L, B, 2, G, N, K), gradient of the persistent pairs, keys beside values.
-    """
-
-    def __init__(self, call: TiledCall, pairs: QueriesAndPairs, lse: Tensor | None) -> None:
-        self.layers: list[Attention] = pairs.attentions(call)
-        self.q = q = pairs.q
-        self.lse = q.new_empty(q.shape[:4]) if lse is None else lse
-        self.ga, self.delta, self.gq = torch.empty_like(q), q.new_empty(q.shape[:4]), torch.zeros_like(q)
-        one = self.layers[0]
-        self.gkv = q.new_zeros(len(self.layers), one.B, 2, one.G, one.N, one.K)
-
-    def send(self, l: int, block: Block) -> None:
-        """Add what a block of one layer gives to the gradients of its pairs and of its queries, whose ga is known.
-
-        Pairs of the past are constants.
-        """
-        attention, rows = self.layers[l], self.layers[l].rows
-        B, G, R, K = attention.B, attention.G, attention.R, attention.K
-        for keys, queries in attention.pieces(block):
-            k, v = attention.pairs_at(keys)
-            p = attention.scores(queries, keys, k).sub_(rows(self.lse[l], queries)[..., None]).exp_()
-            ga, delta = rows(self.ga[l], queries), rows(self.delta[l], queries)
-            ds = torch.bmm(ga, v.transpose(1, 2)).sub_(delta[..., None]).mul_(p)
-            # Not baddbmm_: on a strided destination it runs one small product after the other.
-            self.gq[l][:, :, queries] += torch.bmm(ds, k).view(B * G, R, -1, K)
-            if keys.start >= 0:
-                q = rows(attention.q, queries)
-                self.gkv[l, :, 0, :, keys] += torch.bmm(ds.transpose(1, 2), q).view(B, G, -1, K)
-                self.gkv[l, :, 1, :, keys] += torch.bmm(p.transpose(1, 2), ga).view(B, G, -1, K)
-
-    def begin_leaf(self, layers: range, spans: list[slice]) -> LeafGradients:
-        """Return one leaf of each of some layers. All queries behind the leaves must be done."""
-        attentions, lse, gkv = self.layers[layers.start : layers.stop], [], []
-        for l in layers:
-            lse.append(self.lse[l])
-            gkv.append(self.gkv[l])
-        return LeafGradients(attentions, spans, lse, gkv)
-
-    def end_leaf(self, l: int, positions: slice, leaf: LeafGradients, place: int, a: Tensor) -> None:
-        """Note the gradients of one layer's queries in a leaf, all of whose positions are done.
-
-        Args:
-            l: the layer.
-            positions: the n positions of the leaf.
-            leaf: of several layers.
-            place: of the layer among them.
-            a: attention outputs (n, B, H K).
-        """
-        attention, n = self.layers[l], len(a)
-        ga = leaf.ga[place].reshape(-1, attention.R, n, attention.K)
-        a = a.view(n, *ga.shape[:2], attention.K).permute(1, 2, 0, 3)
-        self.ga[l][:, :, positions] = ga
-        self.delta[l][:, :, positions] = (ga * a).sum(-1)
-        self.gq[l][:, :, positions] += leaf.query_gradients(place, attention.k[:, positions])
-
-
-class WeightGradients:
-    """The gradients of the weights of each layer, added up in at least float32.
-
-    Args:
-        layers: of one shape.
-        wanted: names of the tensors that need a gradient. All others are left out.
-    """
-
-    def __init__(self, layers: list[LayerMaths], wanted: set[str]) -> None:
-        self.layers, self.wanted = layers, wanted
-        self.sums: dict[str, Tensor] = {}  # (L, ...)
-
-    def sum_of(self, name: str, layers: range) -> Tensor:
-        """Return the sum so far of some layers' gradients."""
-        if name not in self.sums:
-            weight = getattr(self.layers[0], name)
-            shape = (len(self.layers), *weight.shape)
-            self.sums[name] = weight.new_zeros(shape, dtype=accumulation_dtype(weight.dtype))
-        return self.sums[name][layers.start : layers.stop]
-
-    def add(self, name: str, layers: range, gradient: Tensor) -> None:
-        """Add the gradients of one tensor of some layers, (layers, ...) with as many numbers as the tensor."""
-        if name in self.wanted:
-            total = self.sum_of(name, layers)
-            total.add_(gradient.view(total.shape))
-
-    def add_product(self, name: str, layers: range, g: Tensor, h: Tensor) -> None:
-        """Add the gradients of a matrix and its bias.
-
-        Args:
-            name: of the matrix.
-            layers: which layers.
-            g: gradient of the product's outputs, (layers, n, B, out).
-            h: the product's inputs, (layers, n, B, in).
-        """
-        dtype, g = self.layers[0].compute_dtype, g.flatten(1, -2)
-        if name in self.wanted:
-            total = self.sum_of(name, layers)
-            factors = g.to(dtype).transpose(1, 2), h.flatten(1, -2).to(dtype)
-            if total.dtype == dtype:
-                torch.baddbmm(total, *factors, out=total)
-            else:
-                total.add_(torch.bmm(*factors))
-        if f"{name}_bias" in self.wanted:
-            self.add(f"{name}_bias", layers, g.to(accumulation_dtype(dtype)).sum(1))
-
-    def of_each_layer(self) -> dict[str, list[Tensor]]:
-        """Return the gradients of each layer, by name, in the dtype of the weights. The sums are gone afterwards.
-
-        Each layer's are a copy, so that a caller who keeps one of them does not keep those of all layers.
-        """
-        gradients = {}
-        for name in list(self.sums):
-            total = self.sums.pop(name)
-            parts = zip(total, self.layers, strict=True)
-            gradients[name] = [g.to(getattr(layer, name).dtype, copy=len(self.layers) > 1) for g, layer in parts]
-        return gradients

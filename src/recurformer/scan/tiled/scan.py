@@ -155,6 +155,6 @@ class TiledScan(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         wanted = {name for name, need in zip(names * L, needed, strict=True) if need}
         with torch.autocast(x.device.type, enabled=False):
-            gx, gradients = TiledBackward(call, call.layers(tensors), record, wanted).run(gz)
+            gx, gradients = TiledBackward(call, call.layers(tensors), record, wanted, gz).run()
         by_layer = [gradients[name][l] if name in gradients else None for l in range(L) for name in names]
         return (gx, None, *(g if need else None for g, need in zip(by_layer, needed, strict=True)))
