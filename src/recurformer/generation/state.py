@@ -104,4 +104,5 @@ class DecodeState:
         valid = self.valid
         if valid is None:
             valid = torch.ones(self.batch_size, self.capacity, dtype=torch.bool, device=self.keys.device)
-        return KVCache.over(config, list(self.keys), list(self.values), valid, length)
+        padded = False if self.valid is None else None  # without a mask nobody has to wait for a GPU's answer
+        return KVCache.over(config, list(self.keys), list(self.values), valid, length, padded=padded)
