@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, gradients, logits_of, loss_of, random_tokens, tiny
+from helpers import assert_all_close, assert_close, gradients, logits_of, loss_of, random_tokens, tiny
 from torch import Tensor
 
 from recurformer import LanguageModel, attention
@@ -213,3 +213,67 @@ def test_where_flex_attention_runs():
         name, why = choose_attention(config, torch.device("cuda"))
         assert (name, "not 8" in why) == ("sdpa", True)
         assert choose_attention(tiny(head_dim=16).config, torch.device("cuda"))[0] == "flex"
+
+
+# --- blocks of queries -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", ["alibi", "rope", "none"])
+@pytest.mark.parametrize("kind", ["plain", "pads", "documents", "cache"])
+@pytest.mark.parametrize("elements", [1, 300, 1000])
+def test_blocks_of_queries_change_nothing(
+    kind: str, position: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hybrid = tiny(layers="first:1", position=position, n_kv_heads=2, scan="tiled", dtype=torch.float64)
+    tokens = random_tokens(3, 23)
+    options: dict[str, Any] = {}
+    if kind == "pads":
+        options["attention_mask"] = torch.arange(23)[None] >= torch.tensor([0, 5, 22])[:, None]
+    elif kind == "documents":
+        options["document_ids"] = torch.arange(23).div(6, rounding_mode="floor").expand(3, -1)
+    real = options.get("attention_mask", torch.ones(3, 23, dtype=torch.bool))
+
+    def logits() -> Tensor:
+        given = dict(options)
+        if kind == "cache":
+            given["cache"] = hybrid(random_tokens(3, 9, seed=3), use_cache=True).cache
+        return logits_of(hybrid, tokens, **given)[real]
+
+    whole = logits()
+    monkeypatch.setattr(attention, "BIAS_ELEMENTS", elements)
+    blockwise = logits()
+    assert_close(blockwise, whole, 1e-12)
+    by_blocks, expected = (gradients(hybrid, made.square().mean()) for made in (blockwise, whole))
+    assert_all_close(by_blocks, expected, 1e-12)
+    with torch.no_grad():
+        assert_close(logits(), whole, 1e-12)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layers", ["standard", "first:1"])
+def test_a_long_call_makes_a_bias_of_bounded_size(layers: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    N = 300
+    monkeypatch.setattr(attention, "BIAS_ELEMENTS", 16 * 4 * N)  # 16 queries
+    model, sizes, original = tiny(layers=layers, scan="tiled"), [], Layout.bias
+
+    def watched(layout: Layout, queries: slice, keys: slice) -> Tensor | None:
+        bias = original(layout, queries, keys)
+        if bias is not None:
+            sizes.append((bias.numel(), keys.stop))
+        return bias
+
+    monkeypatch.setattr(Layout, "bias", watched)
+    tokens = random_tokens(1, N)
+    with torch.set_grad_enabled(training):
+        loss = loss_of(model, tokens)
+    if training:
+        loss.backward()
+    assert max(size for size, _ in sizes) <= 16 * 4 * N
+    assert {stop for _, stop in sizes} >= {16, 32, N}  # keys up to the block's last query only
+
+
+def test_short_calls_make_one_bias_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, original = tiny(layers="standard", n_layers=3), [], Layout.bias
+    monkeypatch.setattr(Layout, "bias", lambda *args: (calls.append(args), original(*args))[1])
+    model(random_tokens(2, 64))
+    assert len(calls) == 1

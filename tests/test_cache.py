@@ -422,3 +422,65 @@ def test_random_orders_of_operations_agree_with_full_forwards():
             cache, rows = cache.select(chosen), rows[chosen]
         else:
             cache = cache.clone()
+
+
+# --- inference mode --------------------------------------------------------------------------------------------------
+
+
+@every_scan
+@pytest.mark.parametrize("change", ["as it is", "clone", "select", "crop", "grown", "trained"])
+def test_a_cache_made_in_inference_mode_is_continued_outside(change: str, scan: str):
+    model = tiny(layers="first:1", scan=scan)
+    first, rest = random_tokens(2, 70, seed=4), random_tokens(2, 60, seed=5)
+    expected = model(torch.cat([first, rest], dim=1)).logits[:, 70:]
+    with torch.inference_mode():
+        cache = model(first, use_cache=True).cache
+        if change == "crop":
+            model(rest[:, :3], cache=cache)
+    if change == "crop":
+        cache.crop(70)
+    elif change == "clone":
+        cache = cache.clone()
+    elif change == "select":
+        cache = cache.select([0, 1])
+    if change == "trained":
+        found = model(rest, cache=cache).logits
+        found.square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+    else:
+        parts = (20, 60) if change == "grown" else (60,)  # 70 + 60 slots: beyond what a cache begins with
+        with torch.no_grad():
+            found = torch.cat(
+                [model(part, cache=cache).logits for part in rest.tensor_split(parts, dim=1)[: len(parts)]], 1
+            )
+    assert_close(found, expected)
+    with torch.inference_mode():  # and back
+        model(rest[:, :1], cache=cache)
+
+
+def test_a_cache_changed_in_inference_mode_is_continued_outside():
+    model, tokens = tiny(), random_tokens(2, 9)
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).cache
+    with torch.inference_mode():
+        changed = [cache.clone(), cache.select([0, 1])]
+        changed[0].reserve(200)
+    with torch.no_grad():
+        expected = model(tokens, cache=cache).logits
+        for one in changed:
+            assert torch.equal(model(tokens, cache=one).logits, expected)
+
+
+def test_a_cache_over_given_buffers_shares_them():
+    model = tiny()
+    cache = new_cache(model, 2)
+    model(random_tokens(2, 5), cache=cache)
+    shared = KVCache.over(
+        model.config, cache.keys, cache.values, cache.valid, length=cache.length, padded=cache.padded, max_length=8
+    )
+    assert (shared.length, shared.capacity, shared.batch_size, shared.max_length) == (5, cache.capacity, 2, 8)
+    model(random_tokens(2, 3), cache=shared)
+    assert all(torch.equal(a, b) for a, b in zip(cache.keys, shared.keys, strict=True))
+    assert (cache.length, shared.length) == (5, 8)
+    with pytest.raises(ValueError, match="exceed the cache's max_length 8"):
+        model(random_tokens(2, 1), cache=shared)

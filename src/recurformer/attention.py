@@ -1,7 +1,9 @@
-"""Attention of standard layers on NVIDIA GPUs without a bias tensor: PyTorch's FlexAttention, compiled.
+"""Who sees whom, and the attention of standard layers.
 
-ALiBi is arithmetic on a score's indices, and who sees whom is known block by block of 128 x 128, so neither a bias
-(H, N, N) nor a mask (B, N, N) is ever made, and blocks in which nobody sees anything are left out.
+First half: `Layout` holds positions, padding, documents, ALiBi slopes and rotary angles of one call, for every scan.
+Second half: `parallel_attention`. On NVIDIA GPUs it runs PyTorch's FlexAttention, compiled, which needs no bias tensor:
+ALiBi is arithmetic on the indices of a score, and who sees whom is known for blocks of 128 x 128. Elsewhere it runs
+scaled_dot_product_attention. Its bias has a bounded size: long calls attend one block of queries at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from recurformer.hardware import FLEX_BLOCK, FLEX_HEAD_WIDTHS, compiler_present
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from recurformer.config import ModelConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BIAS_ELEMENTS = 2**22  # of the bias of one block of queries
+BIAS_ELEMENTS = 2**22  # of the bias at once; blocks of this size were no slower than a whole bias at 2k and 4k tokens
 RECOMPILE_LIMIT = 64  # with and without gradients, pads, documents, ...: more variants than PyTorch's default of 8
 
 Scores = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -33,11 +38,13 @@ Scores = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def alibi_slopes(n_heads: int, scheme: str = "geometric", *, device: Any = None) -> Tensor:
-    """ALiBi slopes (H,), float64, of heads h = 1..H.
+    """Return the ALiBi slopes (H,), float64, of heads h = 1 ... H.
 
     Args:
-        scheme: "geometric" is 2^(-8h/H) for every H, as the official code; "interleaved" is Press et al.: for H no
-            power of two, the slopes of the next smaller power of two, then every other one of the next larger.
+        n_heads: H.
+        scheme: "geometric" is 2^(-8h/H) for every H, as in the official code. "interleaved" is Press et al.: if H is no
+            power of two, the slopes of the next smaller power of two, then every other slope of the next larger one.
+        device: of the result; None: torch's default device.
     """
 
     def geometric(count: int) -> Tensor:
@@ -50,9 +57,9 @@ def alibi_slopes(n_heads: int, scheme: str = "geometric", *, device: Any = None)
 
 
 def rotary_frequencies(config: ModelConfig, device: Any = None) -> Tensor:
-    """Angle a position (K / 2,) by which RoPE turns each pair of coordinates: theta^(-2c/K); float64 (MPS: float32)."""
+    """Return the angle (K/2,) by which RoPE turns pair c of coordinates per position: theta^(-2c/K), in float64."""
     K = config.head_width
-    exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # MPS has no float64
+    exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # MPS lacks float64
     return config.rope_theta ** (-torch.arange(0, K, 2, dtype=exact, device=device) / K)
 
 
@@ -67,11 +74,11 @@ class Rotation:
         return Rotation(self.cos[:, :, positions], self.sin[:, :, positions])
 
     def inverse(self) -> Rotation:
-        """The rotation back."""
+        """Return the rotation by the opposite angles."""
         return Rotation(self.cos, -self.sin)
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Rotate u (B, heads, N, K): coordinate c and c + K/2 are a pair (the half-split convention)."""
+        """Return u (B, heads, N, K) rotated. Coordinates c and c + K/2 are a pair (the half-split convention)."""
         first, second = u.to(self.cos.dtype).chunk(2, dim=-1)
         turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
         return torch.cat(turned, dim=-1).to(u.dtype)
@@ -79,11 +86,11 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of one call stand and who sees whom: the one place for positions, padding and documents.
+    """Positions, padding and documents of the tokens of one call: who sees whom.
 
-    Slots are columns of the batch, 0..M-1, the first P of them in the cache. A token's *position* is the number of
-    real tokens before it in its row. A query sees itself and, of the earlier slots, those that hold a real token of
-    its own document.
+    Slots are columns of the batch, 0 ... M-1. The first P of them are in the cache. The *position* of a token is the
+    number of real tokens before it in its row and document. A query sees itself, and every earlier slot that holds a
+    real token of its own document.
     """
 
     past: int  # P
@@ -135,11 +142,11 @@ class Layout:
 
     @property
     def causal_only(self) -> bool:
-        """True when attention is plain causal attention over the new tokens."""
+        """Whether attention is plain causal attention over the new tokens."""
         return self.past == 0 and self.valid is None and self.documents is None and self.slopes is None
 
     def visible(self, queries: slice, keys: slice) -> Tensor | None:
-        """(B or 1, 1, q, k) bool, True where a query sees a key; None when every query of the block sees every key.
+        """Return where a query of a block sees a key, (B or 1, 1, q, k) bool; None when all see all.
 
         Args:
             queries: range of new positions, 0 <= start < stop <= N.
@@ -165,7 +172,15 @@ class Layout:
         return seen[:, None]
 
     def bias(self, queries: slice, keys: slice) -> Tensor | None:
-        """(B or 1, H or 1, q, k): what is added to the scaled scores, ALiBi and -inf where a key is not seen."""
+        """Return what is added to the scaled scores of a block: ALiBi, and -inf where a query does not see a key.
+
+        Args:
+            queries: range of new positions, 0 <= start < stop <= N.
+            keys: range of slots, 0 <= start < stop <= M.
+
+        Returns:
+            (B or 1, H or 1, q, k); None when there is nothing to add.
+        """
         bias: Tensor | None = None
         if self.slopes is not None:
             i = self.positions[:, self.past + queries.start : self.past + queries.stop, None]
@@ -178,9 +193,15 @@ class Layout:
             bias = torch.zeros((), dtype=torch.float32, device=visible.device)
         return torch.where(visible, bias, float("-inf"))
 
+    def bias_elements(self, queries: int) -> int:
+        """Return the number of elements of the bias of so many queries and all keys."""
+        rows = 1 if self.valid is None and self.documents is None else len(self.positions)
+        heads = 1 if self.slopes is None else len(self.slopes)
+        return rows * heads * queries * (self.past + self.length)
+
     @cached_property
     def earliest(self) -> list[int] | None:
-        """Per new position, the first slot that a query there sees in any row; None: always slot 0."""
+        """The first slot that a query sees in any row, for each new position; None: always slot 0."""
         if self.documents is None:
             return None
         begins = F.pad(self.documents.diff(dim=1) != 0, (1, 0), value=True)
@@ -189,12 +210,12 @@ class Layout:
 
     @cached_property
     def full_bias(self) -> Tensor | None:
-        """`bias` of all N queries and M keys, made once for all layers."""
+        """The bias of all N queries and M keys, made once for all layers."""
         return self.bias(slice(0, self.length), slice(0, self.past + self.length))
 
     @cached_property
     def flex(self) -> tuple[Any, Any]:
-        """`bias` and `visible` as FlexAttention takes them, made once for all layers."""
+        """The bias and the visible blocks as FlexAttention takes them, made once for all layers."""
         return biased_scores(self), visible_blocks(self)
 
 
@@ -202,7 +223,7 @@ class Layout:
 
 
 def flex_applies(q: Tensor, layout: Layout) -> bool:
-    """Whether `flex` can attend: a bias is needed, from an empty memory, in shapes and dtypes that its kernels take."""
+    """Return whether `flex` can attend: a bias is needed, there is no past, and the kernels take shape and dtype."""
     return (
         q.device.type == "cuda"
         and not layout.causal_only
@@ -215,7 +236,7 @@ def flex_applies(q: Tensor, layout: Layout) -> bool:
 
 
 def flex(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
-    """As `parallel_attention`, for what `flex_applies` to."""
+    """Return what `parallel_attention` returns, through FlexAttention. Needs `flex_applies`."""
     from torch.nn.attention.flex_attention import flex_attention
 
     scores, blocks = layout.flex
@@ -224,20 +245,20 @@ def flex(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function through torch.compile, once a process: all layers of one shape share the result."""
+    """Return a function compiled by torch.compile, once in a process: all layers of one shape share the result."""
     import torch._dynamo.config as settings
 
-    # Past the limit PyTorch goes on without compiling: FlexAttention would make all (N, N) scores.
+    # Past the limit PyTorch runs the function uncompiled: FlexAttention would then make all (N, N) scores.
     settings.recompile_limit = max(settings.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(function)
 
 
 def biased_scores(layout: Layout) -> Scores | None:
-    """ALiBi as a function of (score, row, head, query, key); None without ALiBi."""
+    """Return ALiBi as a function of (score, row, head, query, key); None without ALiBi."""
     slopes, positions = layout.slopes, layout.positions
     if slopes is None:
         return None
-    if layout.valid is None:  # without pads positions differ as slots do, within a document too
+    if layout.valid is None:  # then positions differ as slots do, within a document too
 
         def alibi(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score - slopes[h] * (q - k)
@@ -251,14 +272,14 @@ def biased_scores(layout: Layout) -> Scores | None:
 
 
 def visible_blocks(layout: Layout) -> BlockMask:
-    """Who sees whom, as `Layout.visible`, by blocks: all, none, or (in between) by a function of the indices."""
+    """Return who sees whom by blocks: all, none, or (in between) by a function of the indices."""
     from torch.nn.attention.flex_attention import BlockMask
 
     N, device, valid, documents = layout.length, layout.positions.device, layout.valid, layout.documents
     n = -(-N // FLEX_BLOCK)
     block = torch.arange(n, device=device)
     some, every = (block[:, None] >= block)[None], (block[:, None] > block)[None]  # (B or 1, queries, keys)
-    if documents is not None:  # ids do not decrease, so a block's first and last say what is between
+    if documents is not None:  # ids do not decrease, so a block's first and last id bound all others
         first, last = documents[:, ::FLEX_BLOCK], documents[:, (block * FLEX_BLOCK + FLEX_BLOCK - 1).clamp(max=N - 1)]
         some = some & (last[:, None, :] >= first[:, :, None])
         every = every & (first[:, None, :] == last[:, :, None])
@@ -275,7 +296,7 @@ def visible_blocks(layout: Layout) -> BlockMask:
         return seen
 
     def listed(dense: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each row of blocks, how many are set, and their numbers before all others'."""
+        """Return how many blocks of each row are set, and the numbers of all blocks with those first."""
         numbers = dense.int().argsort(dim=-1, descending=True, stable=True)
         return dense.sum(-1, dtype=torch.int32)[:, None], numbers.int()[:, None].contiguous()
 
@@ -285,16 +306,50 @@ def visible_blocks(layout: Layout) -> BlockMask:
 
 
 def parallel_attention(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
-    """Attention of a standard layer: q (B, H, N, K) over keys and values (B, G, M, K), to (B, H, N, K)."""
+    """Return the attention outputs (B, H, N, K) of a standard layer.
+
+    Args:
+        q: (B, H, N, K), the queries of the new tokens.
+        keys, values: (B, G, M, K), the pairs of past and new tokens.
+        layout: positions, padding and documents.
+    """
     keys, values = keys.to(q.dtype), values.to(q.dtype)
     if flex_applies(q, layout):
         return flex(q, keys, values, layout)
-    bias = None if layout.causal_only else layout.full_bias
-    return F.scaled_dot_product_attention(
-        q,
-        keys,
-        values,
-        attn_mask=None if bias is None else bias.to(q.dtype),
-        is_causal=layout.causal_only and layout.length > 1,
-        enable_gqa=q.shape[1] != keys.shape[1],
-    )
+    grouped = q.shape[1] != keys.shape[1]
+    if layout.causal_only:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=layout.length > 1, enable_gqa=grouped)
+    if layout.bias_elements(layout.length) <= BIAS_ELEMENTS:
+        bias = None if layout.full_bias is None else layout.full_bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=grouped)
+    return attention_by_blocks(q, keys, values, layout)
+
+
+def attention_by_blocks(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
+    """Return what `parallel_attention` returns, with the bias of one block of queries at a time.
+
+    A block reads only the keys up to its last query, so long calls take about half the products of a full bias. The
+    backward pass makes the bias of each block again.
+    """
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, queries: slice) -> Tensor:
+        bias = layout.bias(queries, slice(0, keys.shape[2]))
+        return F.scaled_dot_product_attention(
+            q,
+            keys,
+            values,
+            attn_mask=None if bias is None else bias.to(q.dtype),
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )
+
+    N, size = layout.length, max(1, BIAS_ELEMENTS // layout.bias_elements(1))
+    outputs = []
+    for start in range(0, N, size):
+        stop = min(N, start + size)
+        seen = slice(0, layout.past + stop)
+        block = (q[:, :, start:stop], keys[:, :, seen], values[:, :, seen], slice(start, stop))
+        if torch.is_grad_enabled():
+            outputs.append(checkpoint(attend, *block, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(attend(*block))
+    return torch.cat(outputs, dim=2)
