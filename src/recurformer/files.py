@@ -162,7 +162,7 @@ def _discard_if_free(work: Path, path: Path) -> None:
 
 
 def _discard(work: Path, path: Path) -> None:
-    """Remove a work folder. What it was about to replace goes back to its name when nothing else has that name."""
+    """Remove a work folder. The folder that it was about to replace gets its name back when nothing else has it."""
     if (work / REPLACED).is_dir() and not path.exists():
         os.rename(work / REPLACED, path)
     shutil.rmtree(work, ignore_errors=True)
@@ -236,7 +236,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _give_name(folder: Path, path: Path, replace: bool) -> None:
-    """Rename a finished folder to `path`. What was there under that name lies in the work folder afterwards."""
+    """Rename a finished folder to `path`. A folder of that name lies in the work folder afterwards."""
     if replace and path.is_dir():
         if not _exchange(folder, path):
             os.rename(path, folder.with_name(REPLACED))  # until the next line, `_discard` would bring it back

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from helpers import FIXTURES, assert_close, logits_of, random_tokens, tiny
 import recurformer
 from recurformer import cli
 from recurformer.data.tokenizer import BytesTokenizer, train_bpe
-from recurformer.interop import convert, load_llama, load_official, save_official
+from recurformer.files import appearing
+from recurformer.interop import conversion, convert, load_llama, load_official, save_official
 
 LLAMA: dict[str, Any] = {"layers": "standard", "activation": "swiglu", "position": "rope", "qk_norm": "none"}
 TOKENS = random_tokens(2, 15, vocabulary=90)
@@ -137,3 +141,95 @@ def test_refusals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert message in error
         assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "full", "gemma"]
+
+
+# --- links, other processes, full disks ------------------------------------------------------------------------------
+
+
+def test_links_out_of_the_source_are_refused(tmp_path: Path):
+    (tmp_path / "secret").write_text("password")
+    saved(tmp_path / "a", BytesTokenizer(), vocab_size=256)
+    for target, message in (("../secret", "is a link to .*secret', outside of its folder; put a copy in its place"),
+                            ("/dev/zero", "is a link to '/dev/zero', outside of its folder")):  # fmt: skip
+        (tmp_path / "a" / "merges.txt").symlink_to(target)
+        with pytest.raises(ValueError, match=f"merges.txt {message}"):
+            convert(tmp_path / "a", tmp_path / "b")
+        (tmp_path / "a" / "merges.txt").unlink()
+    os.mkfifo(tmp_path / "a" / "vocab.json")
+    with pytest.raises(ValueError, match=r"vocab\.json is no regular file"):
+        convert(tmp_path / "a", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "secret"]
+
+
+def test_links_inside_the_source_and_of_the_hugging_face_cache_are_copied(tmp_path: Path):
+    snapshot = tmp_path / "models--a" / "snapshots" / "0123"
+    saved(snapshot, BytesTokenizer(), vocab_size=256)
+    (blobs := tmp_path / "models--a" / "blobs").mkdir()
+    for n, name in enumerate(sorted(path.name for path in snapshot.iterdir())):
+        (snapshot / name).rename(blobs / str(n))
+        (snapshot / name).symlink_to(f"../../blobs/{n}")
+    (snapshot / "chat_template.jinja").symlink_to("recurformer_tokenizer.json")
+    convert(snapshot, tmp_path / "b")
+    assert recurformer.load_tokenizer(tmp_path / "b").kind == "bytes"
+    for name in ("recurformer_tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        assert not (tmp_path / "b" / name).is_symlink()
+        assert (tmp_path / "b" / name).stat().st_size > 0
+
+
+def test_two_conversions_into_one_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saved(tmp_path / "a")
+    with appearing(tmp_path / "b"):
+        assert run("convert", str(tmp_path / "a"), str(tmp_path / "b")) == 2
+        assert "another process is writing" in (error := capsys.readouterr().err)
+        assert "wait until it has ended" in error
+    (tmp_path / "b").rmdir()
+    (left := tmp_path / f".b.{os.getpid()}.tmp").mkdir()  # of a killed process that had the same number
+    (left / "model.safetensors").touch()
+    (tmp_path / ".b.recurformer-tmp" / "b").mkdir(parents=True)
+    convert(tmp_path / "a", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_destination_that_is_filled_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved(tmp_path / "a")
+
+    def read(source: Path) -> Any:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "thesis").touch()
+        return conversion_read(source)
+
+    conversion_read = conversion.read
+    monkeypatch.setattr(conversion, "read", read)
+    with pytest.raises(ValueError, match="has appeared while it was being written, and is not empty; remove it or"):
+        convert(tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["thesis"]
+
+
+@pytest.mark.parametrize("to", ["recurformer", "hf", "llama", "official"])
+def test_a_full_disk_is_one_line(to: str, tmp_path: Path):
+    saved(tmp_path / "a", **{**LLAMA, "d_model": 64})
+    (tmp_path / "out").mkdir()
+    limit = (tmp_path / "a" / "model.safetensors").stat().st_size // 2
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from recurformer.cli import main; main(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", code, "convert", "a", "out/b", "--to", to]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_written_files_have_the_usual_permissions(tmp_path: Path):
+    pytest.importorskip("transformers")
+    saved(tmp_path / "a", BytesTokenizer(), vocab_size=256, **LLAMA)
+    for to in ("recurformer", "hf", "llama"):
+        convert(tmp_path / "a", tmp_path / to, to)  # pyright: ignore[reportArgumentType]
+    before = os.umask(0)
+    os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 12
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~before}

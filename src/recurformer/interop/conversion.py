@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from recurformer.config import ModelConfig
 from recurformer.files import appearing
 from recurformer.interop.llama import layer_kinds, load_llama, save_llama
 from recurformer.interop.official import load_official, save_official
 from recurformer.model import LanguageModel
-from recurformer.reading import check_regular, read_table
+from recurformer.reading import brief, check_regular, read_table
 from recurformer.settings import shown
 from recurformer.store import folders
 from recurformer.store.checkpoints import resolve
@@ -154,6 +155,9 @@ def save_hf(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None) -> 
     if tokenizer is not None and made.generation_config is not None:
         pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         made.generation_config.eos_token_id, made.generation_config.pad_token_id = tokenizer.eos_id, pad
-    made.save_pretrained(folder)
+    try:
+        made.save_pretrained(folder)
+    except SafetensorError as error:  # no subclass of OSError
+        raise OSError(f"the model could not be written: {brief(error)}") from error
     if tokenizer is not None and tokenizer.kind != "sentencepiece" and not (folder / "tokenizer_config.json").is_file():
         hf.load_tokenizer(folder).save_pretrained(folder)

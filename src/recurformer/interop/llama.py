@@ -58,7 +58,7 @@ class LlamaOptions(Settings):
     quantization_config: dict[str, Any] | None = None
 
 
-# What the configuration file of each model type leaves out when it has another default than a Llama.
+# Defaults of each model type that differ from a Llama's, for options that its configuration file leaves out.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 4096 * 32},

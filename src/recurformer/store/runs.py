@@ -1,4 +1,4 @@
-"""What the folder of a training run holds, read without torch."""
+"""Read the records in a training run's folder, without torch."""
 
 from __future__ import annotations
 

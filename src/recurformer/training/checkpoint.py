@@ -93,7 +93,7 @@ def read_rng() -> RngState:
 
 
 def restore_rng(state: RngState) -> None:
-    """Set the states that `read_rng` returned. Those of GPUs that are not here are passed over.
+    """Set the states that `read_rng` returned, apart from those of GPUs that are not here.
 
     Raises:
         ValueError: for numbers that are no state of a generator.
