@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -219,8 +220,26 @@ def test_a_full_disk_is_one_line(to: str, tmp_path: Path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    last = done.stderr.splitlines()[-1]  # transformers shows a bar before it
+    assert last.startswith("recurformer: error: ")
+    assert to == "hf" or done.stderr.count("\n") == 1
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_terminated_conversion_leaves_nothing(tmp_path: Path):
+    saved(tmp_path / "a")
+    code = (
+        "import sys, time; from recurformer import cli, interop; from recurformer.interop import conversion; "
+        "conversion.folders.save = lambda *_: (print(flush=True), time.sleep(60)); cli.main(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", code, "convert", "a", "b"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert len(list(tmp_path.iterdir())) == 2
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_written_files_have_the_usual_permissions(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Any
 
 import click
@@ -29,6 +31,8 @@ def convert(
     import torch
 
     from recurformer import interop
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no unfinished folder behind
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     config = interop.convert(
