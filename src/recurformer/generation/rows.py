@@ -134,17 +134,18 @@ def _new_tokens(
     decoder = make_decoder(model, settings.step, B * S, N, limit, padded=valid is not None)
     logits = decoder.prefill(tokens, valid, samples=S, chunk=settings.prefill_chunk)
     new: list[Tensor] = []
-    numbers: list[Tensor] = []
+    unread: list[Tensor] = []  # the same tokens, -1 where the logits were no numbers: one read tells both
     while True:
         token, are_numbers = settings.draw(logits, seen, generator)
         new.append(token)
-        numbers.append(are_numbers)
+        unread.append(token.masked_fill(~are_numbers, -1))
         n = len(new)
         if n == limit or (n % look_every == 0 and (rows.may_end or look_every == 1)):
-            check_numbers(numbers, n)
-            numbers = []
+            ids = torch.stack(unread, dim=1).tolist()  # waits for the device
+            check_numbers(ids, n)
+            unread = []
             if rows.may_end:
-                rows.look(torch.stack(new[rows.looked :], dim=1))
+                rows.look(ids)
         if stream is not None:
             stream(rows.padded(token, n, pad))
         if n == limit or rows.all_ended:
@@ -156,11 +157,15 @@ def _new_tokens(
     return new
 
 
-def check_numbers(numbers: list[Tensor], n: int) -> None:
-    """Raise ValueError unless the logits of the last steps were numbers: (rows,) bool each, of n steps so far."""
-    good = torch.stack(numbers).tolist()
-    for place, step in enumerate(good, n - len(good) + 1):
-        if not all(step):
+def check_numbers(ids: list[list[int]], n: int) -> None:
+    """Raise ValueError where the logits of a new token were no numbers.
+
+    Args:
+        ids: the last new tokens of each row, -1 where the logits were not finite.
+        n: new tokens so far.
+    """
+    for place, step in enumerate(zip(*ids, strict=True), n - len(ids[0]) + 1):
+        if -1 in step:
             raise ValueError(
                 f"the logits of new token {place} are not finite numbers; the model's weights hold NaN or infinity, or "
                 "its dtype overflows: use an earlier checkpoint, or float32"

@@ -117,13 +117,13 @@ class RowEnds:
         """Whether every row has ended."""
         return self.may_end and None not in self.lengths
 
-    def look(self, block: Tensor) -> None:
-        """Look at the next tokens (rows, n); waits for their device."""
-        for row, ids in enumerate(block.tolist()):
-            for place, token in enumerate(ids, self.looked + 1):
+    def look(self, ids: list[list[int]]) -> None:
+        """Look at the next tokens of every row."""
+        for row, tokens in enumerate(ids):
+            for place, token in enumerate(tokens, self.looked + 1):
                 if self.lengths[row] is None and self._ended(row, token):
                     self.lengths[row] = place
-        self.looked += block.shape[1]
+        self.looked += len(ids[0])
 
     def _ended(self, row: int, token: int) -> bool:
         if token in self._ends:

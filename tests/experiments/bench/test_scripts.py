@@ -157,8 +157,8 @@ def test_kernels_are_seen_in_both_passes(profiler: ModuleType, capsys: pytest.Ca
         cli.main(shape, profiler.kernels, "kernels.py")
     assert stop.value.code == 0
     forward, both = capsys.readouterr().out.split("\nboth: ")
-    for name, launches in (("attend", 32), ("finished_rows", 32)):  # a chunk of 32 positions, once in each pass
+    for name, launches in (("attend_leaf", 32), ("finished_rows", 32)):  # a chunk of 32 positions, once in each pass
         for part in (forward, both):
             assert re.search(rf"^ +{launches} .*  {name}$", part, re.MULTILINE), part
-    assert "leaf_receives" in both
-    assert "leaf_receives" not in forward
+    assert "leaf_gradient" in both
+    assert "leaf_gradient" not in forward
