@@ -14,8 +14,8 @@ z is the layer's output. The temporary pair (k^, v^), called k_tmp and v_tmp in 
 The persistent pair (k, v) is used by every later position. `recurformer.scan.reference` computes a and loops over the
 positions. A standard layer uses the same equations, with the temporary pairs of all positions in place of (k, v).
 
-Shape legend of the whole package: B batch, N positions, L layers, D width, F MLP width, H query heads, G key-value
-heads, K head width.
+Shape legend of the whole package: B batch, N positions, P past ones (in the cache), L layers, D width, F MLP width,
+H query heads, G key-value heads, K head width.
 """
 
 from __future__ import annotations
