@@ -64,7 +64,9 @@ def setting(
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'n_layers'?` for the nearest of `known`, "" when nothing is near."""
-    near = difflib.get_close_matches(word[:SHOWN], list(known), n=1, cutoff=0.6)
+    word, names = word[:SHOWN], list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    near = near or [name for name in names if sorted(name) == sorted(word)]  # swapped letters, as in "rl" for "lr"
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
