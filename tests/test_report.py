@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.legend import Legend
 from rich.console import Console
 
 from recurformer.config import PRESETS, ModelConfig
@@ -19,6 +22,7 @@ from recurformer.report import (
     load_runs,
     rows,
     short_names,
+    short_tick,
     show,
     show_groups,
     smoothed,
@@ -137,10 +141,17 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="([^"]{30})', text) == ["data:image/png;base64,iVBORw0K"]
     assert not re.search(r"https?://", text)
-    for part in ("a&amp;b", "<td>model.layers</td><td>recurrent</td><td>standard</td>", "2.0000", "&lt;b&gt; &amp; so"):
+    for part in ("a&amp;b", "<td>model.layers</td><td>recurrent</td><td>standard</td>", "2.0000",
+                 '<span class="prompt">&lt;b&gt;</span> &amp; so on', "prefers-color-scheme: dark"):  # fmt: skip
         assert part in text
     assert "<td>batch_size</td>" not in text  # the same in both
-    write_report(load_runs(folders), curves.parent, samples={"c": ["own text"]})
+    assert "[]" not in text
+    assert "<td>cpu (test)</td>" in text  # the machine, as a table
+    write_report(load_runs(folders), curves.parent, command=["recurformer", "compare", "a & b"])
+    text = page.read_text(encoding="utf-8")
+    assert "<code>recurformer compare &#x27;a &amp; b&#x27;</code>" in text
+    assert datetime.now().astimezone().strftime("Made on %d %B %Y") in text
+    write_report(load_runs(folders), curves.parent, samples={"c": [("Once", "own text")]})
     assert "own text" in page.read_text(encoding="utf-8")
     assert "so on" not in page.read_text(encoding="utf-8")
 
@@ -249,3 +260,44 @@ def test_what_cannot_be_grouped_is_refused(tmp_path: Path) -> None:
         group(load_runs(folders), ["layer"])
     with pytest.raises(ValueError, match="different tokens"):
         grouped(folders, "kind")
+
+
+# --- names are data --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["$MODEL_$SEED", "$x", "_base", "[bold]b", "x[/b]", "[/]", "a\nb", "\x1b[31m", "caf\udce9", "名前", "\\$a$"]
+)
+def test_any_name_of_a_run_is_shown_as_it_is(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [fake_run(tmp_path / "plain", [5.0, 2.0]), fake_run(tmp_path / name, [5.0, 2.5])]
+    runs = load_runs(folders)
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in name.split("/")[-1])
+    assert runs[1].name == shown
+    assert shown in printed(folders)
+    assert shown in grouped(folders, "layers", "kind").replace("plain", shown)  # the better run of the group
+    assert shown in grouped(folders[1:], "layers")
+    seen: list[str] = []
+    real = Legend.__init__
+
+    def legend(self: Legend, parent: Any, handles: Any, labels: list[str], **options: Any) -> None:
+        seen.extend(labels)
+        real(self, parent, handles, labels, **options)
+        drawn = [text.get_text() for text in self.get_texts()]
+        assert not any(text._preprocess_math(text.get_text())[1] for text in self.get_texts())  # pyright: ignore
+        assert len(drawn) == 2
+
+    monkeypatch.setattr(Legend, "__init__", legend)
+    _, page = write_report(runs, tmp_path / "out", title=f"Training run {name}", command=["recurformer", name])
+    assert [text.replace("\u200b", "").replace("\\$", "$") for text in seen] == [
+        "plain  2.000", f"{shown}  2.500",
+    ]  # fmt: skip
+    assert html.escape(shown) in page.read_text(encoding="utf-8")
+
+
+def test_names_that_differ_only_in_what_cannot_be_printed_stay_apart() -> None:
+    names = short_names([("runs", "a\x01"), ("runs", "a\x02")])
+    assert len(set(names)) == 2
+
+
+def test_ticks_in_short() -> None:
+    assert [short_tick(x) for x in (0, 0.02, 250, 1500, 2e7, 3e9)] == ["0", "0.02", "250", "1.5k", "20M", "3B"]

@@ -1,4 +1,7 @@
-"""Training runs side by side: a table for the terminal, a picture of the curves, and one page that holds both."""
+"""Training runs side by side: a table for the terminal, a picture of the curves, and one page that holds both.
+
+Names of runs are data: brackets are no markup, dollars are no mathematics, and a leading underscore hides nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,27 @@ import html
 import io
 import json
 import math
+import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurformer.config import ModelConfig
 from recurformer.settings import suggest
 from recurformer.units import short_number
+from recurformer.version import __version__
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
     from rich.console import Console
 
 CURVES_FILE, PAGE_FILE = "curves.png", "report.html"
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers and lines tell them apart once more.
+# Okabe and Ito's colours, which colour-blind readers tell apart. Markers and lines tell the curves apart once more.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -35,52 +45,52 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder of a training run says about it."""
+    """The contents of a training run's folder."""
 
     folder: Path
-    name: str  # short, and unique among the runs it was read with
+    name: str  # short, printable, and unique among the runs that were read together
     config: dict[str, Any]  # the training configuration, as saved
     records: list[dict[str, Any]]
 
     @property
     def model(self) -> ModelConfig:
-        """The shape of its model."""
+        """Return the shape of its model."""
         return ModelConfig.from_dict(self.config["model"])
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one event."""
+        """Return the records of one event."""
         return [record for record in self.records if record.get("event") == kind]
 
     @property
     def training(self) -> Curve:
-        """Loss on the training batches."""
+        """Return the loss on the training batches."""
         return _curve(self.events("train"), "loss")
 
     @property
     def validation(self) -> Curve:
-        """Loss on the held-out text."""
+        """Return the loss on the held-out text."""
         return _curve(self.events("evaluation"), "validation_loss")
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation of the lowest validation loss; its checkpoint is what `eval` and `generate` use."""
+        """Return the evaluation of the lowest validation loss. `eval` and `generate` use its checkpoint."""
         measured = [e for e in self.events("evaluation") if math.isfinite(e["validation_loss"])]
         return min(measured, key=lambda e: e["validation_loss"], default=None)
 
     @property
     def tokens(self) -> int | None:
-        """Tokens trained on."""
+        """Return the number of tokens of the training so far."""
         return max((r["tokens"] for r in self.records if "tokens" in r), default=None)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the whole training, evaluation and saving left out."""
+        """Return the speed of the whole training, without evaluation and saving."""
         done = [r for r in self.events("train") if r["seconds"] > 0]
         return done[-1]["tokens"] / done[-1]["seconds"] if done else None
 
     @property
     def bits_per_nat(self) -> float | None:
-        """Bits per byte of the source text for each nat per token: one number for all runs on the same tokens."""
+        """Return bits per byte of the source text for each nat per token, equal for all runs on the same tokens."""
         best = self.best
         if best is None or not math.isfinite(best.get("bits_per_byte") or math.nan) or best["validation_loss"] <= 0:
             return None
@@ -100,19 +110,23 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
     for path, place in zip(paths, real, strict=True):
         if real.count(place) > 1:
             raise ValueError(f"the run {path} is given twice; give each once")
-    return [
-        Run(path, name, *_read(path)) for path, name in zip(paths, short_names([p.parts for p in real]), strict=True)
-    ]
+    names = short_names([p.parts for p in real])
+    return [Run(path, name, *_read(path)) for path, name in zip(paths, names, strict=True)]
 
 
 def short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """The last part of each path, with as many parts before it as it takes to tell all of them apart."""
+    """Return the last part of each path, with as many parts before it as tell all of them apart."""
     longest = max(len(parts) for parts in paths)
     for count in range(1, longest + 1):
-        names = ["/".join(parts[-count:]) for parts in paths]
+        names = [printable("/".join(parts[-count:])) for parts in paths]
         if len(set(names)) == len(names):
             return names
-    return ["/".join(parts) for parts in paths]
+    return [f"{printable('/'.join(parts))} ({n})" for n, parts in enumerate(paths, 1)]
+
+
+def printable(name: str) -> str:
+    """Return a name whose characters that no terminal, page or picture shows have become U+FFFD."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)  # lone surrogates are not printable
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -126,7 +140,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         records = read_metrics(folder)
-        _ = Run(folder, "", config, records).model  # which refuses what is none
+        _ = Run(folder, "", config, records).model  # refuses a configuration without a model
         well_formed = all(
             isinstance(record, dict) and needed <= record.keys()
             for record in records
@@ -152,13 +166,13 @@ def _curve(records: list[dict[str, Any]], name: str) -> Curve:
 
 
 def one_tokenizer(runs: Sequence[Run]) -> bool:
-    """False when the runs count different tokens: then only bits per byte compare them."""
+    """Return False when the runs count different tokens. Then only bits per byte compare them."""
     rates = [run.bits_per_nat for run in runs if run.bits_per_nat is not None]
     return not rates or max(rates) <= min(rates) * 1.001
 
 
 def rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the comparison."""
+    """Return headings and cells of the comparison."""
     same = one_tokenizer(runs)
     headings = ["run", "kind", "layers", "width", "params", "tokens", "val loss" if same else "bits/byte"]
     headings += ["tokens/s", "KV B/token"]
@@ -194,14 +208,15 @@ KEYS: dict[str, Callable[[Run], Any]] = {
     "beta2": lambda run: run.config["optimizer"]["beta2"],
     "seed": lambda run: run.config["seed"],
 }
-"""By what runs can be grouped, besides any setting under its full name."""
+"""Names that group runs, in addition to the full name of any setting -> the value of a run."""
 
 
 def group(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Run]]:
-    """Values of the keys -> the runs that have them, sorted; of each group the run of the lowest loss comes first.
+    """Return a dictionary from values of the keys to the runs with these values, the run of the lowest loss first.
 
     Args:
-        keys: of `KEYS`, or full names of settings as "optimizer.beta1".
+        runs: the runs to group.
+        keys: names of `KEYS`, or full names of settings as "optimizer.beta1".
 
     Raises:
         ValueError: for a key that is neither.
@@ -225,19 +240,20 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[Any, ...], lis
 
 
 def lowest_loss(run: Run) -> float:
-    """The lowest validation loss of a run, nats a token; infinite before the first evaluation."""
+    """Return the lowest validation loss of a run in nats a token, infinite before the first evaluation."""
     best = run.best
     return math.inf if best is None else best["validation_loss"]
 
 
 def show_groups(runs: Sequence[Run], keys: Sequence[str], console: Console) -> list[Run]:
-    """Print a row for each group, in the form of the paper's Table 1: its best run. Gives these best runs.
+    """Print the best run of each group as a row, in the form of the paper's Table 1, and return these runs.
 
     Raises:
         ValueError: for an unknown key, and for runs whose losses cannot be compared.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     if not one_tokenizer(runs):
         raise ValueError("--by compares losses a token, but the runs count different tokens; compare them without --by")
@@ -252,7 +268,8 @@ def show_groups(runs: Sequence[Run], keys: Sequence[str], console: Console) -> l
         loss = lowest_loss(best)
         cells = [_cell(value) for value in values] + [_cell(KEYS[name](best)) for name in more]
         tokens = "-" if best.tokens is None else short_number(best.tokens)
-        table.add_row(*cells, tokens, f"{loss:.4f}" if loss < math.inf else "-", str(len(members)), best.name)
+        cells += [tokens, f"{loss:.4f}" if loss < math.inf else "-", str(len(members)), best.name]
+        table.add_row(*map(Text, cells))
     console.print(table)
     console.print(
         "Validation loss: the lowest of the row's runs, nats a token. Parameters: without embedding and output layer.",
@@ -268,7 +285,7 @@ def _cell(value: Any) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader of the table has to know."""
+    """Return the sentences that a reader of the table needs."""
     unit = "nats a token" if one_tokenizer(runs) else "bits a byte of text, for the runs count different tokens"
     lines = [
         f"Validation loss: the lowest of the run, {unit}. Parameters: without embedding and output layer.",
@@ -289,9 +306,10 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 
 def show(runs: Sequence[Run], console: Console) -> None:
-    """Print the comparison; 80 columns hold it."""
+    """Print the comparison. It fits 80 columns."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     headings, cells = rows(runs)
     stacked = [
@@ -307,7 +325,7 @@ def show(runs: Sequence[Run], console: Console) -> None:
             heading, justify="left" if n < 2 else "right", no_wrap=n > 0, overflow="fold", vertical="bottom"
         )
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
     for line in notes(runs):
         console.print(line, highlight=False, markup=False)
@@ -316,43 +334,57 @@ def show(runs: Sequence[Run], console: Console) -> None:
 # --- picture ---------------------------------------------------------------------------------------------------------
 
 
-def draw(runs: Sequence[Run]) -> bytes:
-    """PNG of the validation loss (and the smoothed training loss, thin) against tokens and against seconds."""
-    import matplotlib
+def plain_label(name: str) -> str:
+    """Return a name as a label of a picture. Matplotlib would set `$...$` as mathematics and leave out `_name`."""
+    name = name.replace("$", r"\$")
+    return f"\u200b{name}" if name.startswith("_") else name
 
-    matplotlib.use("Agg")
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG. A character that the font lacks is an empty box, and no warning."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def short_tick(value: float, _: object = None) -> str:
+    """Return a number for an axis: 0.02, 250, 1.5k, 20M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
+
+
+TIMES = ((3 * 86_400, 86_400, "days"), (7200, 3600, "hours"), (300, 60, "minutes"), (0, 1, "seconds"))
+
+
+def draw(runs: Sequence[Run]) -> bytes:
+    """Return a PNG of the validation loss against tokens and against time, with the smoothed training loss as a haze.
+
+    The loss has a logarithmic axis: it shows the whole curve, and still the small differences at its end.
+    """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import FuncFormatter
 
     same = one_tokenizer(runs)
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    columns = min(3, len(runs))
+    legend = 0.5 + 0.22 * -(-len(runs) // columns)  # inches
+    figure = Figure(figsize=(11, 4.2 + legend), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
+    longest = max((second for run in runs for second in run.validation.seconds), default=0.0)
+    _, scale, unit = next(entry for entry in TIMES if longest >= entry[0])
     for n, run in enumerate(runs):
-        colour, marker, line = COLOURS[n % 7], MARKERS[n % 7], ("-", "--", ":")[n // 7 % 3]
         factor = 1.0 if same else run.bits_per_nat or math.nan
-        validation, training = run.validation, run.training
-        best = run.best
-        label = run.name if best is None else f"{run.name}  {best['validation_loss'] * factor:.3f}"
-        for panel, axis in zip(axes, ("tokens", "seconds"), strict=True):
-            values = [loss * factor for loss in validation.loss]
-            panel.plot(
-                getattr(validation, axis),
-                values,
-                line,
-                color=colour,
-                marker=marker,
-                markersize=4,
-                label=label,
-                zorder=3,
-            )
-            smooth = [loss * factor for loss in smoothed(training.loss)]
-            panel.plot(getattr(training, axis), smooth, line, color=colour, linewidth=0.7, alpha=0.55, zorder=2)
-    bottom, top = _limits([run.validation for run in runs], [1.0 if same else r.bits_per_nat or 1.0 for r in runs])
-    axes[0].set_ylim(bottom, top)
-    for panel, label in zip(axes, ("training tokens", "training time (seconds)"), strict=True):
+        for panel, axis, divisor in ((axes[0], "tokens", 1), (axes[1], "seconds", scale)):
+            _draw_curve(panel, run, n, axis, divisor, factor)
+    axes[0].set_yscale("log")
+    _set_ticks(axes[0].yaxis, *axes[0].get_ylim())
+    for panel, label in zip(axes, ("training tokens", f"training time ({unit})"), strict=True):
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_major_formatter(FuncFormatter(short_tick))
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss (nats per token)" if same else "loss (bits per byte)")
@@ -360,14 +392,45 @@ def draw(runs: Sequence[Run]) -> bytes:
     if same and rate is not None:
         second = axes[1].secondary_yaxis("right", functions=(lambda y: y * rate, lambda y: y / rate))
         second.set_ylabel("loss (bits per byte of text)")
-    axes[0].legend(title="validation (thin: training)", frameon=False, fontsize=9, title_fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+        _set_ticks(second.yaxis, *axes[0].get_ylim())
+    handles, labels = axes[0].get_legend_handles_labels()
+    title = "Validation loss, with its lowest value after the name. Thin lines: smoothed training loss."
+    figure.legend(
+        handles, labels, title=title, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
+        title_fontsize=9,
+    )  # fmt: skip
+    return png(figure)
+
+
+def _set_ticks(axis: Axis, low: float, high: float) -> None:
+    """Set plain numbers as ticks of a logarithmic axis, also where it spans less than a factor of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    wide = high > 2 * low > 0
+    axis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)) if wide else MaxNLocator(8))
+    axis.set_major_formatter(FuncFormatter(short_tick))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _draw_curve(panel: Axes, run: Run, number: int, axis: str, divisor: float, factor: float) -> None:
+    """Add the two curves of a run to a panel, over `axis` of `Curve` divided by `divisor`, losses times `factor`."""
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    line = ("-", "--", ":")[number // len(COLOURS) % 3]
+    validation, training = run.validation, run.training
+    label = run.name if run.best is None else f"{run.name}  {run.best['validation_loss'] * factor:.3f}"
+    panel.plot(
+        [x / divisor for x in getattr(validation, axis)], [loss * factor for loss in validation.loss], line,
+        color=colour, marker=marker, markersize=4, label=plain_label(label), zorder=3,
+    )  # fmt: skip
+    panel.plot(
+        [x / divisor for x in getattr(training, axis)], [loss * factor for loss in smoothed(training.loss)], line,
+        color=colour, linewidth=0.7, alpha=0.55, zorder=2,
+    )  # fmt: skip
 
 
 def smoothed(values: Sequence[float], weight: float = 0.6) -> list[float]:
-    """Exponential moving average, without the pull towards its start."""
+    """Return the exponential moving average, corrected for its start at zero."""
     out, mean, total = [], 0.0, 0.0
     for value in values:
         mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
@@ -375,85 +438,133 @@ def smoothed(values: Sequence[float], weight: float = 0.6) -> list[float]:
     return out
 
 
-def _limits(curves: Sequence[Curve], factors: Sequence[float]) -> tuple[float | None, float | None]:
-    """Vertical limits that show the part where the curves differ: the first fifth may leave the frame at the top."""
-    seen: list[float] = []
-    for curve, factor in zip(curves, factors, strict=True):
-        if curve.tokens:
-            seen += [y * factor for x, y in zip(curve.tokens, curve.loss, strict=True) if x >= 0.2 * curve.tokens[-1]]
-    if not seen or max(seen) == min(seen):
-        return None, None
-    margin = 0.06 * (max(seen) - min(seen))
-    return min(seen) - margin, max(seen) + margin
-
-
 # --- page ------------------------------------------------------------------------------------------------------------
+
+Samples = Mapping[str, Sequence[tuple[str, str]]]
+"""Name of a run -> pairs of a prompt and its continuation."""
 
 
 def page(
-    runs: Sequence[Run], curves: bytes, title: str = "Training runs", samples: Mapping[str, Sequence[str]] | None = None
+    runs: Sequence[Run],
+    curves: bytes,
+    title: str = "Training runs",
+    samples: Samples | None = None,
+    command: Sequence[str] = (),
 ) -> str:
-    """One HTML page that needs nothing but itself.
+    """Return one HTML page that needs nothing but itself.
 
     Args:
-        samples: texts of each run to show; None: the last one of its training.
+        runs: the runs to compare.
+        curves: the PNG of `draw`.
+        title: heading of the page.
+        samples: texts to show. None: the last sample of each run's training.
+        command: words of the command that made the page.
     """
     headings, cells = rows(runs)
-    differing = _differences(runs)
-    parts = [f"<h1>{html.escape(title)}</h1>", _html_table(headings, cells, numbers_from=2)]
-    parts += [f'<p class="note">{html.escape(line)}</p>' for line in notes(runs)]
+    made = datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
+    by = f" by <code>{html.escape(printable(shlex.join(command)))}</code>" if command else ""
     picture = base64.b64encode(curves).decode()
-    parts.append(f'<img alt="Loss against tokens and against seconds" src="data:image/png;base64,{picture}">')
-    if differing:
+    parts = [
+        f"<h1>{html.escape(printable(title))}</h1>",
+        f'<p class="note">Made on {html.escape(made)}{by} with recurformer {__version__}.</p>',
+        _html_table(headings, cells, words=2),
+        *(f'<p class="note">{html.escape(line)}</p>' for line in notes(runs)),
+        f'<img alt="Loss against tokens and against time" src="data:image/png;base64,{picture}">',
+    ]
+    if differing := _differences(runs):
         parts.append("<h2>Settings that differ</h2>")
-        parts.append(_html_table(["setting", *(run.name for run in runs)], differing, numbers_from=99))
+        table = [["setting", *(run.name for run in runs)], *differing]
+        if len(runs) > 4:  # a row for each run: many columns would leave the page
+            table = [list(row) for row in zip(*table, strict=True)]
+        parts.append(_html_table(table[0], table[1:], words=len(table[0])))
     if samples is None:
         last = {run.name: run.events("sample")[-1] for run in runs if run.events("sample")}
-        samples = {name: [f"{event.get('prompt', '')}{event.get('text', '')}"] for name, event in last.items()}
+        samples = {name: [(event.get("prompt", ""), event.get("text", ""))] for name, event in last.items()}
     if samples:
         parts.append("<h2>Samples</h2>")
+        parts.append('<p class="note">Prompts are on a coloured ground. The model has written the rest.</p>')
         for name, texts in samples.items():
             parts.append(f"<h3>{html.escape(name)}</h3>")
-            parts += [f"<pre>{html.escape(text)}</pre>" for text in texts]
-    parts.append("<h2>Made on</h2>")
-    for run in runs:
-        starts = [r for r in run.records if r.get("event") in ("start", "resume")]
-        facts = {k: v for k, v in (starts[-1] if starts else {}).items() if k not in ("event", "step")}
-        shown = ", ".join(f"{k} {v}" for k, v in _flat(facts).items())
-        parts.append(f'<p class="note">{html.escape(run.name)}: {html.escape(shown) or "unknown"}</p>')
+            parts += [
+                f'<pre><span class="prompt">{html.escape(prompt)}</span>{html.escape(text)}</pre>'
+                for prompt, text in texts
+            ]
+    parts.append("<h2>Machines</h2>")
+    facts = [_machine(run) for run in runs]
+    names = list(dict.fromkeys(name for one in facts for name in one))
+    table = [[run.name, *(one.get(name, "-") for name in names)] for run, one in zip(runs, facts, strict=True)]
+    parts.append(_html_table(["run", *names], table, words=len(names) + 1))
+    head = f'<meta charset="utf-8">\n<title>{html.escape(printable(title))}</title>\n{_STYLE}'
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{_STYLE}'
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
-_STYLE = """<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { padding: 0.25em 0.8em; border-bottom: 1px solid #ddd; text-align: left; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; margin: 1em 0; }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: 0.8em; }
-.note { color: #555; margin: 0.2em 0; }
+def _machine(run: Run) -> dict[str, str]:
+    """Return name -> text of the facts that a run has recorded at its latest start; empty ones are left out."""
+    starts = [record for record in run.records if record.get("event") in ("start", "resume")]
+    latest = starts[-1] if starts else {}
+    facts = _flat({name: value for name, value in latest.items() if name not in ("event", "step")})
+    names = {name: name.rpartition(".")[2] for name in facts}  # "versions.torch" is "torch"
+    return {
+        names[name]: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in facts.items()
+        if value not in (None, [], "")
+    }
+
+
+_STYLE = """<meta name="viewport" content="width=device-width">
+<style>
+:root { color-scheme: light dark; --text: #222; --page: #fff; --quiet: #555; --line: #ddd; --field: #f4f4f4;
+        --prompt: #d6e8f7; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --page: #181a1c; --quiet: #a0a4a8; --line: #3a3d40; --field: #232629; --prompt: #23445f; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1100px;
+       margin: 2em auto; padding: 0 1em; }
+.wide { overflow-x: auto; margin: 1em 0; }
+table { border-collapse: collapse; }
+th, td { padding: 0.25em 0.8em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); overflow-wrap: anywhere;
+       min-width: 9em; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+img { max-width: 100%; margin: 1em 0; background: #fff; border-radius: 4px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--field); padding: 0.8em; border-radius: 4px; }
+code { overflow-wrap: anywhere; }
+.prompt { background: var(--prompt); border-radius: 2px; }
+.note { color: var(--quiet); margin: 0.2em 0; }
 </style>"""
 
 
-def _html_table(headings: Sequence[str], cells: Sequence[Sequence[str]], numbers_from: int) -> str:
+def _html_table(headings: Sequence[str], cells: Sequence[Sequence[str]], words: int) -> str:
+    """Return a table that scrolls where it is wider than the page; its first `words` columns are text."""
+
     def line(values: Sequence[str], tag: str) -> str:
-        marks = ["" if n < numbers_from else ' class="number"' for n in range(len(values))]
-        return "".join(f"<{tag}{m}>{html.escape(v)}</{tag}>" for m, v in zip(marks, values, strict=True))
+        classes = ["" if n < words else ' class="number"' for n in range(len(values))]
+        return "".join(f"<{tag}{c}>{html.escape(v)}</{tag}>" for c, v in zip(classes, values, strict=True))
 
     body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in cells)
-    return f"<table>\n<tr>{line(headings, 'th')}</tr>\n{body}\n</table>"
+    return f'<div class="wide"><table>\n<tr>{line(headings, "th")}</tr>\n{body}\n</table></div>'
 
 
 def _differences(runs: Sequence[Run]) -> list[list[str]]:
+    """Return a row for each setting that differs: its name, and its value in every run."""
     flat = [_flat(run.config) for run in runs]
     names = dict.fromkeys(name for config in flat for name in config)
-    found = [[name, *(str(config.get(name, "-")) for config in flat)] for name in names]
+    found = [[name, *(_setting_text(config.get(name, "-")) for config in flat)] for name in names]
     return [row for row in found if len(set(row[1:])) > 1]
 
 
+def _setting_text(value: Any) -> str:
+    """Return a setting as a configuration file writes it."""
+    if isinstance(value, list):
+        return ", ".join(map(_setting_text, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, whose keys hold the path: "optimizer.lr"."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
@@ -464,9 +575,15 @@ def write_report(
     runs: Sequence[Run],
     out: str | Path,
     title: str = "Training runs",
-    samples: Mapping[str, Sequence[str]] | None = None,
+    samples: Samples | None = None,
+    command: Sequence[str] = (),
 ) -> tuple[Path, Path]:
-    """Write the picture and the page into a folder (made if missing); their paths."""
+    """Write the picture and the page into a folder, made if missing, and return their paths.
+
+    Args:
+        runs, title, samples, command: see `page`.
+        out: the folder.
+    """
     from recurformer.files import replacing
 
     out = Path(out)
@@ -475,5 +592,6 @@ def write_report(
     with replacing(out / CURVES_FILE) as temporary:
         temporary.write_bytes(curves)
     with replacing(out / PAGE_FILE) as temporary:
-        temporary.write_text(page(runs, curves, title, samples), encoding="utf-8")
+        text = page(runs, curves, title, samples, command)
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a sample may hold half a surrogate pair
     return out / CURVES_FILE, out / PAGE_FILE

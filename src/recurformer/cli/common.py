@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from recurformer.experiments.bench.common import Progress
 
 QUIET_SECONDS = 10.0  # before the first line of progress and between two of them, where stderr is no terminal
+
+
+def command_line() -> list[str]:
+    """Return the words of the command that this process runs."""
+    return ["recurformer", *sys.argv[1:]]
 
 
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:

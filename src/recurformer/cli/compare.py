@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from recurformer.cli.common import command_line
+
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN...")
@@ -21,7 +23,7 @@ def compare(runs: tuple[str, ...], out: str, by: str | None) -> None:
     loaded = load_runs(runs)
     if by is not None:
         loaded = show_groups(loaded, [name.strip() for name in by.split(",") if name.strip()], Console())
-    curves, page = write_report(loaded, out)
+    curves, page = write_report(loaded, out, command=command_line())
     if by is None:
         show(loaded, Console())
     print(f"curves: {curves}\npage:   {page}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from recurformer.cli.common import command_line
+
 
 @click.command()
 @click.option("--out", default="demo", type=click.Path(path_type=Path), metavar="DIR", help="Folder of data and runs.")
@@ -17,6 +19,6 @@ def demo(out: Path, steps: int, settings: tuple[str, ...]) -> None:
     from recurformer.training import TrainingError
 
     try:
-        run_demo(out, steps, settings)
+        run_demo(out, steps, settings, command_line())
     except TrainingError as error:
         raise click.ClickException(str(error)) from error

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from recurformer.cli.common import command_line
+
 
 class _DocumentsSettings(click.Command):
     """A command whose help ends with every setting of a training run."""
@@ -88,5 +90,5 @@ def train(
     if result.signal is not None:
         return 128 + result.signal
     if torchrun_environment().rank == 0:
-        write_report(load_runs([out]), Path(out) / "plots", f"Training run {Path(out).name}")
+        write_report(load_runs([out]), Path(out) / "plots", f"Training run {Path(out).name}", command=command_line())
     return 0

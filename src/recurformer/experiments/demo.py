@@ -18,7 +18,7 @@ from recurformer.training.config_file import read_train_config
 
 STEPS = 240  # what decides how long the demo takes
 WINDOW, BATCH_SIZE = 64, 32  # many small steps: at this length they teach more than fewer of long windows
-EVALUATIONS = 4  # besides the one before the first step, each over the whole validation text
+EVALUATIONS = 8  # in addition to the one before the first step, each over the whole validation text
 
 # The nano preset, all of it or only the first layer recurrent; and its twin: 12 * 4 * 128^2 = 8 * (4 * 96^2 + 2 * 96 *
 # 320) matrix parameters.
@@ -103,26 +103,27 @@ def _shape(config: TrainConfig) -> str:
     )
 
 
-def sample_all(folders: Sequence[Path], seed: int = 0) -> dict[str, list[str]]:
-    """Each model's continuation of the prompts, by the name of its run."""
+def sample_all(folders: Sequence[Path], seed: int = 0) -> dict[str, list[tuple[str, str]]]:
+    """Return the name of each run -> pairs of a prompt and its continuation by that model."""
     from recurformer.generation.text import complete, open_model
 
-    texts: dict[str, list[str]] = {}
+    texts: dict[str, list[tuple[str, str]]] = {}
     for folder in folders:
         model, tokenizer, _ = open_model(folder)
         assert tokenizer is not None  # the bytes of `prepare_text`
         made = complete(model, tokenizer, PROMPTS, 150, temperature=0.7, top_p=0.95, seed=seed)
-        texts[folder.name] = [completion.prompt + completion.text for completion in made]
+        texts[folder.name] = [(completion.prompt, completion.text) for completion in made]
     return texts
 
 
-def run_demo(out: Path, steps: int = STEPS, settings: Sequence[str] = ()) -> None:
+def run_demo(out: Path, steps: int = STEPS, settings: Sequence[str] = (), command: Sequence[str] = ()) -> None:
     """Train, compare and sample three small models; keep what is finished in `out`, continue what was interrupted.
 
     Args:
         out: folder of the data, the runs, the curves and the page.
         steps: optimizer steps of each model.
         settings: training settings of all models, NAME=VALUE each.
+        command: words of the command, for the page.
     """
     from rich.console import Console
 
@@ -142,7 +143,7 @@ def run_demo(out: Path, steps: int = STEPS, settings: Sequence[str] = ()) -> Non
     say("One seed and a short run: a demonstration, not a measurement of the architecture.")
     samples = sample_all(folders)
     for name, texts in samples.items():
-        for text in texts:
-            say(f"\n{name}: {text}")
-    curves, page = write_report(runs, out, "Three models of one size", samples)
+        for prompt, text in texts:
+            say(f"\n{name}: {prompt}{text}")
+    curves, page = write_report(runs, out, "Three models of one size", samples, command)
     say(f"\n{time.perf_counter() - began:.0f} seconds. Curves: {curves}. Page with everything: {page}")
