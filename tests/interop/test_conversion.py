@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -207,22 +208,20 @@ def test_a_destination_that_is_filled_meanwhile_is_not_lost(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("to", ["recurformer", "hf", "llama", "official"])
-def test_a_full_disk_is_one_line(to: str, tmp_path: Path):
-    saved(tmp_path / "a", **{**LLAMA, "d_model": 64})
+def test_a_full_disk_is_one_line(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saved(tmp_path / "a", **LLAMA)
     (tmp_path / "out").mkdir()
-    limit = (tmp_path / "a" / "model.safetensors").stat().st_size // 2
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
-        "from recurformer.cli import main; main(sys.argv[1:])"
-    )
-    words = [sys.executable, "-c", code, "convert", "a", "out/b", "--to", to]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]  # transformers shows a bar before it
-    assert last.startswith("recurformer: error: ")
-    assert to == "hf" or done.stderr.count("\n") == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "a" / "model.safetensors").stat().st_size // 2, before[1]))
+    try:
+        code = run("convert", str(tmp_path / "a"), str(tmp_path / "out" / "b"), "--to", to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("recurformer: error: ")
+    assert "File too large" in errors
+    assert to == "hf" or errors.count("\n") == 1  # transformers shows a bar first
     assert list((tmp_path / "out").iterdir()) == []
 
 
