@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurformer.config import ModelConfig
+from recurformer.reading import brief, read_table
 from recurformer.settings import suggest
 from recurformer.units import short_number
 from recurformer.version import __version__
@@ -74,7 +75,7 @@ class Run:
     @property
     def best(self) -> dict[str, Any] | None:
         """Return the evaluation of the lowest validation loss. `eval` and `generate` use its checkpoint."""
-        measured = [e for e in self.events("evaluation") if math.isfinite(e["validation_loss"])]
+        measured = [e for e in self.events("evaluation") if _is_finite(e["validation_loss"])]
         return min(measured, key=lambda e: e["validation_loss"], default=None)
 
     @property
@@ -138,7 +139,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no training run: it has no {name}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_table(folder / "config.json")
         records = read_metrics(folder)
         _ = Run(folder, "", config, records).model  # refuses a configuration without a model
         well_formed = all(
@@ -149,15 +150,19 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if not well_formed:
             raise ValueError("a record lacks a number")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no training run that this version reads ({error!r})") from error
+        raise ValueError(f"{folder} is no training run that this version reads ({brief(error)})") from error
     return config, records
 
 
 _NEEDED = {"train": {"loss", "tokens", "seconds"}, "evaluation": {"validation_loss", "tokens", "seconds"}}
 
 
+def _is_finite(*values: float | None) -> bool:
+    return all(value is not None and math.isfinite(value) for value in values)
+
+
 def _curve(records: list[dict[str, Any]], name: str) -> Curve:
-    rows = [(r["tokens"], r["seconds"], r[name]) for r in records if math.isfinite(r[name])]
+    rows = [(r["tokens"], r["seconds"], r[name]) for r in records if _is_finite(r["tokens"], r["seconds"], r[name])]
     tokens, seconds, loss = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
     return Curve(tokens, seconds, loss)
 

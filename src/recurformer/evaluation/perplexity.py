@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch
 from recurformer.generation.modes import evaluating
 from recurformer.loss import IGNORE
 from recurformer.model import LanguageModel
+from recurformer.reading import read_table
 
 if TYPE_CHECKING:
     from recurformer.data import Batch, TokenDataset, Tokenizer
@@ -171,8 +171,8 @@ def run_setting(folder: str | Path, section: str, name: str) -> Any:
     folder = Path(folder).resolve()
     for candidate in (folder, *list(folder.parents)[:3]):
         if (candidate / "config.json").is_file() and (candidate / "checkpoints").is_dir():
-            values = json.loads((candidate / "config.json").read_text(encoding="utf-8"))
-            return values.get(section, {}).get(name)
+            values = read_table(candidate / "config.json").get(section)
+            return values.get(name) if isinstance(values, dict) else None
     return None
 
 

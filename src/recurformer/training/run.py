@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from recurformer.files import replacing
+from recurformer.files import write_json
 from recurformer.settings import suggest
 from recurformer.training.config import TrainConfig, flatten, names
 from recurformer.training.config_file import read_file
@@ -105,13 +104,15 @@ def read_run_config(out: str | Path) -> TrainConfig:
     file = Path(out) / CONFIG
     if not file.is_file():
         raise ValueError(f"{out} is no training run: it has no {CONFIG}; give --config to start one")
-    return TrainConfig.from_dict(read_file(file))
+    try:
+        return TrainConfig.from_dict(read_file(file))
+    except ValueError as error:
+        raise ValueError(f"{error} (in {file})") from None
 
 
 def write_run_config(config: TrainConfig, out: Path) -> None:
     """Write a run's config.json, with every default filled in."""
-    with replacing(out / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(out / CONFIG, config.to_dict())
 
 
 class FolderLock:
