@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,147 @@ def test_a_missing_library_is_named(pieces: Tokenizer, tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match=r"needs the sentencepiece library; pip install 'recurformer\[data\]'"):
         load_tokenizer(tmp_path)
+
+
+# --- ends that a text spells ------------------------------------------------------------------------------------------
+
+
+def test_a_nul_is_refused_by_bytes():
+    for encode in (BytesTokenizer().encode, BytesTokenizer().encode_array):
+        with pytest.raises(ValueError, match=r"character 2 of the text is NUL \(U\+0000\), which ends a document"):
+            encode("ab\0c")
+    assert BytesTokenizer().decode([97, 0]) == "a\0"
+
+
+@pytest.mark.parametrize("text", ["a </s> b", "</s>", "</s></s>", "x</s>"])
+def test_a_word_that_spells_the_end_stays_text(text: str, tmp_path: Path):
+    """T5's vocabulary holds "</s>" as an ordinary piece, too."""
+    unigram = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -1.0), ("s", -2.0)], unk_id=0)
+    )
+    unigram.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    unigram.add_special_tokens(["</s>"])
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))  # pyright: ignore[reportCallIssue]
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["</s>"])
+    for number, library in enumerate((unigram, words)):
+        library.encode_special_tokens = True
+        library.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+        assert tokenizer.eos_id == 1
+        if number == 0 or text in ("a </s> b", "</s>"):
+            assert 1 in library.encode(text).ids
+        ids = tokenizer.encode(text)
+        assert 1 not in ids
+        tokenizer.save(tmp_path / f"saved {number}")
+        again = load_tokenizer(tmp_path / f"saved {number}")
+        assert again.encode(text) == pickle.loads(pickle.dumps(tokenizer)).encode(text) == ids
+        assert again.contents() == tokenizer.contents()
+        written = tokenizers.Tokenizer.from_file(str(tmp_path / f"saved {number}" / "tokenizer.json"))
+        written.encode_special_tokens = True
+        assert written.encode(text).ids == ids
+
+
+def test_an_end_of_one_character_is_refused(tmp_path: Path):
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "$": 1, "a": 2}, unk_token="?"))  # pyright: ignore[reportCallIssue]
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.add_special_tokens(["$"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "$"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a b") == [2, 0]
+    with pytest.raises(ValueError, match=r"character 2 of the text begins '\$', which the tokenizer takes for its end"):
+        tokenizer.encode("a $ b")
+
+
+# --- files that others wrote ------------------------------------------------------------------------------------------
+
+
+def split(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+ORDINARY = {
+    "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"},
+    "post_processor": None, "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}, "fails on ordinary text.*UNK"),
+        ({"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}}, "fails on ordinary text.*unk_id"),
+        ({"model": {"type": "BPE", "unk_token": "?", "vocab": {"a": 0}, "merges": []}}, "fails on ordinary text.*Unk"),
+        ({"pre_tokenizer": split("(a+)+$")}, "fails on ordinary text.*retry-limit"),
+        ({"pre_tokenizer": split(r"(x+x+)+\1y")}, "fails on ordinary text.*retry-limit"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////"}}, "not a tokenizer.json"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAGFiY2Q="}}, "fails on ordinary text"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "fails on ordinary text"),
+        ({"decoder": {"type": "Strip", "content": "a", "start": 100, "stop": 1000}}, "fails on ordinary text"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_fails_is_found_when_it_is_opened(
+    changes: dict, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(ORDINARY | changes))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=message) as found:
+        load_tokenizer(tmp_path)
+    assert time.monotonic() - began < 5
+    assert capfd.readouterr() == ("", "")  # the library's panic does not show
+    assert len(str(found.value)) < 600
+
+
+def test_a_panic_while_encoding_is_an_error(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(ORDINARY | {"pre_tokenizer": split("(z+)+$")}))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode this text \(Onig: Regex search error"):
+        tokenizer.encode("z" * 60 + "!")
+
+
+def test_text_that_is_no_unicode_is_one_sentence(bpe: Tokenizer, pieces: Tokenizer):
+    for tokenizer in (BytesTokenizer(), bpe, pieces):
+        with pytest.raises(ValueError, match=r"character 3 of the text is half a surrogate pair.* UTF-8 locale"):
+            tokenizer.encode("caf\udce9")
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ('{"kind": "tokenizers", "eos_id": "0", "pad_id": null}', "eos_id is '0'; it must be a whole number"),
+        ('{"kind": "tokenizers", "eos_id": 9, "pad_id": null}', "eos_id is 9; the vocabulary has the ids 0 to 1"),
+        ('{"kind": "tokenizers", "eos_id": null, "pad_id": -1}', "pad_id is -1"),
+        ('{"kind": ["tokenizers"], "eos_id": null, "pad_id": null}', "names the kind"),
+        ("[" * 100_000, "is damaged"),
+        ("[]", "is damaged"),
+        (json.dumps({"kind": "m" * 10_000, "eos_id": None, "pad_id": None}), "names the kind 'mmm"),
+    ],
+)
+def test_markers_with_strange_values_are_refused(marker: str, message: str, tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(ORDINARY))
+    (tmp_path / MARKER).write_text(marker)
+    with pytest.raises(ValueError, match=message) as found:
+        load_tokenizer(tmp_path)
+    assert len(str(found.value)) < 600
+
+
+def test_what_is_switched_off_is_off_in_the_saved_file(tmp_path: Path):
+    library = word_level(["</s>"])
+    library.enable_truncation(2)
+    library.enable_padding(length=8, pad_id=3)
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 3)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    load_tokenizer(tmp_path).save(tmp_path / "saved")
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json")).encode("a b a").ids == [0, 1, 0]
+
+
+def test_a_file_without_switches_is_kept_byte_for_byte(bpe: Tokenizer, tmp_path: Path):
+    library = tokenizers.Tokenizer.from_str(bpe.contents().decode())
+    library.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)  # as GPT-2's; it adds nothing
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).contents() == (tmp_path / "tokenizer.json").read_bytes()
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 from helpers import tiny
 
 import recurformer
-from recurformer.data.tokenizer import BytesTokenizer, train_bpe
+from recurformer.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 from recurformer.hf import RecurformerForCausalLM, load_tokenizer  # noqa: E402
@@ -59,15 +63,61 @@ def test_the_text_generation_pipeline():
         assert found[0]["generated_text"] == BytesTokenizer().decode(i for i in ids[0, len(prompt) :].tolist() if i)
 
 
-def test_sentencepiece_is_refused(tmp_path: Path):
-    import io
-
-    import sentencepiece
-
+def pieces(**options: Any) -> SentencePieceTokenizer:
     raw = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on the mat"] * 20), model_writer=raw, vocab_size=14, minloglevel=2
-    )
-    (tmp_path / "spiece.model").write_bytes(raw.getvalue())
-    with pytest.raises(ValueError, match="sentencepiece tokenizer, which can't be converted"):
+        sentence_iterator=iter(["the cat sat on the mat, naïve and spelled", "over a dog"] * 20), model_writer=raw,
+        minloglevel=2, hard_vocab_limit=False, **options,
+    )  # fmt: skip
+    return SentencePieceTokenizer(raw.getvalue())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vocab_size": 30, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},  # as T5
+        {"vocab_size": 320, "model_type": "bpe", "byte_fallback": True},  # as Llama 2
+        {"vocab_size": 30, "normalization_rule_name": "identity", "add_dummy_prefix": False,
+         "remove_extra_whitespaces": False},
+    ],
+    ids=["unigram", "bpe", "identity"],
+)  # fmt: skip
+def test_sentencepiece_is_converted_exactly(options: dict, tmp_path: Path):
+    ours = pieces(**options)
+    ours.save(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "hf")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in [*TEXTS, "a </s> b", "<unk><s>", "\u2581x", "e\u0301 \u00a0\r\n"]:
+        assert tokenizer(text)["input_ids"] == again(text)["input_ids"] == ours.encode(text)
+        assert tokenizer.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+    assert tokenizer.eos_token_id == ours.eos_id
+
+
+def test_sentencepiece_without_an_exact_form_is_refused(tmp_path: Path):
+    pieces(vocab_size=12, model_type="word").save(tmp_path)
+    with pytest.raises(ValueError, match=r"can't be converted exactly: .* would have other ids; give a tokenizer.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["$A </s>", "</s> $A"], ids=["end as T5", "beginning as Llama"])
+def test_what_a_post_processor_adds_is_left_out(template: str, tmp_path: Path):
+    library = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "the": 2, "cat": 3}, unk_token="<unk>")  # pyright: ignore[reportCallIssue]
+    )
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.add_special_tokens(["</s>", "<unk>"])
+    library.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[("</s>", 0)])
+    library.enable_truncation(3)
+    library.save(str(tmp_path / "tokenizer.json"))
+    ours = recurformer.load_tokenizer(tmp_path / "tokenizer.json")
+    recurformer.save(tiny(vocab_size=4), tmp_path / "model", tokenizer=ours)
+    text = "the cat the cat </s>"
+    expected = ours.encode(text)
+    assert expected[:4] == [2, 3, 2, 3]
+    assert 0 not in expected
+    assert load_tokenizer(tmp_path / "model")(text)["input_ids"] == expected
+    load_tokenizer(tmp_path / "model").save_pretrained(tmp_path / "hf")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"] == expected
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "model" / "tokenizer.json"))
+    assert plain("the cat")["input_ids"] == [2, 3]  # also without the switches of tokenizer_config.json

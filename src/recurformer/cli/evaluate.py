@@ -73,7 +73,7 @@ def evaluate(
     if (data := data or run_setting(folder, "data", "validation")) is None:
         raise ValueError(f"{run} names no validation data; give --data")
     window = int(window or run_setting(folder, "data", "window") or 512)
-    with open_data(data, tokenizer, model.config.vocab_size) as dataset:
+    with open_data(data, tokenizer, model.config.vocab_size, folder) as dataset:
         result = evaluate(
             model, dataset, window=window, batch_size=batch_size, max_batches=max_batches, progress=not as_json
         )

@@ -48,6 +48,7 @@ class TokenDataset:
         n_documents: documents of all shards; None for raw shards.
         n_bytes: UTF-8 bytes of the text behind the tokens, for bits per byte; None for raw shards.
         fingerprint: a hash that changes when the tokens or their meaning do.
+        tokenizer_info: what `dataset.json` says of the tokenizer; None for raw shards.
 
     Raises:
         ValueError: a file is missing, damaged, truncated or foreign, or an option does not fit.
@@ -77,7 +78,7 @@ class TokenDataset:
         self.folder: Path | None = folder
         self.vocab_size, self.eos_id, self.dtype = sidecar.vocab_size, sidecar.eos_id, sidecar.dtype
         self.n_bytes, self.n_documents = sidecar.n_bytes, sidecar.n_documents
-        self.fingerprint = sidecar.fingerprint
+        self.fingerprint, self.tokenizer_info = sidecar.fingerprint, sidecar.tokenizer
         shards: list[Shard] = []
         for info in sidecar.shards:
             tokens, starts = folder / info.tokens, folder / info.documents
@@ -92,7 +93,7 @@ class TokenDataset:
                 f"{paths[0].parent} holds no {SIDECAR}, so its files are raw shards, which do not say what they hold; "
                 "give vocab_size, or make the folder with `recurformer prepare`"
             )
-        self.folder, self.n_bytes, self.n_documents = None, None, None
+        self.folder, self.n_bytes, self.n_documents, self.tokenizer_info = None, None, None, None
         self.vocab_size, self.eos_id, self.dtype = vocab_size, eos_id, dtype or token_dtype(vocab_size)
         if eos_id is not None and not 0 <= eos_id < vocab_size:
             raise ValueError(f"eos_id {eos_id} is outside the vocabulary; it must be from 0 to {vocab_size - 1}")
@@ -101,8 +102,21 @@ class TokenDataset:
         self.fingerprint = digest.hexdigest()
 
     def tokenizer(self) -> Tokenizer | None:
-        """Return the tokenizer that made the tokens; None for raw shards."""
-        return None if self.folder is None else load_tokenizer(self.folder / TOKENIZER_FOLDER)
+        """Return the tokenizer that made the tokens; None for raw shards.
+
+        Raises:
+            ValueError: its file is missing, damaged, or not the one that `dataset.json` records.
+        """
+        if self.folder is None or self.tokenizer_info is None:
+            return None
+        folder = self.folder / TOKENIZER_FOLDER
+        tokenizer = load_tokenizer(folder)
+        contents = b"" if tokenizer.file is None else (folder / tokenizer.file).read_bytes()
+        if hashlib.sha256(contents).hexdigest() != self.tokenizer_info.sha256:
+            raise ValueError(
+                f"{folder} holds another tokenizer than {self.folder / SIDECAR} records; prepare the text anew"
+            )
+        return tokenizer
 
     def read(self, shard: int, start: int, count: int) -> np.ndarray:
         """Return the tokens start ... start + count - 1 of a shard, (count,) int64.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import codecs
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,8 @@ import numpy as np
 
 from recurformer.data.extras import require
 from recurformer.files import replacing
+from recurformer.reading import LARGEST_LIST, read_table
+from recurformer.settings import SHOWN, Natural, check, shown
 
 MARKER = "recurformer_tokenizer.json"
 """File in every folder that `Tokenizer.save` writes. It names the kind, so that loading never guesses."""
@@ -23,6 +27,15 @@ REPLACEMENT = "\ufffd"
 
 EOS_NAMES = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|im_end|>")
 PAD_NAMES = ("<pad>", "<|padding|>", "<|pad|>", "[PAD]")
+
+HF_SWITCHES: dict[str, Any] = {
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "split_special_tokens": True,  # text that spells a special token stays ordinary text
+    "clean_up_tokenization_spaces": False,
+    "padding_side": "left",
+}
+"""Options of a Hugging Face tokenizer that encodes as ours do: it adds nothing to a text and drops nothing from it."""
 
 
 class Tokenizer(abc.ABC):
@@ -75,6 +88,10 @@ class Tokenizer(abc.ABC):
     def contents(self) -> bytes:
         """Return the bytes of the vocabulary's file; none when the kind has no file."""
         return b""
+
+    def pieces(self) -> dict[int, str]:
+        """Return the piece of text that each id stands for, in the spelling of the vocabulary."""
+        return {id: self._decode([id]) for id in range(self.vocab_size)}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into a folder, which is made when it is missing. `load_tokenizer` reads them."""
@@ -134,13 +151,27 @@ class BytesTokenizer(Tokenizer):
     pad_id = None
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(self._bytes(text))
 
     def encode_array(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8)
+        return np.frombuffer(self._bytes(text), dtype=np.uint8)
+
+    def _bytes(self, text: str) -> bytes:
+        if (at := text.find("\0")) >= 0:
+            raise ValueError(
+                f"character {at} of the text is NUL (U+0000), which ends a document for the tokenizer 'bytes'; "
+                "remove it from the text, or use another tokenizer"
+            )
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise _invalid_text(error) from error
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def pieces(self) -> dict[int, str]:
+        return {byte: f"<0x{byte:02X}>" for byte in range(self.vocab_size)}
 
     def stream(self) -> TextStream:
         return _ByteStream()
@@ -164,13 +195,15 @@ class _ByteStream(TextStream):
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library, with truncation, padding and post-processing switched off.
 
+    They are also off in the file that `save` writes, so that other programs find the same ids in it.
+
     Args:
         raw: the file's content.
         eos_id: id that ends a document, or None.
         pad_id: id that fills rows, or None.
 
     Raises:
-        ValueError: the library cannot read the content.
+        ValueError: the library cannot read the content, or fails on ordinary text with it.
     """
 
     kind = "tokenizers"
@@ -178,16 +211,17 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, raw: bytes, eos_id: int | None, pad_id: int | None):
         library = require("tokenizers", "a tokenizer.json")
-        try:
+        with _one_sentence("not a tokenizer.json that the tokenizers library can read"), _silent_panics():
             self._tokenizer = library.Tokenizer.from_str(raw.decode())
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"not a tokenizer.json that the tokenizers library can read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # Otherwise a text that happens to spell "<|endoftext|>" would forge the end of a document.
         self._tokenizer.encode_special_tokens = True
-        self._raw, self.eos_id, self.pad_id = raw, eos_id, pad_id
+        self._raw, self._cut = raw, ""
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+        with _one_sentence("a tokenizer.json that fails on ordinary text; mend or replace it"), _silent_panics():
+            self._tokenizer.decode(self._tokenizer.encode(PROBE, add_special_tokens=False).ids)
+        self._set_ids(eos_id, pad_id)
 
     @classmethod
     def from_file(cls, path: Path) -> JsonTokenizer:
@@ -199,21 +233,82 @@ class JsonTokenizer(Tokenizer):
         tokenizer = cls(path.read_bytes(), eos_id=None, pad_id=None)
         added = {token.content: id for id, token in tokenizer._tokenizer.get_added_tokens_decoder().items()}
         named = _special_names(path.parent)
-        tokenizer.eos_id = _first(added, [named["eos_token"], *EOS_NAMES])
-        tokenizer.pad_id = _first(added, [named["pad_token"], *PAD_NAMES])
+        eos_id = _first(added, [named["eos_token"], *EOS_NAMES])
+        tokenizer._set_ids(eos_id, _first(added, [named["pad_token"], *PAD_NAMES]))
         return tokenizer
+
+    def _set_ids(self, eos_id: int | None, pad_id: int | None) -> None:
+        for name, id in {"eos_id": eos_id, "pad_id": pad_id}.items():
+            if id is not None and id >= self.vocab_size:
+                raise ValueError(f"{name} is {id}; the vocabulary has the ids 0 to {self.vocab_size - 1}")
+        self.eos_id, self.pad_id = eos_id, pad_id
+        if eos_id is None:
+            return
+        spelling = self._tokenizer.id_to_token(eos_id)
+        if spelling and eos_id in self._tokenizer.encode(f"{spelling} {spelling}", add_special_tokens=False).ids:
+            self._cut = cut_inside([spelling], self._tokenizer.get_vocab())
+            cut_before_model(self._tokenizer, self._cut)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._raw, self.eos_id, self.pad_id)
 
     def contents(self) -> bytes:
-        return self._raw
+        return _written(self._raw, self._cut)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _one_sentence("the tokenizer cannot encode this text", text):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self.eos_id is not None and self.eos_id in ids:
+            raise ValueError(_end_in_text(text, self._tokenizer.id_to_token(self.eos_id)))
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def pieces(self) -> dict[int, str]:
+        return {id: piece for piece, id in self._tokenizer.get_vocab().items()}
+
+
+def _written(raw: bytes, cut: str) -> bytes:
+    """Return a `tokenizer.json` that truncates, pads and adds nothing, and cuts text as `cut_before_model` does.
+
+    A file that needs no change stays as it is.
+    """
+    content = json.loads(raw)
+    off = [name for name in ("truncation", "padding", "post_processor") if content.get(name) is not None]
+    if "post_processor" in off and content["post_processor"].get("type") == "ByteLevel":
+        off.remove("post_processor")  # it moves offsets and adds no token
+    changes: dict[str, Any] = dict.fromkeys(off)
+    if cut:
+        split = {"type": "Split", "pattern": {"Regex": cut}, "behavior": "MergedWithPrevious", "invert": False}
+        steps = [step for step in (content.get("pre_tokenizer"), split) if step is not None]
+        changes["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    return json.dumps(content | changes, ensure_ascii=False).encode() if changes else raw
+
+
+def cut_inside(spellings: Iterable[str], pieces: Container[str]) -> str:
+    """Return a pattern that ends inside every one of some spellings, so that no cut text holds one.
+
+    The end is beside a character that is a piece of its own, where there is one. Other characters become one unknown
+    token together, and a cut between them would make two.
+    """
+    cuts: list[str] = []
+    for spelling in spellings:
+        places = range(1, len(spelling))
+        at = next((at for at in places if spelling[at] in pieces or spelling[at - 1] in pieces), 1)
+        cuts.append(f"{re.escape(spelling[:at])}(?={re.escape(spelling[at:])})")
+    return "|".join(cuts)
+
+
+def cut_before_model(tokenizer: Any, pattern: str) -> None:
+    """Cut every text after the matches of a pattern before the model of a `tokenizers.Tokenizer` sees it.
+
+    Some vocabularies, as T5's, hold special tokens as ordinary pieces, which the model would find in a text.
+    """
+    library = require("tokenizers", "a tokenizer.json")
+    split = library.pre_tokenizers.Split(library.Regex(pattern), behavior="merged_with_previous")
+    steps = [step for step in (tokenizer.pre_tokenizer, split) if step is not None]
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(steps)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -248,10 +343,74 @@ class SentencePieceTokenizer(Tokenizer):
         return self._raw
 
     def encode(self, text: str) -> list[int]:
-        return self._pieces.encode(text, out_type=int, add_bos=False, add_eos=False)
+        with _one_sentence("the tokenizer cannot encode this text", text):
+            ids = self._pieces.encode(text, out_type=int, add_bos=False, add_eos=False)
+        if self.eos_id is not None and self.eos_id in ids:
+            raise ValueError(_end_in_text(text, self._pieces.id_to_piece(self.eos_id)))
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         return self._pieces.decode(ids)
+
+    def pieces(self) -> dict[int, str]:
+        return dict(enumerate(self._pieces.id_to_piece(list(range(self.vocab_size)))))
+
+
+# --- errors of libraries ----------------------------------------------------------------------------------------------
+
+PROBE = "Probe 12, é二🦊\t\n  (a) " + 60 * "a" + "! " + 60 * "x" + "-" + 60 * " " + "."
+"""Text that finds a missing unknown token, a broken normalizer, and a pattern that takes exponential time."""
+
+
+@contextlib.contextmanager
+def _one_sentence(problem: str, text: str | None = None) -> Iterator[None]:
+    """Turn every error of a library into a ValueError. A panic of the tokenizers library is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        if text is not None:
+            try:
+                text.encode()
+            except UnicodeEncodeError as found:
+                raise _invalid_text(found) from error
+        raise ValueError(f"{problem} ({str(error)[:SHOWN]})") from error
+
+
+@contextlib.contextmanager
+def _silent_panics() -> Iterator[None]:
+    """Close stderr to the library, which writes its panics there, for the time of one call."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # stderr is closed already
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
+def _invalid_text(error: UnicodeEncodeError) -> ValueError:
+    return ValueError(
+        f"character {error.start} of the text is half a surrogate pair, which no Unicode text can hold; give text in "
+        "UTF-8, and run in a UTF-8 locale"
+    )
+
+
+def _end_in_text(text: str, spelling: str) -> str:
+    place = (
+        f"character {text.find(spelling)} of the text begins" if spelling in text else "the text holds a spelling of"
+    )
+    return (
+        f"{place} {shown(spelling)}, which the tokenizer takes for its end token; remove it from the text, or use "
+        "another tokenizer"
+    )
 
 
 # --- load and train ---------------------------------------------------------------------------------------------------
@@ -328,13 +487,15 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 def _load_saved(folder: Path) -> Tokenizer:
     try:
-        marker = json.loads((folder / MARKER).read_bytes())
+        marker = read_table(folder / MARKER)
         kind, eos_id, pad_id = marker["kind"], marker["eos_id"], marker["pad_id"]
-    except (ValueError, KeyError, TypeError) as error:
+        for name, id in {"eos_id": eos_id, "pad_id": pad_id}.items():
+            check(name, id, Natural | None)
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{MARKER} is damaged ({error})") from error
     kinds = {each.kind: each for each in (BytesTokenizer, JsonTokenizer, SentencePieceTokenizer)}
-    if kind not in kinds:
-        raise ValueError(f"{MARKER} names the kind {kind!r}; known are {', '.join(kinds)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{MARKER} names the kind {shown(kind)}; known are {', '.join(kinds)}")
     file = kinds[kind].file
     if file is None:
         return BytesTokenizer()
@@ -348,12 +509,11 @@ def _special_names(folder: Path) -> dict[str, str | None]:
     """Return the end and padding tokens that the files beside a `tokenizer.json` name."""
     names: dict[str, str | None] = {"eos_token": None, "pad_token": None}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            entries = json.loads((folder / file).read_bytes())
-        except (OSError, ValueError):
+        if not (folder / file).is_file():
             continue
+        entries = read_table(folder / file, LARGEST_LIST)
         for name in names:
-            entry = entries.get(name) if isinstance(entries, dict) else None
+            entry = entries.get(name)
             content = entry.get("content") if isinstance(entry, dict) else entry
             names[name] = content if isinstance(content, str) else names[name]
     return names

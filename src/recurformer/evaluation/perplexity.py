@@ -92,11 +92,12 @@ def evaluate(
         ValueError: for another vocabulary than the model's, or a size below 1.
     """
     from recurformer.data import evaluation_batches
+    from recurformer.data.vocabulary import check_vocabulary
 
     for name, value in {"window": window, "batch_size": batch_size, "max_batches": max_batches}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    check_vocabulary(model.config.vocab_size, dataset)
+    check_vocabulary(dataset, model.config.vocab_size)
     device = model.embedding.weight.device
     nats, tokens, began = 0.0, 0, time.perf_counter()
     predictable = dataset.n_tokens - (dataset.n_documents or 0)  # all but each document's first
@@ -137,33 +138,45 @@ def _shares(batches: Iterator[Batch], processes: Processes | None) -> Iterator[t
 
 
 @contextmanager
-def open_data(path: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Iterator[TokenDataset]:
+def open_data(
+    path: str | Path, tokenizer: Tokenizer | None, vocab_size: int, folder: str | Path | None = None
+) -> Iterator[TokenDataset]:
     """Open the tokens that a path means, for as long as the block runs.
 
     Args:
         path: a prepared folder; a raw `.npy` shard or a folder of them; or a file that `prepare` reads, whose text is
             tokenized into a temporary folder.
         tokenizer: the tokenizer of the model, for text. None: the model has none, and text is refused.
-        vocab_size: vocabulary size of the model, for raw shards.
+        vocab_size: vocabulary size of the model.
+        folder: the model's folder, for messages.
 
     Raises:
-        ValueError: for any other path.
+        ValueError: for any other path, and for data of another tokenizer than the model's.
     """
     from recurformer.data import TokenDataset, prepare
     from recurformer.data.sidecar import SIDECAR
+    from recurformer.data.vocabulary import check_vocabulary
 
     path = Path(path)
     if not path.exists():
         raise ValueError(f"the data {str(path)!r} do not exist; give a prepared folder or a text file")
     if path.is_dir() or path.suffix == ".npy":
-        yield TokenDataset(path) if (path / SIDECAR).is_file() else TokenDataset(path, vocab_size=vocab_size)
+        dataset = TokenDataset(path) if (path / SIDECAR).is_file() else TokenDataset(path, vocab_size=vocab_size)
+        check_vocabulary(dataset, vocab_size, tokenizer, folder)
+        yield dataset
         return
     if tokenizer is None:
         raise ValueError(f"{path} is text, but the model's folder has no tokenizer; give a prepared folder")
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer in the model's folder has {tokenizer.vocab_size} ids, the model's {vocab_size}: "
+            "they do not belong together; give a prepared folder"
+        )
     with TemporaryDirectory(prefix="recurformer-") as temporary:
-        folder = Path(temporary) / "data"
-        prepare([path], folder, tokenizer, append_eos=tokenizer.eos_id is not None, progress=False)
-        yield TokenDataset(folder)
+        made = prepare(
+            [path], Path(temporary) / "data", tokenizer, append_eos=tokenizer.eos_id is not None, progress=False
+        )
+        yield TokenDataset(made.folder)
 
 
 def run_setting(folder: str | Path, section: str, name: str) -> Any:
@@ -174,15 +187,6 @@ def run_setting(folder: str | Path, section: str, name: str) -> Any:
             values = read_table(candidate / "config.json").get(section)
             return values.get(name) if isinstance(values, dict) else None
     return None
-
-
-def check_vocabulary(vocab_size: int, dataset: TokenDataset) -> None:
-    """Raise ValueError when a dataset's ids come from another vocabulary than a model's."""
-    if dataset.vocab_size != vocab_size:
-        raise ValueError(
-            f"the data's vocabulary has {dataset.vocab_size} ids, the model's {vocab_size}; "
-            "prepare the text again with the tokenizer of the model's folder"
-        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from recurformer.config import ModelConfig
 from recurformer.files import appearing
 from recurformer.interop.llama import layer_kinds, load_llama, save_llama
 from recurformer.interop.official import load_official, save_official
+from recurformer.interop.tokenizer import write_tokenizer
 from recurformer.model import LanguageModel
 from recurformer.reading import brief, check_regular, read_table
 from recurformer.settings import shown
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from recurformer.data.tokenizer import Tokenizer
 
 Target = Literal["recurformer", "hf", "llama", "official"]
-# The files that a Hugging Face folder keeps beside the model. They are copied as they are.
+# The files that a Hugging Face folder keeps beside the model. They are copied, then the tokenizer is written over them.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.*", "*.model", "recurformer_tokenizer.json",
@@ -80,7 +81,7 @@ def convert(
         if tokenizer is None and beside is not None:
             copy_companions(beside, folder)
         if words is not None:
-            words.save(folder)
+            write_tokenizer(words, folder, for_transformers=to in ("hf", "llama"))
         if to == "recurformer":
             folders.save(model, folder)
         elif to == "hf":
@@ -146,7 +147,7 @@ def find_tokenizer(source: str | Path | None) -> Tokenizer | None:
 
 
 def save_hf(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None) -> None:
-    """Write our folder with a generation configuration and, for AutoTokenizer, the tokenizer in Hugging Face's form."""
+    """Write our folder with a generation configuration."""
     try:
         from recurformer import hf
     except ImportError as error:
@@ -159,5 +160,3 @@ def save_hf(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None) -> 
         made.save_pretrained(folder)
     except SafetensorError as error:  # no subclass of OSError
         raise OSError(f"the model could not be written: {brief(error)}") from error
-    if tokenizer is not None and tokenizer.kind != "sentencepiece" and not (folder / "tokenizer_config.json").is_file():
-        hf.load_tokenizer(folder).save_pretrained(folder)

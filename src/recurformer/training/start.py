@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 import recurformer
-from recurformer.evaluation.perplexity import check_vocabulary
 from recurformer.model import LanguageModel, Layer
 from recurformer.store.checkpoints import Checkpoint, TrainingState, checkpoint_at, newest_checkpoint, resolve
 from recurformer.training.checkpoint import restore_rng
@@ -38,19 +37,33 @@ def open_data(config: TrainConfig) -> RunData:
     """Open a run's data, and import its loggers: what is missing is refused before anything is written.
 
     Raises:
-        ValueError: for data that are missing, damaged or of another vocabulary, and for a logger that is missing.
+        ValueError: for data that are missing, damaged or of another tokenizer than the model, and for a missing logger.
     """
     from recurformer.data import TrainingWindows
+    from recurformer.data.vocabulary import check_vocabulary
 
     data = config.data
     training = open_tokens(data, "train")
-    validation = None if data.validation is None else open_tokens(data, "validation")
-    for dataset in filter(None, (training, validation)):
-        check_vocabulary(config.model.vocab_size, dataset)
+    tokenizer = training.tokenizer()
+    check_vocabulary(training, config.model.vocab_size, *starting_tokenizer(config))
+    validation = None
+    if data.validation is not None:
+        validation = open_tokens(data, "validation")
+        check_vocabulary(validation, config.model.vocab_size, tokenizer, data.train)
     for name in config.log.loggers:
         import_logger(name)
     windows = TrainingWindows(training, data.window, data.seed, data.packing)
-    return RunData(training, validation, training.tokenizer(), windows)
+    return RunData(training, validation, tokenizer, windows)
+
+
+def starting_tokenizer(config: TrainConfig) -> tuple[Tokenizer | None, Path | None]:
+    """Return the tokenizer beside the model that training starts from, and its folder; None where there is none."""
+    from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
+
+    if config.init_from is None or not Path(config.init_from).is_dir():  # a resumed run no longer needs it
+        return None, None
+    folder = resolve(config.init_from)
+    return (load_tokenizer(folder), folder) if has_tokenizer(folder) else (None, None)
 
 
 def find_checkpoint(folder: Path, say: Callable[[str], None], processes: OneProcess) -> Checkpoint | None:
