@@ -32,7 +32,7 @@ from recurformer import KVCache, LanguageModel
 transformers: Any = pytest.importorskip("transformers")
 
 
-from recurformer.hf import RecurformerCache, RecurformerConfig, RecurformerForCausalLM  # noqa: E402
+from recurformer.hf import RecurformerCache, RecurformerConfig, RecurformerForCausalLM, load_tokenizer  # noqa: E402
 from recurformer.hf.model import CACHE  # noqa: E402
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
@@ -97,7 +97,7 @@ def test_shards_dtype_and_device_map(tmp_path: Path):
     assert all(torch.equal(p, q.bfloat16()) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
     (tmp_path / "model-00002-of-00010.safetensors").unlink(missing_ok=True)
     next(tmp_path.glob("model-*.safetensors")).unlink()
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+    with pytest.raises(ValueError, match="is missing; copy it again"):
         recurformer.load(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_a_new_model_is_drawn_as_ours_is():
 
 def test_tied_weights_are_saved_once(tmp_path: Path):
     model = wrapped(tie_embeddings=True)
-    assert model.get_output_embeddings() is None
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "head.weight" not in file.keys()  # noqa: SIM118
@@ -473,3 +473,106 @@ def test_a_copy_is_independent():
     strong(twin.model, 0.1)
     assert torch.equal(theirs(tokens).logits, before)
     assert not torch.equal(twin(tokens).logits, before)
+
+
+# --- arguments that others pass --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stop_strings(beams: int):
+    tokenizer = load_tokenizer("bytes")
+    theirs, prompt = wrapped(vocab_size=256), tokenizer("abcdef", return_tensors="pt")
+    options = {"max_new_tokens": 8, "pad_token_id": 0, "num_beams": beams, "tokenizer": tokenizer}
+    free = theirs.generate(**prompt, **options)[0, 6:]
+    stopped = theirs.generate(**prompt, **options, stop_strings=["no such text"])[0, 6:]
+    assert torch.equal(stopped, free)
+    if beams == 1:
+        ids = next(i for i in range(2, 8) if all(32 <= int(t) < 127 for t in free[i - 1 : i]))
+        text = tokenizer.decode(free[ids - 1 : ids])
+        stopped = theirs.generate(**prompt, **options, stop_strings=[text])[0, 6:]
+        first = next(i for i, t in enumerate(free.tolist()) if chr(t) == text)
+        assert torch.equal(stopped, free[: first + 1])
+
+
+def test_an_assistant_and_its_tokenizers_pass():
+    theirs, assistant, tokens = wrapped(), wrapped(n_layers=1, seed=3), random_tokens(1, 7)
+    options = {"max_new_tokens": 20, "pad_token_id": 0}
+    assert torch.equal(
+        theirs.generate(tokens, **options, assistant_model=assistant), theirs.generate(tokens, **options)
+    )
+
+
+def test_guidance_by_a_second_prompt_passes():
+    theirs, tokens = wrapped(), random_tokens(1, 7)
+    options = {"max_new_tokens": 5, "pad_token_id": 0}
+    guided = theirs.generate(tokens, **options, guidance_scale=3.0, negative_prompt_ids=random_tokens(1, 7, seed=9))
+    assert guided.shape == (1, 12)
+
+
+def test_unknown_arguments_are_refused_by_name():
+    theirs, tokens = wrapped(), random_tokens(1, 7)
+    with pytest.raises(ValueError, match="takes no argument head_mask"):
+        theirs(tokens, head_mask=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        theirs(tokens, cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    with pytest.raises(ValueError, match="typo"):
+        theirs.generate(tokens, max_new_tokens=2, pad_token_id=0, typo=3)
+    with pytest.raises(ValueError, match=r"position_ids have shape \(1, 3\)"):
+        theirs(tokens, position_ids=torch.arange(3)[None])
+    assert torch.equal(theirs(tokens, tokenizer=None, output_router_logits=False).logits, theirs(tokens).logits)
+
+
+def test_positions_that_start_again_are_documents():
+    model, tokens = tiny(), random_tokens(2, 9)
+    theirs = wrapped(model)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5, 0, 1]])
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 2, 2]])
+    expected = logits_of(model, tokens, document_ids=documents)
+    for mask in (None, torch.ones_like(tokens)):
+        assert torch.equal(theirs(tokens, attention_mask=mask, position_ids=positions).logits, expected)
+    plain = torch.arange(9)[None]
+    assert torch.equal(theirs(tokens, position_ids=plain).logits, theirs(tokens).logits)
+    alone = theirs(tokens[:1, 4:]).logits
+    assert_close(theirs(tokens, position_ids=positions).logits[:1, 4:], alone)
+    padded = torch.tensor([[1, 1, 0, 1, 2, 3, 0, 1, 2]])  # as beside two pads on the left
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    found = theirs(tokens[:1], attention_mask=mask, position_ids=padded).logits
+    assert_close(found[:, 6:], theirs(tokens[:1, 6:]).logits)
+    cache = RecurformerCache()
+    theirs(tokens, **{CACHE: cache})
+    with pytest.raises(ValueError, match="document_ids and a cache do not go together"):
+        theirs(tokens, position_ids=positions, **{CACHE: cache})
+
+
+def test_shifted_labels():
+    theirs, tokens = wrapped(), random_tokens(2, 7)
+    targets = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
+    assert torch.equal(theirs(tokens, shift_labels=targets).loss, theirs(tokens, labels=tokens).loss)
+
+
+def test_the_decoder_below_the_output_layer():
+    model, tokens = tiny(layers="first:1"), random_tokens(2, 7)
+    theirs = wrapped(model)
+    for decoder in (theirs.base_model, theirs.get_decoder()):
+        out = decoder(input_ids=tokens, attention_mask=LEFT, use_cache=True)
+        expected = logits_of(model, tokens, attention_mask=LEFT)
+        assert torch.equal(model.logits(out.last_hidden_state), expected)
+        assert getattr(out, CACHE).get_seq_length() == 7
+        assert torch.equal(decoder(tokens, LEFT, return_dict=False)[0], out.last_hidden_state)
+        assert decoder.config == model.config
+        with pytest.raises(ValueError, match="output_hidden_states"):
+            decoder(tokens, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("how", ["as it is", "deepcopy"])
+def test_a_cache_from_inference_mode_is_continued(how: str):
+    theirs, ids = wrapped(), random_tokens(1, 20)
+    expected = theirs.generate(ids, max_new_tokens=6, pad_token_id=0)
+    with torch.inference_mode():
+        cache = getattr(theirs(ids[:, :12], use_cache=True), CACHE)
+    cache = copy.deepcopy(cache) if how == "deepcopy" else cache
+    assert torch.equal(theirs.generate(ids, max_new_tokens=6, pad_token_id=0, **{CACHE: cache}), expected)
+    with torch.inference_mode():
+        cache.reorder_cache(torch.tensor([0]))
+        cache.batch_repeat_interleave(2)
+    assert theirs(ids[:, :2].expand(2, -1), **{CACHE: cache}).logits.shape == (2, 2, V)

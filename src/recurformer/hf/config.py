@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -15,10 +17,11 @@ FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
 
 class RecurformerConfig(PretrainedConfig):
-    """The shape of a model, as `config.json` of a folder written by `recurformer.save` has it.
+    """The shape of a model, as in the `config.json` of a folder written by `recurformer.save`.
 
     Args:
-        values: every field of `ModelConfig`, with its default, and what Hugging Face keeps in any configuration.
+        values: every field of `ModelConfig`, with its default, and the settings that every Hugging Face configuration
+            has.
 
     Raises:
         ValueError: as `ModelConfig`, and for a folder of a newer format.
@@ -32,6 +35,8 @@ class RecurformerConfig(PretrainedConfig):
         "num_attention_heads": "n_heads",
         "tie_word_embeddings": "tie_embeddings",
     }
+
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})  # tools ask every configuration for it
 
     def __init__(self, **values: Any) -> None:
         ours = {theirs: values.pop(theirs) for theirs in self.attribute_map if theirs in values}
@@ -48,9 +53,19 @@ class RecurformerConfig(PretrainedConfig):
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **values: Any) -> RecurformerConfig:
-        """The Hugging Face configuration of a `ModelConfig`."""
+        """Return the Hugging Face configuration of a `ModelConfig`."""
         return cls(**config.to_dict(), **values)
 
     def model_config(self) -> ModelConfig:
-        """The `ModelConfig` of the fields as they stand."""
+        """Return the `ModelConfig` of the fields as they stand."""
         return ModelConfig.from_dict({name: getattr(self, name) for name in FIELDS})
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """G, with its default filled in."""
+        return self.model_config().kv_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        """F, with its default filled in."""
+        return self.model_config().mlp_width

@@ -1,7 +1,7 @@
-"""PEFT's LoRA on our projections.
+"""PEFT's LoRA on the projections of a layer.
 
-A layer multiplies by the matrices of its projections itself and never calls their modules. So an adapter enters as what
-it adds to the matrix, W + scaling B A, made once a call; gradients reach A and B through it.
+A layer multiplies by the matrices of its projections and never calls their modules. An adapter therefore enters as a
+matrix, W + scaling B A, computed once a call. Gradients reach A and B through it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recurformer.modules import plain_weight
+from recurformer.modules import plain_weight, refuse_hooks
 
 
 def adapted_weight(module: nn.Module, name: str) -> Tensor:
-    """The matrix of a projection, with what its active LoRA adapters add.
+    """Return the matrix of a projection or of the output layer, active LoRA adapters included.
+
+    Args:
+        module: the linear module, or the adapter that wraps it.
+        name: of the module, for messages.
 
     Raises:
-        ValueError: for an adapter that is no sum of W and a product, or that drops inputs out while training.
+        ValueError: for an adapter that is no sum of W and a product or that has dropout in training, and for hooks.
     """
     if isinstance(module, nn.Linear):
         return plain_weight(module, name)
+    refuse_hooks(module, name)
     wrapper: Any = module
     if hasattr(wrapper, "original_module"):  # PEFT's modules_to_save: a copy that is trained as a whole
         return wrapper.weight

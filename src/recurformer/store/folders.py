@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -29,7 +29,9 @@ from recurformer.store.weights import (
 if TYPE_CHECKING:
     from recurformer.data.tokenizer import Tokenizer
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
+HF_PREFIX = "model."  # of the weights' names in the class for Hugging Face
 REQUIRED = ("vocab_size", "d_model", "n_layers", "n_heads", "layers")
 
 
@@ -67,6 +69,12 @@ def plain_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def bare_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return tensors under the names of the bare model. The Hugging Face model puts "model." before each name."""
+    wrapped = all(name.startswith(HF_PREFIX) for name in tensors)
+    return {name.removeprefix(HF_PREFIX) if wrapped else name: tensor for name, tensor in tensors.items()}
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +93,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: Any = Non
     """
     folder = resolve(folder)
     config = load_config(folder)
-    found = find_weights(folder)
+    found = bare_names(find_weights(folder))
     check_weights(found, config, folder)
     return assembled(config, {name: tensor.read().to(device, dtype) for name, tensor in found.items()})
 
