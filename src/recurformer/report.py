@@ -480,7 +480,7 @@ def page(
         parts.append("<h2>Settings that differ</h2>")
         table = [["setting", *(run.name for run in runs)], *differing]
         if len(runs) > 4:  # a row for each run: many columns would leave the page
-            table = [list(row) for row in zip(*table, strict=True)]
+            table = [["run", *(row[0] for row in differing)], *map(list, list(zip(*table, strict=True))[1:])]
         parts.append(_html_table(table[0], table[1:], words=len(table[0])))
     if samples is None:
         last = {run.name: run.events("sample")[-1] for run in runs if run.events("sample")}

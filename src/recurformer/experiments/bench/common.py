@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,7 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from recurformer.report import plain_label
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
 
@@ -126,40 +129,48 @@ def show_table(
         console.print(note, style="dim", highlight=False, markup=False)
 
 
-def draw_bars(panels: Sequence[tuple[str, dict[str, float], float | None]], title: str) -> bytes:
-    """Horizontal bars, one panel beside the other; a PNG.
+def set_title(figure: Figure, title: str, facts: dict[str, Any] | None = None) -> None:
+    """Write a title above a figure and the machine below it, both broken into lines that fit the figure's width."""
+    inches = figure.get_size_inches()[0]
+    figure.suptitle(textwrap.fill(plain_label(title), int(12 * inches)), fontsize=10)
+    if facts is not None:
+        figure.supxlabel(textwrap.fill(in_words(facts), int(17 * inches)), fontsize=7, color="#555555")
+
+
+def draw_bars(
+    panels: Sequence[tuple[str, dict[str, float], float | None]], title: str, facts: dict[str, Any] | None = None
+) -> bytes:
+    """Return a PNG of horizontal bars, one panel next to the other.
 
     Args:
-        panels: each a label, the values by name, and where a dashed line stands, if anywhere.
-        title: above all of them.
+        panels: for each panel a label, the values by name, and the place of a dashed line or None.
+        title: stands above the panels.
+        facts: the machine of the measurement, which stands below the panels.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    from recurformer.report import COLOURS
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from recurformer.report import COLOURS, png, short_tick
 
     rows = max(len(values) for _, values, _ in panels)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 1.5 + 0.35 * rows), layout="constrained", squeeze=False
+    figure = Figure(figsize=(4.5 * len(panels), 1.8 + 0.35 * rows), layout="constrained")
+    axes = figure.subplots(
+        1, len(panels), squeeze=False, sharey=all(list(v) == list(panels[0][1]) for _, v, _ in panels)
     )
     for panel, (label, values, line) in zip(axes[0], panels, strict=True):
         bars = panel.barh(
             list(values), list(values.values()), color=[COLOURS[n % len(COLOURS)] for n in range(len(values))]
         )
-        panel.bar_label(bars, labels=[f" {value:,.4g}" for value in values.values()], padding=2)
+        panel.bar_label(bars, labels=[f" {v:,.0f}" if v >= 1000 else f" {v:.4g}" for v in values.values()], padding=2)
         if line is not None:
             panel.axvline(line, color="#777777", linestyle="--", linewidth=1.2)
         panel.set_xlabel(label)
+        panel.xaxis.set_major_formatter(FuncFormatter(short_tick))
         panel.margins(x=0.2)
-        panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return buffer.getvalue()
+        panel.set_ylim(len(values) - 0.4, -0.6)
+    set_title(figure, title, facts)
+    return png(figure)
 
 
 def write(out: str | Path, name: str, results: dict[str, Any], picture: bytes) -> tuple[Path, Path]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +11,7 @@ import torch
 from annotated_types import MinLen
 
 from recurformer.config import ModelConfig
-from recurformer.experiments.bench.common import Dtype, Progress, in_words, record, remarks, show_table, silent
+from recurformer.experiments.bench.common import Dtype, Progress, record, remarks, set_title, show_table, silent
 from recurformer.experiments.bench.timing import DTYPES, Times, Work, build_model, copy_bandwidth, release, time_runs
 from recurformer.generation.engine import DecodeEngine
 from recurformer.model import LanguageModel
@@ -280,22 +278,17 @@ def show_decode(results: dict[str, Any], console: Console) -> None:
 
 def draw_decode(results: dict[str, Any]) -> bytes:
     """Milliseconds a token over the context, one panel a batch size, the limits dashed; a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    from recurformer.report import COLOURS, MARKERS
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from recurformer.report import COLOURS, MARKERS, png
 
     s = results["settings"]
     rows = [row for row in results["rows"] if "step_s" in row]
     lines = list(dict.fromkeys((row["model"], row["step"]) for row in rows))
     sizes = sorted({row["batch_size"] for row in rows}) or [0]
     columns = min(3, len(sizes))
-    figure, panels = plt.subplots(
-        -(-len(sizes) // columns), columns, figsize=(4.8 * columns, 3.8 * -(-len(sizes) // columns) + 0.6),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+    figure = Figure(figsize=(4.8 * columns, 3.8 * -(-len(sizes) // columns) + 0.6), layout="constrained")
+    panels = figure.subplots(-(-len(sizes) // columns), columns, squeeze=False)
     for axes in panels.flat[len(sizes) :]:
         axes.set_axis_off()
     for axes, B in zip(panels.flat, sizes, strict=False):
@@ -320,10 +313,6 @@ def draw_decode(results: dict[str, Any]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     if rows:
         panels[0, 0].legend(fontsize=8)
-    figure.suptitle(f"Time of a decode step, {s['dtype']}; dotted: weights and cache read once", fontsize=10)
-    machine = "\n".join(textwrap.wrap(in_words(results["machine"]), 90 * columns))  # of one panel's width
-    figure.supxlabel(machine, fontsize=5.5, color="#777777")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return buffer.getvalue()
+    title = f"Time of a decode step, {s['dtype']}; dotted: weights and cache read once"
+    set_title(figure, title, results["machine"])
+    return png(figure)

@@ -17,7 +17,6 @@ from recurformer.experiments.bench.common import (
     Progress,
     ScanName,
     draw_bars,
-    in_words,
     milliseconds,
     record,
     remarks,
@@ -288,4 +287,4 @@ def draw_layer(results: dict[str, Any]) -> bytes:
         panels.append(("forward and backward, ms a layer", values("both_layer_s", 1e3), None))
     last = "both" if results["settings"]["backward"] else "forward"
     panels.append(("peak memory, GiB", values(f"{last}_peak_bytes", 2.0**-30), None))
-    return draw_bars(panels, f"{_shape(results['settings'])}\n{in_words(results['machine'])}")
+    return draw_bars(panels, _shape(results["settings"]), results["machine"])

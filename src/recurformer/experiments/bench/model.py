@@ -1,4 +1,4 @@
-"""The whole optimizer step of a model: tokens a second of recurrent models and hybrids against the Transformer."""
+"""The whole Optimizer step of a model: tokens a second of recurrent models and hybrids against the Transformer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from recurformer.experiments.bench.common import (
     Progress,
     ScanName,
     draw_bars,
-    in_words,
     milliseconds,
     record,
     remarks,
@@ -230,7 +229,7 @@ def show_model(results: dict[str, Any], console: Console) -> None:
         for row in results["rows"]
     ]
     notes = [
-        f"One optimizer step of {s['tokens']:,} tokens in sequences of {s['length']}, {s['dtype']}, {s['device']}.",
+        f"One Optimizer step of {s['tokens']:,} tokens in sequences of {s['length']}, {s['dtype']}, {s['device']}.",
         f"Milliseconds: medians of {s['repeats']} after {s['warmup']} to warm up, fastest..slowest. *: fastest row.",
         "Ratio: tokens/s against the Transformer's fastest row. Micro: sequences at once / in its recurrent layers.",
         "Again: standard layers are evaluated again in the backward. Peak: with weights and optimizer state.",
@@ -253,5 +252,5 @@ def draw_model(results: dict[str, Any]) -> bytes:
         ("peak memory, GiB", values("peak_bytes", 2.0**-30), None),
     ]
     s = results["settings"]
-    title = f"optimizer step of {s['tokens']:,} tokens, N {s['length']}, {s['dtype']}, {s['device']}"
-    return draw_bars(panels, f"{title}\n{in_words(results['machine'])}")
+    title = f"Optimizer step of {s['tokens']:,} tokens, N {s['length']}, {s['dtype']}, {s['device']}"
+    return draw_bars(panels, title, results["machine"])

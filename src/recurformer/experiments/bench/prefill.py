@@ -14,7 +14,6 @@ from recurformer.experiments.bench.common import (
     Dtype,
     Progress,
     draw_bars,
-    in_words,
     milliseconds,
     record,
     remarks,
@@ -200,5 +199,6 @@ def draw_prefill(results: dict[str, Any]) -> bytes:
         values = {row["path"]: row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
         panels.append((f"{preset}: tokens/s", values, limit))
     s = results["settings"]
-    title = f"reading a prompt: B {s['batch_size']}, N {s['length']}, {s['dtype']}, {s['device']}"
-    return draw_bars(panels, f"{title}\n{in_words(results['machine'])}")
+    shape = f"B {s['batch_size']}, N {s['length']}, {s['dtype']}, {s['device']}"
+    title = f"Reading a prompt: {shape}; dashed: weights read once a position"
+    return draw_bars(panels, title, results["machine"])

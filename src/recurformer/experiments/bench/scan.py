@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
 from collections.abc import Callable
@@ -20,10 +19,11 @@ from recurformer.config import ModelConfig
 from recurformer.experiments.bench.common import (
     Dtype,
     Progress,
-    in_words,
+    draw_bars,
     machine,
     milliseconds,
     remarks,
+    set_title,
     show_table,
     silent,
 )
@@ -299,45 +299,30 @@ def show_scan(results: dict[str, Any], console: Console) -> None:
 
 
 def draw_scan(results: dict[str, Any]) -> bytes:
-    """Time and peak memory: bars at one length, curves over several; a PNG."""
-    import matplotlib
-
-    from recurformer.report import COLOURS, MARKERS
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Return a PNG of time and peak memory: bars at one length, curves over several."""
     rows, s = results["rows"], results["settings"]
-    paths = list(dict.fromkeys(row["path"] for row in rows))
     lengths = sorted({row["length"] for row in rows})
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     quantities = (("total_s", 1e3, "milliseconds"), ("peak_bytes", 2.0**-20, "peak memory (MiB)"))
-    for axes, (name, scale, label) in zip(panels, quantities, strict=True):
-        for n, path in enumerate(paths):
+    if len(lengths) == 1:
+        panels = [(label, {row["path"]: scale * row[name] for row in rows}, None) for name, scale, label in quantities]
+        return draw_bars(panels, f"N {lengths[0]}, {_shape(s)}", results["machine"])
+    from matplotlib.figure import Figure
+
+    from recurformer.report import COLOURS, MARKERS, png
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, (name, scale, label) in zip(figure.subplots(1, 2), quantities, strict=True):
+        for n, path in enumerate(dict.fromkeys(row["path"] for row in rows)):
             values = {row["length"]: scale * row[name] for row in rows if row["path"] == path}
             colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
-            if len(lengths) > 1:
-                axes.plot(list(values), list(values.values()), color=colour, marker=marker, label=path)
-            else:
-                (bar,) = axes.barh([path], list(values.values()), color=colour)
-                axes.bar_label(axes.containers[-1], fmt=f" {bar.get_width():,.4g}", padding=2)
+            axes.plot(list(values), list(values.values()), color=colour, marker=marker, label=path)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(lengths, [f"{n:,}" for n in lengths], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel="positions N", ylabel=label)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(lengths) > 1:
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(lengths, [f"{n:,}" for n in lengths], minor=False)
-            axes.set_xticks([], minor=True)
-            axes.set_xlabel("positions N")
-            axes.set_ylabel(label)
-            axes.grid(alpha=0.25)
-            axes.legend(frameon=False)
-        else:
-            axes.set_xlabel(label)
-            axes.margins(x=0.18)
-            axes.invert_yaxis()
-    title = _shape(s) if len(lengths) > 1 else f"N {lengths[0]}, {_shape(s)}"
-    figure.suptitle(f"{title}\n{in_words(results['machine'])}", fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return buffer.getvalue()
+    set_title(figure, _shape(s), results["machine"])
+    return png(figure)

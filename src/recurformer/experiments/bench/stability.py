@@ -8,7 +8,6 @@ Three measurements:
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -353,17 +352,15 @@ def show_stability(results: dict[str, Any], console: Console) -> None:
 
 def draw_stability(results: dict[str, Any]) -> bytes:
     """Gains of one uniform layer with bounds, of whole models, and gradient norms of the training runs; a PNG."""
-    import matplotlib
-
-    from recurformer.report import COLOURS, MARKERS
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
+
+    from recurformer.report import COLOURS, MARKERS, png
 
     s, gains = results["settings"], results["uniform"]["gains"]
     N = s["length"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    (left, middle, right) = figure.subplots(1, 3)
     positions = list(range(1, N))  # i, from 1; the last one's own gain is of another kind
     left.fill_between(positions, gains["direct"][:-1], gains["bound"][:-1], color="#dddddd", label="between the bounds")
     for n, (key, label, style) in enumerate(
@@ -413,7 +410,4 @@ def draw_stability(results: dict[str, Any]) -> bytes:
         right.set_xticks(rates, [f"{rate:g}" for rate in rates])
         right.set_yticks([2, 5, 10, 20], ["2", "5", "10", "20"])
         right.yaxis.set_minor_formatter(NullFormatter())
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

@@ -4,14 +4,12 @@ NVIDIA's profiler, what the memory of a GPU really moves."""
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from recurformer.experiments.bench.common import Progress, in_words, record, show_table, silent
+from recurformer.experiments.bench.common import Progress, in_words, record, set_title, show_table, silent
 from recurformer.scan.schedule import Schedule, attention_traffic, naive_schedule
 from recurformer.settings import Count, Counts, Positive, Settings, setting
 from recurformer.units import bytes_text
@@ -213,16 +211,14 @@ def show_measured(results: dict[str, Any], console: Console) -> None:
 
 def draw_measured(results: dict[str, Any]) -> bytes:
     """Measured, fitted and modelled bytes against N; a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    from recurformer.report import COLOURS
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from recurformer.report import COLOURS, png
 
     rows = results["rows"]
     lengths = [row["length"] for row in rows]
-    figure, axes = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(lengths, [r["measured_bytes"] for r in rows], "o", color=COLOURS[0], label="measured, whole layer")
     axes.plot(lengths, [r["fitted_bytes"] for r in rows], color=COLOURS[0], label="a + b N + c N log N")
     axes.plot(lengths, [r["modelled_bytes"] for r in rows], "--", color=COLOURS[1], label="modelled, attention")
@@ -236,11 +232,8 @@ def draw_measured(results: dict[str, Any]) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     s = results["settings"]
     shape = f"B {s['batch_size']}, H {s['n_heads']}, K {s['head_dim']}; scan {s['scan']}"
-    figure.suptitle(textwrap.fill(f"{shape}; {in_words(results['machine'])}", 90), fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return buffer.getvalue()
+    set_title(figure, f"DRAM traffic of one recurrent layer: {shape}", results["machine"])
+    return png(figure)
 
 
 # --- table and picture of the model ----------------------------------------------------------------------------------
@@ -273,16 +266,14 @@ def show_traffic(results: dict[str, Any], console: Console) -> None:
 
 def draw_traffic(results: dict[str, Any]) -> bytes:
     """Bytes with guides of N² and N log N, and arithmetic intensity, against N; a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    from recurformer.report import COLOURS
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from recurformer.report import COLOURS, png
 
     rows, s = results["rows"], results["settings"]
     lengths = [row["length"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    (left, right) = figure.subplots(1, 2)
     styles = {"naive": (COLOURS[1], "s"), "tiled": (COLOURS[0], "o")}
     for name, (colour, marker) in styles.items():
         left.plot(lengths, [row[f"{name}_bytes"] for row in rows], color=colour, marker=marker, label=name)
@@ -299,15 +290,12 @@ def draw_traffic(results: dict[str, Any]) -> bytes:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
+    set_title(
+        figure,
         "Attention of one recurrent layer, forward, modelled: "
         f"B {s['batch_size']}, H {s['n_heads']}, K {s['head_dim']}, {s['element_bytes']} bytes an element",
-        fontsize=11,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _guide(axes: Any, lengths: Sequence[int], shape: Sequence[float], end: float, label: str, style: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
 from collections.abc import Callable
@@ -190,19 +189,15 @@ def show_hybrids(results: dict[str, Any], console: Console) -> None:
 
 def draw_hybrids(results: dict[str, Any]) -> bytes:
     """Draw, for each placement, loss on text or accuracy beyond the training length, and its cost; return a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    from recurformer.report import COLOURS
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from recurformer.report import COLOURS, png
 
     s, entries = results["settings"], summary(results)
     text = s["on"] == TEXT
     what, scale = ("loss", 1) if text else ("accuracy_4x", 100)
-    figure, (quality, cost) = plt.subplots(
-        1, 2, figsize=(9.5, 1.3 + 0.3 * len(entries)), layout="constrained", sharey=True
-    )
+    figure = Figure(figsize=(9.5, 1.3 + 0.3 * len(entries)), layout="constrained")
+    (quality, cost) = figure.subplots(1, 2, sharey=True)
     names = [e["layers"] if e["times"] == 1 else f"{e['layers']}, {e['times']} times the steps" for e in entries]
     kinds = (("standard layers alone", 4), ("first layer recurrent", 0), ("first layer standard", 1))
     drawn: set[str] = set()
@@ -224,7 +219,4 @@ def draw_hybrids(results: dict[str, Any]) -> bytes:
     shape = f"{s['n_layers']} layers of width {s['d_model']}, length {s['length']}, {s['steps']} steps"
     figure.suptitle(f"{s['on']}: {shape}, {seeds}; R recurrent, S standard", fontsize=9.5)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

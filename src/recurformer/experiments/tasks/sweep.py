@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -245,10 +244,9 @@ def chance_of(task: str) -> float | None:
 
 def draw_tasks(results: dict[str, Any]) -> bytes:
     """Draw a heat map for each task, models downwards and test lengths to the right; return a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from recurformer.report import png
 
     entries = summary(results)
     tasks = list(dict.fromkeys(e["task"] for e in entries))
@@ -256,7 +254,8 @@ def draw_tasks(results: dict[str, Any]) -> bytes:
     rows = -(-len(tasks) // columns)
     tallest = max(sum(e["task"] == task for e in entries) for task in tasks)
     size = (1.4 + 3.9 * columns, 0.7 + rows * (1.2 + 0.42 * tallest))
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(tasks) :]:
         axes.axis("off")
     image = None
@@ -283,7 +282,4 @@ def draw_tasks(results: dict[str, Any]) -> bytes:
     if image is not None:
         figure.colorbar(image, ax=grid, shrink=0.7, label="accuracy, %")
     figure.suptitle("Accuracy on the second half of the positions, %, by length of the test sequences", fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": ""})
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
