@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import recurformer
 from recurformer import LanguageModel, ModelConfig
-from recurformer.cli import cli
+from recurformer.cli import cli, main
 from recurformer.training import TrainConfig, read_train_config
 from recurformer.training.config import OptimizerConfig, ScheduleConfig, names
 from recurformer.training.reference import markdown
@@ -202,3 +202,31 @@ def test_docs_and_help_show_every_setting_and_default():
     for name in ("--config", "--set", "--out", "--resume", "--allow-change", "--stop-at", "--quiet"):
         assert name in result.output
     assert "[default: 0.002]" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a." * 30_000 + "a=1", "model.d_model=" + "9" * 50_000, "data.train={" + "a." * 30_000 + "a=1}",
+        "model.layers=" + "x" * 50_000, "init_from=" + "x" * 5_000, "seed=" + "[" * 50_000,
+    ],
+    ids=lambda text: text[:15],
+)  # fmt: skip
+def test_long_and_deep_settings_cost_one_short_line(text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--set", "model.vocab_size=256", "--set", text, "--out", str(tmp_path / "run"), "--quiet"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert len(error) < 1600
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_llama_folder_as_a_start_prints_the_command(tmp_path, capsys):
+    (tmp_path / "my llama").mkdir()
+    (tmp_path / "my llama" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--init-from", str(tmp_path / "my llama"), "--out", str(tmp_path / "run"), "--quiet"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"convert the model first: recurformer convert '{tmp_path}/my llama' 'my llama-recurformer'" in error

@@ -28,6 +28,8 @@ VERBS = {
 }
 """Name of each verb -> the module and the function that run it, in the order of `recurformer --help`."""
 
+LONGEST_MESSAGE = 1500  # characters
+
 
 @click.group(
     cls=LazyGroup,
@@ -61,5 +63,8 @@ def main(arguments: Sequence[str] | None = None, command: click.Command = cli, n
 
 
 def _fail(message: str) -> None:
-    print("recurformer: error: " + " ".join(message.split()), file=sys.stderr)
+    text = " ".join(message.split())
+    if len(text) > LONGEST_MESSAGE:  # a name in it is long; the remedy stands at the end
+        text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    print(f"recurformer: error: {text}", file=sys.stderr)
     sys.exit(2)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recurformer.reading import read_table
+from recurformer.reading import DEEPEST, parse, read_table
 from recurformer.settings import check, field_types, shown
 from recurformer.training.config import TrainConfig
 
@@ -35,6 +34,8 @@ def read_train_config(
         *sections, name = key.strip().split(".")
         if init_from is not None and (sections, name) == ([], "init_from"):
             raise ValueError(f"--init-from {init_from!r} and --set {text!r} name two folders; drop one of them")
+        if len(sections) > DEEPEST:
+            raise ValueError(f"--set {shown(text)}: there is no setting of {len(sections)} sections")
         node = values
         for section in sections:
             node = node.setdefault(section, {})
@@ -69,8 +70,8 @@ def _value(text: str, annotation: Any) -> Any:
     """Return the TOML value of a text, or the text itself: a folder may be called 2024, true or 1e5."""
     text = text.strip()
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        value = parse(f"value = {text}", ".toml", "--set")["value"]
+    except ValueError:
         return text
     if annotation is not None and not _accepts(annotation, value) and _accepts(annotation, text):
         return text
