@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import types
@@ -24,6 +25,7 @@ import recurformer
 from recurformer import LanguageModel, attention
 from recurformer.cli import cli
 from recurformer.data import TokenDataset
+from recurformer.files import WORK
 from recurformer.store import checkpoints
 from recurformer.store.checkpoints import newest_checkpoint
 from recurformer.store.runs import read_metrics
@@ -613,3 +615,22 @@ def test_the_command_trains_stops_and_resumes_with_the_runs_own_configuration(va
 def test_the_command_says_how_a_signal_ended_it(values, tmp_path, monkeypatch):
     watch_steps(monkeypatch, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert command(values(), tmp_path / "run").return_value == 143
+
+
+def test_leftovers_of_killed_writers_go_at_the_next_start(tiny, tmp_path):
+    train(tiny(schedule__steps=2), tmp_path / "run", quiet=True)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ours = [f".config.json.{gone.pid}.tmp", f".metrics.jsonl.{gone.pid}.tmp"]  # of an earlier version
+    mine = [".config.json.bak", ".notes.tmp"]
+    for name in ours + mine:
+        (tmp_path / "run" / name).touch()
+    for name in (
+        f".metrics.jsonl.0123abcd{WORK}",
+        f"checkpoints/.step-00000004{WORK}",
+        "checkpoints/.tmp-step-00000003",
+    ):
+        (tmp_path / "run" / name).mkdir()
+    train(tiny(schedule__steps=3), tmp_path / "run", resume=True, allow_change=["schedule.steps"], quiet=True)
+    assert {p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")} == {".lock", *mine}
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.startswith(".")] == []
