@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from recurformer.config import ModelConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BIAS_ELEMENTS = 2**22  # of the bias of one block of queries
 BIAS_ELEMENTS = 2**22  # of the bias at once; blocks of this size were no slower than a whole bias at 2k and 4k tokens
 RECOMPILE_LIMIT = 64  # with and without gradients, pads, documents, ...: more variants than PyTorch's default of 8
 

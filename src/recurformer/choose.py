@@ -21,6 +21,7 @@ from recurformer.hardware import (
     on_amd,
     scan_obstacle,
     step_obstacle,
+    tiled_obstacle,
 )
 from recurformer.scan.schedule import WAVEFRONT_CHUNK
 from recurformer.settings import shown
@@ -70,11 +71,11 @@ SHORT = 8
 WAVEFRONT_ROWS = 128
 
 # On a GPU, the least share of useful work in the wavefront. While the stack fills and empties, the layers that have no
-# positions take part in every product all the same. The limit is an estimate from the times of long sequences.
+# positions are still computed and discarded. The limit is an estimate from the times of long sequences.
 WAVEFRONT_AT_WORK = 0.4
 
-# On a CPU, the wavefront joins products up to this many multiply-adds per position. For larger ones, a launch of each
-# costs little beside its arithmetic.
+# On a CPU, the wavefront joins products up to this many multiply-adds per position. Larger products
+# gain little from being joined.
 WAVEFRONT_PRODUCT = 2**23
 
 # On a CPU, the most numbers of a layer's largest matrix in the wavefront: the weights of all layers share the cache.
@@ -105,8 +106,8 @@ def choose_scan(
         requested: the model's `scan`, one of SCAN_CHOICES.
         config: of the model.
         device: of the model.
-        batch_size: B of the call. None: not known, and taken as that of a usual training step.
-        length: N of the call. None: not known, and taken as that of a usual training step.
+        batch_size: B of the call. None: unknown; a CPU then assumes 1 row, a GPU that the kernels pay.
+        length: N of the call. None: unknown; a CPU then assumes 128 positions, a GPU that the kernels pay.
         past: P, positions in the cache.
         dtype: the compute dtype. None: not known, and taken as one that the kernels support.
         together: False where layers are evaluated one by one in any case, as when activations are recomputed.
@@ -118,8 +119,12 @@ def choose_scan(
     if requested != "auto":
         kernels = requested in GPU_SCANS or (requested == "wavefront" and (device.type == "cuda" or interpreted()))
         if kernels and obstacle is not None:
-            raise ValueError(f"model.scan is {requested!r}, which can't run: {obstacle}")
-        return Choice(requested, "as asked")
+            raise ValueError(f"scan is {requested!r}, which can't run: {obstacle}")
+        if requested != "reference" and (reason := tiled_obstacle(config)) is not None:
+            raise ValueError(f"scan is {requested!r}, which can't run: {reason}")
+        return Choice(requested, "as requested")
+    if (reason := tiled_obstacle(config)) is not None:
+        return Choice("reference", f"the loop that defines the layer; not tiled: {reason}")
     stack = longest_stack(config) if together else 1
     if device.type == "cuda" and obstacle is None:
         return gpu_scan(stack, batch_size, length)
@@ -251,12 +256,12 @@ def choose_step(
     if requested not in STEP_CHOICES:
         raise ValueError(f"step is {shown(requested)}; choose one of {', '.join(map(repr, STEP_CHOICES))}")
     if requested == "plain":
-        return Choice("plain", "as asked")
+        return Choice("plain", "as requested")
     obstacle = step_obstacle(config, device, dtype, batch_size)
     if requested == "fused":
         if obstacle is not None:
             raise ValueError(f"step is 'fused', which can't run: {obstacle}")
-        return Choice("fused", "as asked")
+        return Choice("fused", "as requested")
     if device.type == "cuda" and obstacle is None:
         return Choice("fused", "Triton kernels in one CUDA graph")
     return Choice("plain", f"PyTorch operations; not fused: {obstacle or f'the device is {device.type}'}")

@@ -43,6 +43,8 @@ HAS_TRITON = util.find_spec("triton") is not None
 # Numbers by which kernels know the options of a layer.
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}  # KIND
 QK_NORMS = {"none": 0, "head": 1, "full": 2}  # NORM
+# Norms that the kernels and the hand-written backward know, and whether each subtracts the mean.
+CENTRED_NORMS = {"rms": False, "layer": True}
 
 
 # --- obstacles -------------------------------------------------------------------------------------------------------
@@ -80,23 +82,35 @@ def kernel_obstacle(device: Device, dtype: torch.dtype | None, instead: str) -> 
     return None
 
 
+def norm_obstacle(config: ModelConfig, instead: str) -> str | None:
+    """Return why a norm needs another algorithm than the kernels and the hand-written backward, or None."""
+    if config.norm in CENTRED_NORMS:
+        return None
+    return f"the norm is {config.norm!r}; {' and '.join(map(repr, CENTRED_NORMS))} are possible, {instead}"
+
+
+def tiled_obstacle(config: ModelConfig) -> str | None:
+    """Return why the tiled scan can't run, in words and with a remedy, or None where it can."""
+    return norm_obstacle(config, "scan = 'reference' runs any")
+
+
 def scan_obstacle(config: ModelConfig, device: Device, dtype: torch.dtype | None = None) -> str | None:
     """Return why the fused scan can't run, in words and with a remedy, or None where it can."""
-    obstacle = kernel_obstacle(device, dtype, "model.scan = 'tiled' runs anywhere")
+    obstacle = kernel_obstacle(device, dtype, "scan = 'tiled' runs anywhere") or tiled_obstacle(config)
     if obstacle is not None:
         return obstacle
     where, limit = "", MAX_HEAD_WIDTH
     if str(dtype) == "torch.float32" and config.head_width <= MAX_HEAD_WIDTH:
         where, limit = "in float32 ", MAX_HEAD_WIDTH_32_BIT
     if config.head_width > limit:
-        return f"the head width is {config.head_width}; {where}it must be 1 to {limit}, model.scan = 'tiled' takes any"
+        return f"the head width is {config.head_width}; {where}it must be 1 to {limit}, scan = 'tiled' takes any"
     return None
 
 
 def step_obstacle(config: ModelConfig, device: Device, dtype: torch.dtype | None, batch_size: int) -> str | None:
     """Return why the fused decoding step can't run, in words and with a remedy, or None where it can."""
     plain = "the plain step runs anywhere"
-    obstacle = kernel_obstacle(device, dtype, plain)
+    obstacle = kernel_obstacle(device, dtype, plain) or norm_obstacle(config, plain)
     if obstacle is not None:
         return obstacle
     if config.head_width > MAX_HEAD_WIDTH:

@@ -456,7 +456,7 @@ def test_what_is_refused():
 def test_the_choice_of_a_step():
     config, cpu = tiny().config, torch.device("cpu")
     name, why = choose_step("plain", config, cpu, torch.float32, 1)
-    assert (name, why) == ("plain", "as asked")
+    assert (name, why) == ("plain", "as requested")
     if "fused" not in choose_step("auto", config, torch.device("cuda"), torch.float64, 1)[0]:
         with pytest.raises(ValueError, match="step is 'fused', which can't run: "):
             choose_step("fused", config, torch.device("cuda"), torch.float64, 1)

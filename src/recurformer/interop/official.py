@@ -450,7 +450,7 @@ def official_options(config: ModelConfig) -> dict[str, Any]:
         "rope": config.position == "rope",
         "rope_theta": config.rope_theta,
         "attention_layer_norm": config.qk_norm == "full",
-        "layer_norm_type": "default" if config.norm == "layer" else "rms",
+        "layer_norm_type": {"layer": "default", "rms": "rms"}[config.norm],
         "layer_norm_eps": config.norm_eps,
         "include_bias": config.attention_bias,
         "bias_for_layer_norm": False,

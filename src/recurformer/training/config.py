@@ -179,7 +179,7 @@ class TrainConfig(Settings):
     precision: Precision = setting(
         "fp32", '"fp32", "bf16" (autocast: weights stay float32) or "fp64" (for exact checks, on a CPU).'
     )
-    scan: str = setting("auto", 'Scan that evaluates recurrent layers: "auto" or a name, as in `model.scan`.')
+    scan: str = setting("auto", 'Scan that evaluates recurrent layers: "auto" or the name of one.')
     compile: bool | None = setting(
         None, "Whether torch.compile fuses the element-wise steps of standard layers; none: on a GPU only."
     )

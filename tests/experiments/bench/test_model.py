@@ -88,7 +88,7 @@ def test_notes_name_the_scan_of_each_candidate():
     assert "first:1, 4 at a time" in alone
     assert ") tiled: exact tiling" in alone
     (asked,) = notes(scan="reference")
-    assert asked == "recurrent layers of nano reference: as asked"
+    assert asked == "recurrent layers of nano reference: as requested"
 
 
 def test_rows_ratios_and_the_fastest(monkeypatch: pytest.MonkeyPatch, text_of: Callable[..., str]):

@@ -25,7 +25,7 @@ from recurformer.generation.fused.launch import (
 from recurformer.generation.fused.tuning import Tuning, attention_parts, head_constants, power_of_two
 from recurformer.generation.fused.weights import StepWeights
 from recurformer.generation.state import DecodeState
-from recurformer.hardware import ACTIVATIONS, EARLY_CAPABILITY, interpreted, step_obstacle
+from recurformer.hardware import ACTIVATIONS, CENTRED_NORMS, EARLY_CAPABILITY, interpreted, step_obstacle
 from recurformer.model import LanguageModel
 
 NO_SLOT = -2  # the pending slot when there is none: no slot number is negative, and none follows it
@@ -71,7 +71,7 @@ class FusedStep(abc.ABC):
         self.heads = head_constants(config)
         self.parts = attention_parts(self.tuning, self.heads, self.B, state.capacity, self.single)
         self.splits = self.parts.S > 1 or self.single  # a single row's product puts parts together anyway
-        self.activation, self.centred = ACTIVATIONS[config.activation], config.norm == "layer"
+        self.activation, self.centred = ACTIVATIONS[config.activation], CENTRED_NORMS[config.norm]
         self.row_warps = 4 if self.D <= 2048 else 8
         with torch.inference_mode(False):
             self._make_buffers()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recurformer.config import ModelConfig
 from recurformer.generation.fused.launch import Heads, Parts, Product
-from recurformer.hardware import QK_NORMS
+from recurformer.hardware import CENTRED_NORMS, QK_NORMS
 
 MAX_PARTS = 64  # parts of the memory at most
 H100_MULTIPROCESSORS = 132  # assumed where there is no GPU to ask
@@ -78,7 +78,7 @@ def head_constants(config: ModelConfig) -> Heads:
         KB=max(16, power_of_two(K)),
         QB=power_of_two(H * K),
         NORM=QK_NORMS[config.qk_norm],
-        CENTRED=config.norm == "layer",
+        CENTRED=CENTRED_NORMS[config.norm],
         ROPE=config.position == "rope",
         ALIBI=config.position == "alibi",
     )

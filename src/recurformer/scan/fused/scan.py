@@ -187,7 +187,7 @@ class FusedStack(torch.autograd.Function):
         """Return the gradients of x and of every tensor of every layer."""
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(
-                "the fused scan has no second derivative (create_graph=True); set model.scan = 'reference', which has"
+                "the fused scan has no second derivative (create_graph=True); set scan = 'reference', which has"
             )
         call: FusedCall = ctx.call
         if incoming[0] is None:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from recurformer.hardware import ACTIVATIONS, EARLY_CAPABILITY, QK_NORMS
+from recurformer.hardware import ACTIVATIONS, CENTRED_NORMS, EARLY_CAPABILITY, QK_NORMS
 from recurformer.scan.fused.shape import EngineShape
 from recurformer.scan.fused.table import Slot
 from recurformer.scan.fused.weights import PackedWeights
@@ -49,7 +49,7 @@ class LaunchOptions:
 
     def __init__(self, shape: EngineShape, facts: DeviceFacts) -> None:
         config, s = shape.config, shape.sizes
-        centred = config.norm == "layer"
+        centred = CENTRED_NORMS[config.norm]
         half_width = triton.next_power_of_2((s.K + 1) // 2)
         self.head_block = triton.next_power_of_2(s.H)  # HB
         self.group_block = triton.next_power_of_2(s.G)  # GB

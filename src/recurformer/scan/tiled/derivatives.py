@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from recurformer.hardware import CENTRED_NORMS
 from recurformer.layer import accumulation_dtype, activate
 from recurformer.scan.tiled.call import position_views
 
@@ -31,7 +32,7 @@ class NormTape:
 
     def __init__(self, x: Tensor, weight: Tensor, config: ModelConfig) -> None:
         x = x.to(accumulation_dtype(x.dtype))
-        self.centred, weight = config.norm == "layer", weight.to(x.dtype)[:, None]
+        self.centred, weight = CENTRED_NORMS[config.norm], weight.to(x.dtype)[:, None]
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         rstd = (x.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()

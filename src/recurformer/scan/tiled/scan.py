@@ -141,7 +141,7 @@ class TiledScan(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(
-                "the tiled scan has no second derivative (create_graph=True); set model.scan = 'reference', which has"
+                "the tiled scan has no second derivative (create_graph=True); set scan = 'reference', which has"
             )
         call: TiledCall = ctx.call
         L, names = len(call.past), LayerMaths.tensor_names()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recurformer.hardware import CENTRED_NORMS
 from recurformer.layer import accumulation_dtype, activate
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def normalise_stack(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
     """Return the norm of x over its last dimension, in the accumulation dtype, with a weight that broadcasts."""
     x = x.to(accumulation_dtype(x.dtype))
     weight = weight.to(x.dtype)
-    if config.norm == "layer":
+    if CENTRED_NORMS[config.norm]:
         return F.layer_norm(x, weight.shape[-1:], eps=config.norm_eps) * weight
     # With vector_norm there is one operation over the width: on a CPU, F.rms_norm takes twice as long for a few rows.
     width = x.shape[-1]
