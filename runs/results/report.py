@@ -210,7 +210,9 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
         parts.append(["zero-shot, %", *(run["name"] for run in scored)])
         for n, name in enumerate(names):
             results = [run["final"]["tasks"][n] for run in scored]
-            parts.append([name, *(f"{100 * r['accuracy']:.1f} ± {100 * r['standard_error']:.1f}" for r in results)])
+            parts.append(
+                [name, *(f"{100 * r['accuracy']:.1f} ± {100 * (r['standard_error'] or 0):.1f}" for r in results)]
+            )
     lines, top = [], True
     for cells in parts:
         lines.append("| " + " | ".join(cells) + " |" if cells else "")

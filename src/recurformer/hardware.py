@@ -41,6 +41,12 @@ EARLY_CAPABILITY = (9, 0)  # least compute capability for programmatic dependent
 HAS_TRITON = util.find_spec("triton") is not None
 
 # Numbers by which kernels know the options of a layer.
+OUT_OF_MEMORY = (  # what libraries say, in lower case
+    "can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory", "alloc_failed",
+    "bad_alloc", "storage size calculation overflowed",
+)  # fmt: skip
+
+
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "swiglu": 2}  # KIND
 QK_NORMS = {"none": 0, "head": 1, "full": 2}  # NORM
 # Norms that the kernels and the hand-written backward know, and whether each subtracts the mean.
@@ -121,6 +127,22 @@ def step_obstacle(config: ModelConfig, device: Device, dtype: torch.dtype | None
     if batch_size * config.kv_heads >= 2**31:
         return f"the batch is {batch_size} rows; at most {2**31 // config.kv_heads} are possible, {plain}"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that a GPU or this machine has no memory left.
+
+    PyTorch has no class of its own for a CPU, and for the libraries that it calls.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen).lower()
+        if isinstance(seen, MemoryError) or type(seen).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(seen, RuntimeError | OSError) and any(words in text for words in OUT_OF_MEMORY):
+            return True
+        seen = seen.__cause__
+    return False
 
 
 def on_amd(device: Device) -> bool:

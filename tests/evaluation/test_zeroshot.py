@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +198,23 @@ def test_wrong_commands(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1, is no item"),
+        ("{", "line 1, is not valid JSON"),
         ('{"context": "a"}', "continuation"),
-        ('{"context": "a", "choices": [" b"], "label": 1}', "label is 1, the choices are 0 to 0"),
-        ('{"context": "a", "choices": [" b", ""], "label": 1}', "not empty"),
-        ('{"context": 3, "choices": [" b"], "label": 0}', "must be texts"),
+        ('{"context": "a", "choices": [" b"], "label": 1}', "label is 1; it must be a whole number from 0 to 0"),
+        ('{"context": "a", "choices": [" b", ""], "label": 1}', "is empty"),
+        ('{"context": 3, "choices": [" b"], "label": 0}', "context is 3; it must be text"),
+        (
+            '{"context": "a", "choices": "[\' b\', \' c\']", "label": 0}',
+            "choices is .* it must be a list of one or more texts",
+        ),
+        ('{"contexts": "ab", "continuation": " c", "label": 0}', "contexts is 'ab'; it must be a list"),
+        ('{"context": "a", "choices": {"x": 1}, "label": 0}', "choices is {.*}; it must be a list"),
+        ('{"context": "a", "choices": [" b", 3], "label": 0}', "choices is .*; it must be a list"),
+        ('{"context": "a", "choices": [], "label": 0}', "choices is .*; it must be a list of one or more"),
+        ('{"context": "a", "choices": [" b", " c"], "label": true}', "label is True; it must be a whole number"),
+        ('{"context": "a", "choices": [" b", " c"]}', "label is None"),
+        ('["a", "b"]', "is no JSON object"),
+        ("[" * 100_000, "deep"),
         ("", "holds no items"),
     ],
 )
@@ -224,3 +237,53 @@ def test_damaged_and_mixed_files(folder: Path):
         find_tasks([folder / "empty"])
     with pytest.raises(ValueError, match="the tokenizer has 256 ids, the model 97"):
         evaluate_task(tiny(), BytesTokenizer(), folder / "lone.jsonl", window=9)
+
+
+def test_files_as_people_have_them(tmp_path: Path):
+    """A byte order mark, blank lines, other line ends, several gz members."""
+    line = json.dumps({"context": "a", "choices": [" b", " c"], "label": 0}).encode() + b"\n"
+    plain, packed = tmp_path / "t.jsonl", tmp_path / "t.jsonl.gz"
+    for data in (
+        line * 2, b"\xef\xbb\xbf" + line * 2, line * 2 + b"\n", line + b" \n\n" + line,
+        line.replace(b"\n", b"\r\n") * 2, (line * 2).rstrip(b"\n"),
+    ):  # fmt: skip
+        plain.write_bytes(data)
+        assert len(read_items(plain)) == 2
+    packed.write_bytes(gzip.compress(line) * 2)
+    assert len(read_items(packed)) == 2
+    assert len(read_items(packed, limit=1)) == 1
+
+
+def test_a_flipped_byte_in_a_packed_file(tmp_path: Path):
+    line = json.dumps({"context": "a", "choices": [" b", " c"], "label": 0}).encode() + b"\n"
+    packed = bytearray(gzip.compress(os.urandom(3000).hex().encode() + line * 50))
+    packed[len(packed) // 2] ^= 0xFF
+    (path := tmp_path / "t.jsonl.gz").write_bytes(bytes(packed))
+    with pytest.raises(ValueError, match=r"t\.jsonl\.gz"):
+        read_items(path)
+
+
+def test_a_pipe_is_no_task(tmp_path: Path):
+    os.mkfifo(tmp_path / "t.jsonl")
+    with pytest.raises(ValueError, match="is no"):
+        read_items(tmp_path / "t.jsonl")
+
+
+def test_one_item_gives_strict_json(folder: Path, capsys: pytest.CaptureFixture[str]):
+    recurformer.save(tiny(vocab_size=256), folder / "model", BytesTokenizer())
+    for name, item in (("one", CHOICES[0]), ("lone", LONE[0])):
+        write(folder / f"{name}.jsonl", [item])
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["eval", str(folder / "model"), "--tasks", str(folder / f"{name}.jsonl"), "--json"])
+        text = capsys.readouterr().out
+        (result,) = json.loads(text, parse_constant=lambda word: pytest.fail(word))["tasks"]
+        assert result["standard_error"] is None
+        assert result["items"] == 1
+
+
+def test_a_model_of_nan_scores_nothing(folder: Path):
+    model = tiny(vocab_size=256)
+    with torch.no_grad():
+        model.head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="not numbers"):
+        evaluate_task(model, BytesTokenizer(), folder / "choices.jsonl.gz", window=9)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -13,9 +14,10 @@ from click.testing import CliRunner
 
 import recurformer
 from recurformer import LanguageModel, ModelConfig
+from recurformer.choose import SCAN_CHOICES
 from recurformer.cli import cli, main
 from recurformer.training import TrainConfig, read_train_config
-from recurformer.training.config import OptimizerConfig, ScheduleConfig, names
+from recurformer.training.config import OptimizerConfig, Scan, ScheduleConfig, names, open_tokens
 from recurformer.training.reference import markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -104,6 +106,117 @@ def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
 def test_a_bad_setting_is_named_with_its_value(setting, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_train_config(None, ["model.vocab_size=256", setting])
+
+
+def test_every_scan_is_a_setting():
+    assert get_args(Scan) == SCAN_CHOICES
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data.train", "2024"), ("data.train", "2024-05-01"), ("data.train", "true"), ("data.train", "1e5"),
+        ("data.train", "d.v2"), ("data.train", "data#1"), ("data.train", "données"), ("data.train", "with space"),
+        ("data.train", "llama🦙"), ("data.train", "[1]"), ("data.train", "12:30:00"), ("data.train", "0x10"),
+        ("data.validation", "2024"), ("data.validation", "false"), ("sample.prompt", "1"), ("sample.prompt", "inf"),
+        ("init_from", "2024"), ("log.wandb_project", "3.5"), ("device", "0"),
+    ],
+)  # fmt: skip
+def test_text_that_reads_as_a_value_stays_text(name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recurformer.save(LanguageModel(ModelConfig(vocab_size=256, d_model=8, n_heads=1, n_layers=1)), tmp_path / "2024")
+    config = read_train_config(None, [f"{name}={value}", "model.vocab_size=256"])
+    for part in name.split("."):
+        config = getattr(config, part)
+    assert config == value
+
+
+def test_quotes_and_numbers_are_still_read():
+    config = read_train_config(None, ['data.train="2024"', "seed=2024", 'sample.prompt="1"', "model.vocab_size=0x100"])
+    assert (config.data.train, config.seed, config.sample.prompt, config.model.vocab_size) == ("2024", 2024, "1", 256)
+    with pytest.raises(ValueError, match=r"data\.window is .*; it must be a whole number"):
+        read_train_config(None, ["data.window=2024-05-01", "model.vocab_size=256"])
+
+
+@pytest.mark.parametrize("name", ["modèle", "llama-🦙", 'quote"d', "back\\slash", "2024", "true", "a=b", "none "])
+def test_init_from_is_taken_as_it_is(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recurformer.save(LanguageModel(ModelConfig(vocab_size=97, d_model=8, n_heads=1, n_layers=1)), tmp_path / name)
+    config = read_train_config(None, (), init_from=name)
+    assert (config.init_from, config.model.vocab_size) == (name, 97)
+    with pytest.raises(ValueError, match="name two folders; drop one"):
+        read_train_config(None, ["init_from=other"], init_from=name)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimizer.lr": 0.001}, "'optimizer.lr' is written as one name; write lr in the table optimizer"),
+        ({"model.layers": "standard", "seed": 1}, "'model.layers' is written as one name"),
+        ({"model": {"preset": ["nano"]}}, "model.preset is ('nano',); choose one of 'nano'"),
+        ({"model": {"preset": {"a": 1}}}, "unknown setting 'model.preset.a'"),
+        ({"model": {"preset": 5}}, "model.preset is 5; choose one of"),
+        ({"init_from": 5}, "init_from is 5; it must be text or none"),
+        ({"init_from": ["a"]}, "init_from is ('a',); it must be text or none"),
+        ({"optimiser": {}}, "unknown setting 'optimiser'"),
+        ({"batch_size": {}}, "batch_size is {}; it must be a whole number"),
+        ({"optimizer": []}, "optimizer is []; it is a section"),
+        ({"model": "nano"}, "model is 'nano'; it is a section"),
+        ({"model": {"dropout": 0.1}}, "unknown setting 'model.dropout'"),
+        ({"data": {"train": 5}}, "data.train is 5; it must be text that is not empty"),
+        ({"x" * 5000: 1}, "unknown setting 'xxx"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_slips_are_one_sentence(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        TrainConfig.from_dict(values)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("model.dropout", None), ("model.droput", None), ("optimizer.momentum", None),
+        ("model.rope_thet", "model.rope_theta"),
+        ("data.windw", "data.window"), ("model.lr", "optimizer.lr"), ("trainer.warmup_step", "schedule.warmup_steps"),
+        ("train", "data.train"),
+    ],
+)  # fmt: skip
+def test_a_hint_is_near_or_absent(key, hint):
+    with pytest.raises(ValueError, match=f"unknown setting '{key}'") as error:
+        read_train_config(None, [f"{key}=1"])
+    found = re.search("did you mean '(.*)'", str(error.value))
+    assert (found and found[1]) == hint
+
+
+def test_one_logger_needs_no_list(tmp_path):
+    for text in ("wandb", '"wandb"', '["wandb"]', "tensorboard,wandb"):
+        assert read_train_config(None, [f"log.loggers={text}", "model.vocab_size=256"]).log.loggers[-1] == "wandb"
+    (tmp_path / "a.toml").write_text('[log]\nloggers = "tensorboard"\n[model]\nvocab_size = 256\n')
+    assert read_train_config(tmp_path / "a.toml").log.loggers == ("tensorboard",)
+    with pytest.raises(ValueError, match=r"log\.loggers holds 'wand'; choose one of"):
+        read_train_config(None, ["log.loggers=wand", "model.vocab_size=256"])
+
+
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_a_text_file_is_no_folder_of_tokens(which, tmp_path):
+    (file := tmp_path / "words.txt").write_text("words")
+    config = read_train_config(None, [f"data.{which}={file}", "model.vocab_size=256"])
+    with pytest.raises(ValueError, match=rf"data.{which} is .*words.txt.*recurformer prepare .*words.txt --out DIR"):
+        open_tokens(config.data, which)
+
+
+def test_missing_data_need_no_vocabulary_where_they_may_be_missing(tmp_path, values):
+    missing = [f"data.train={tmp_path}/none"]
+    with pytest.raises(ValueError, match="none"):
+        read_train_config(None, missing)
+    assert read_train_config(None, missing, data_may_be_missing=True).model.vocab_size == ModelConfig.vocab_size
+    preset = read_train_config(None, [*missing, "model.preset=300m-6"], data_may_be_missing=True)
+    assert preset.model.vocab_size == 32100
+    there = values()["data"]["train"]
+    found = read_train_config(None, [f"data.train={there}", "model.preset=300m-6"], data_may_be_missing=True)
+    assert found.model.vocab_size == 256
 
 
 def test_the_share_of_a_process():

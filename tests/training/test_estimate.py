@@ -287,6 +287,12 @@ def test_the_command_writes_nothing(
     assert "data/train is missing" in out
     assert not err
     monkeypatch.setattr(timing, "time_steps", lambda *_: 1.0)
+    tiny = ["--set=model.d_model=16", "--set=model.n_layers=1", "--set=data.window=8", "--set=batch_size=2"]
+    for options, vocabulary in (([], "256"), (["--set=model.preset=150m-6", "--set=model.n_heads=2"], "32,100")):
+        with pytest.raises(SystemExit) as stop:  # nothing says the vocabulary
+            cli.main(["train", "--dry-run", *options, *tiny])
+        assert stop.value.code == 0
+        assert f"with them; vocabulary {vocabulary}" in capsys.readouterr().out
     for rank, said in (("0", True), ("1", False)):  # one process speaks for all
         several = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         for name, value in several.items():
@@ -302,14 +308,13 @@ def test_the_command_writes_nothing(
     ("arguments", "said"),
     [
         (["train"], "--out"),
-        (["train", "--dry-run"], "data/train"),  # nothing says the vocabulary
         (["train", "--dry-run", "--set", "model.vocab_size=64", "--set", "scan=fused"], "fused"),
         (["train", "--dry-run", "--set", "model.vocab_size=64", "--set", "device=cuda:99"], "cuda:99"),
         (["train", "--dry-run", "--set", "model.vocab_size=64", "--set", "batch_sise=4"], "batch_size"),
         (["train", "--dry-run", "--set", "model.vocab_size=64", "--processes", "5"], "not divisible by 5 processes"),
         (["train", "--out", "run", "--processes", "2"], "torchrun --nproc-per-node"),
     ],
-    ids=["no out", "no vocabulary", "scan", "device", "setting", "share", "processes"],
+    ids=["no out", "scan", "device", "setting", "share", "processes"],
 )
 def test_what_cannot_be_is_one_line(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

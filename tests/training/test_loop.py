@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,7 +288,7 @@ def test_other_data_are_refused(tiny, tmp_path, corpus):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__vocab_size": 300}, "vocabulary"),
+        ({"model__vocab_size": 200}, "vocabulary"),
         ({"data__window": 10_000}, "window"),
         ({"device": "tpu:0"}, "device is 'tpu:0'"),
         ({"data__train": "/nowhere", "model__vocab_size": 256}, "/nowhere"),
@@ -634,3 +635,69 @@ def test_leftovers_of_killed_writers_go_at_the_next_start(tiny, tmp_path):
     train(tiny(schedule__steps=3), tmp_path / "run", resume=True, allow_change=["schedule.steps"], quiet=True)
     assert {p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")} == {".lock", *mine}
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+def test_resuming_needs_a_run(values, tmp_path):
+    """A name that was mistyped starts nothing; with --config the same command serves for every start."""
+    missing = tmp_path / "typo"
+    refused = command({}, missing, "--resume", "--set", "schedule.steps=5", config=False)
+    assert "there is no run in" in str(refused.exception)
+    assert not missing.exists()
+    (tmp_path / "empty").mkdir()
+    refused = command({}, tmp_path / "empty", "--resume", config=False)
+    assert "has no config.json. Correct --out, or give --config" in str(refused.exception)
+    refused = command({}, missing, "--resume", "--dry-run", config=False)
+    assert "there is no run in" in str(refused.exception)
+    started = command(values(schedule__steps=1), tmp_path / "run", "--resume")
+    assert (started.exception, started.return_value) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--allow-change", "optimizer.lr"], "--allow-change optimizer.lr is for --resume"),
+        (["--config", "other.toml"], "--config is given 2 times"),
+        (["--init-from", "a", "--set", "init_from=b"], "--init-from 'a' and --set 'init_from=b' name two folders"),
+        (["--dry-run", "--allow-change", "seed"], "--allow-change seed is for --resume"),
+    ],
+)
+def test_options_that_contradict_each_other(options, said, values, tmp_path):
+    refused = command(values(), tmp_path / "run", *options)
+    assert said in str(refused.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_from_another_folder(values, tmp_path, corpus, monkeypatch):
+    """Relative paths of data hold from the folder in which the run was started, here one above the run."""
+    shutil.copytree(corpus / "train", tmp_path / "data/train")
+    shutil.copytree(corpus / "validation", tmp_path / "data/validation")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = {"train": "data/train", "validation": "data/validation", "window": 16}
+    run = tmp_path / "runs/first"
+    (tmp_path / "runs").mkdir()
+    assert command(values(data=data, schedule__steps=4), run, "--stop-at", "2").return_value == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = command({}, run, "--resume", config=False)
+    assert (again.exception, again.return_value) == (None, 0)
+    found = CliRunner().invoke(cli, ["eval", str(run), "--json"])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["data"] == str(tmp_path / "data/validation")
+    shutil.rmtree(tmp_path / "data")
+    for arguments in (["eval", str(run)], ["train", "--resume", "--out", str(run), "--set", "seed=0"]):
+        lost = CliRunner().invoke(cli, arguments)
+        assert "which are neither in" in str(lost.exception)
+        assert str(tmp_path / "elsewhere") in str(lost.exception)
+
+
+def test_a_name_that_is_a_date(values, tmp_path, corpus, monkeypatch):
+    """From the command line to the run's own configuration and back."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(corpus / "train", tmp_path / "2024-05-01")
+    table = values(schedule__steps=2)
+    del table["data"]["train"], table["data"]["validation"]
+    first = command(table, tmp_path / "run", "--set", "data.train=2024-05-01", "--set", "data.validation=none",
+                    "--stop-at", "1")  # fmt: skip
+    assert (first.exception, first.return_value) == (None, 0)
+    second = command({}, tmp_path / "run", "--resume", config=False)
+    assert (second.exception, second.return_value) == (None, 0)

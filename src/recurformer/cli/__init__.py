@@ -53,13 +53,39 @@ def main(arguments: Sequence[str] | None = None, command: click.Command = cli, n
     except BrokenPipeError:  # `recurformer ... | head`: nobody reads on, and the flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (ValueError, OSError) as error:
-        _fail(str(error))
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        from recurformer.hardware import is_out_of_memory
+        from recurformer.reading import brief
+
+        if is_out_of_memory(error):
+            _fail(f"out of memory ({brief(error)}); {_less_memory(arguments)}")
+        if isinstance(error, ValueError | OSError):
+            _fail(str(error))
+        raise
     except (click.Abort, KeyboardInterrupt):
         print("recurformer: interrupted", file=sys.stderr)
         sys.exit(130)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+LESS_MEMORY = {
+    "train": "lower micro_batch_size, recurrent_micro_batch_size, evaluation.batch_size or data.window, or set "
+    "recompute (a resumed run also needs --allow-change NAME)",
+    "eval": "lower --batch-size or --window",
+    "generate": "give fewer prompts at once or a shorter one, or lower --samples or --max-new-tokens",
+    "prepare": "lower --workers",
+    "convert": "use a machine with more memory: the whole model is held once",
+    "tasks": "lower --batch-size or --d-model",
+    "demo": "close other programs, or lower --set batch_size=N",
+}
+"""Name of a verb -> the options by which it takes less memory."""
+
+
+def _less_memory(arguments: Sequence[str] | None) -> str:
+    words = sys.argv[1:] if arguments is None else arguments
+    verb = next((word for word in words if not word.startswith("-")), "")
+    return LESS_MEMORY.get(verb, "lower the batch size or the length")
 
 
 def _fail(message: str) -> None:

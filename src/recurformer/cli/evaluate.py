@@ -44,7 +44,7 @@ def evaluate(
     """
     import json
 
-    from recurformer.evaluation.perplexity import evaluate, open_data, run_setting
+    from recurformer.evaluation.perplexity import evaluate, locate, open_data, run_of, run_setting
     from recurformer.generation.text import open_model
 
     if tasks and (data or max_batches):
@@ -70,8 +70,11 @@ def evaluate(
         else:
             zeroshot.show(results)
         return
-    if (data := data or run_setting(folder, "data", "validation")) is None:
-        raise ValueError(f"{run} names no validation data; give --data")
+    if data is None:
+        named, home = run_setting(folder, "data", "validation"), run_of(folder)
+        if named is None or home is None:
+            raise ValueError(f"{run} names no validation data; give --data")
+        data = locate(named, home)
     window = int(window or run_setting(folder, "data", "window") or 512)
     with open_data(data, tokenizer, model.config.vocab_size, folder) as dataset:
         result = evaluate(

@@ -179,14 +179,40 @@ def open_data(
         yield TokenDataset(made.folder)
 
 
-def run_setting(folder: str | Path, section: str, name: str) -> Any:
-    """Return a setting of the training run that a folder belongs to; None when it belongs to no run."""
+def run_of(folder: str | Path) -> Path | None:
+    """Return the training run that a folder belongs to: the run itself, or one of its checkpoints; None without one."""
     folder = Path(folder).resolve()
     for candidate in (folder, *list(folder.parents)[:3]):
         if (candidate / "config.json").is_file() and (candidate / "checkpoints").is_dir():
-            values = read_table(candidate / "config.json").get(section)
-            return values.get(name) if isinstance(values, dict) else None
+            return candidate
     return None
+
+
+def run_setting(folder: str | Path, section: str, name: str) -> Any:
+    """Return a setting of the training run that a folder belongs to; None when it belongs to no run."""
+    run = run_of(folder)
+    table = {} if run is None else read_table(run / "config.json").get(section, {})
+    return table.get(name) if isinstance(table, dict) else None
+
+
+def locate(path: str, run: Path) -> str:
+    """Return a path in a run's configuration as it leads to the data from here.
+
+    A relative path holds from the folder in which the run was started. That folder is this one, or most often one above
+    the run.
+
+    Raises:
+        ValueError: when the path leads nowhere from any of these folders.
+    """
+    if Path(path).is_absolute() or Path(path).exists():
+        return path
+    for folder in run.resolve().parents:
+        if (folder / path).exists():
+            return str(folder / path)
+    raise ValueError(
+        f"the run {run} names the data {path!r}, which are neither in {Path.cwd()} nor in a folder above the run; give "
+        "their path with --data or --set data.train=, data.validation="
+    )
 
 
 @contextmanager

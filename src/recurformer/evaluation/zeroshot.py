@@ -9,8 +9,9 @@ Items are JSON lines, plain or .gz:
 from __future__ import annotations
 
 import gzip
-import json
+import itertools
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from recurformer.generation.modes import evaluating
 from recurformer.generation.prompt import pad_prompts
 from recurformer.layer import accumulation_dtype
 from recurformer.model import LanguageModel
+from recurformer.reading import LARGEST, check_regular, parse
+from recurformer.settings import shown
 
 if TYPE_CHECKING:
     from recurformer.data import Tokenizer
@@ -50,8 +53,9 @@ class TaskResult:
     perplexity: float | None  # exp(-mean log-probability) of the continuations; None with choices
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every number under its own name, ready for JSON."""
-        return asdict(self)
+        """Return every number under its own name, ready for JSON; None where it is not finite."""
+        values = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -84,23 +88,25 @@ def find_tasks(paths: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """Return the first `limit` items of a task's file; None: all.
+    """Return the first `limit` items of a task's file; None: all. A byte order mark and blank lines are skipped.
 
     Raises:
         ValueError: for a line that is no item, naming file and line; for a damaged file, and one without items.
     """
+    check_regular(path)
     items: list[Item] = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(items) >= limit:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            for number in itertools.count(1):
+                line = lines.readline(LARGEST)
+                if not line or (limit is not None and len(items) >= limit):
                     break
-                try:
-                    items.append(item(json.loads(line)))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path}, line {number}, is no item: {error!r}") from error
-        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+                if len(line) == LARGEST:
+                    raise ValueError(f"{path}, line {number}, has more than {LARGEST:,} bytes; it is no item")
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    items.append(_item_in_line(text, f"{path}, line {number},"))
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again") from error
     if not items:
         raise ValueError(f"{path} holds no items")
     if len({one.label is None for one in items}) > 1:
@@ -108,19 +114,50 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     return items
 
 
+def _item_in_line(text: str, place: str) -> Item:
+    try:
+        return item(parse(text, ".json", place))
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(place) else f"{place} is no item: {message}") from None
+
+
 def item(values: Any) -> Item:
-    """Return an item from its JSON object."""
+    """Return an item from its JSON object.
+
+    Raises:
+        ValueError: for a field that is missing or of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{shown(values)} is no JSON object with context and choices or continuation")
     if "choices" in values:
-        pairs = tuple((values["context"], choice) for choice in values["choices"])
+        pairs = tuple((_text(values, "context"), choice) for choice in _texts(values, "choices"))
     else:
-        contexts = values["contexts"] if "contexts" in values else [values["context"]]
-        pairs = tuple((context, values["continuation"]) for context in contexts)
-    if not all(isinstance(text, str) for pair in pairs for text in pair) or not all(choice for _, choice in pairs):
-        raise ValueError("contexts and choices must be texts, and choices not empty")
-    label = values["label"] if "choices" in values or "contexts" in values else None
-    if label is not None and (not isinstance(label, int) or not 0 <= label < len(pairs)):
-        raise ValueError(f"label is {label!r}, the choices are 0 to {len(pairs) - 1}")
+        contexts = _texts(values, "contexts") if "contexts" in values else (_text(values, "context"),)
+        pairs = tuple((context, _text(values, "continuation")) for context in contexts)
+    if not all(choice for _, choice in pairs):
+        raise ValueError("a choice or continuation is empty; it must be text")
+    if "choices" not in values and "contexts" not in values:
+        return Item(pairs, None)
+    label = values.get("label")
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(pairs):
+        raise ValueError(f"label is {shown(label)}; it must be a whole number from 0 to {len(pairs) - 1}")
     return Item(pairs, label)
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    found = values.get(name)
+    if not isinstance(found, str):
+        raise ValueError(f"{name} is {shown(found)}; it must be text" if name in values else f"it lacks {name!r}")
+    return found
+
+
+def _texts(values: dict[str, Any], name: str) -> tuple[str, ...]:
+    """Return a list of texts. One text in its place, as from a CSV file, would be read letter by letter."""
+    found = values[name]
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"{name} is {shown(found)}; it must be a list of one or more texts")
+    return tuple(found)
 
 
 def evaluate_task(
@@ -228,8 +265,10 @@ def score(
             for row, i in enumerate(rows):
                 wanted = torch.tensor(requests[i][1], device=device)[-x.shape[1] :]
                 own = logits[row, -len(wanted) :]
-                total = own.gather(1, wanted[:, None]).sum()
-                found[i] = Scored(float(total), bool((own.argmax(-1) == wanted).all()))
+                total = float(own.gather(1, wanted[:, None]).sum())
+                if math.isnan(total):
+                    raise ValueError("the model's logits are not numbers; its weights are damaged or it has diverged")
+                found[i] = Scored(total, bool((own.argmax(-1) == wanted).all()))
             advance(len(rows))
     return [found[i] for i in range(len(requests))]
 

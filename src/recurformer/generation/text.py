@@ -56,6 +56,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}, which cannot be used here ({reason}); choose auto or cpu") from None
+    if device.type == "meta":
+        raise ValueError(f"device is {name!r}, which holds shapes and no values; choose auto or cpu")
     return device
 
 

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field
 
@@ -41,6 +41,7 @@ Precision = Literal["fp32", "bf16", "fp64"]
 Logger = Literal["tensorboard", "wandb"]
 Trained = Literal["all", "recurrent"]
 Parallel = Literal["ddp", "fsdp"]
+Scan = Literal["auto", "reference", "tiled", "fused", "wavefront"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,9 @@ class TrainConfig(Settings):
     precision: Precision = setting(
         "fp32", '"fp32", "bf16" (autocast: weights stay float32) or "fp64" (for exact checks, on a CPU).'
     )
-    scan: str = setting("auto", 'Scan that evaluates recurrent layers: "auto" or the name of one.')
+    scan: Scan = setting(
+        "auto", 'Scan that evaluates recurrent layers: "auto", "reference", "tiled", "fused" or "wavefront".'
+    )
     compile: bool | None = setting(
         None, "Whether torch.compile fuses the element-wise steps of standard layers; none: on a GPU only."
     )
@@ -261,18 +264,23 @@ class TrainConfig(Settings):
         return _plain(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+    def from_dict(cls, values: Mapping[str, Any], data_may_be_missing: bool = False) -> TrainConfig:
         """Build a configuration from nested dictionaries, as TOML, YAML and JSON files give them.
 
         The `model` table takes every `ModelConfig` field, and `preset`: a named shape that the other fields change.
         `model.vocab_size` defaults to the vocabulary of `data.train`. The text "none" means None where None is allowed.
+
+        Args:
+            data_may_be_missing: without data, `model.vocab_size` defaults to that of the preset or of `ModelConfig`.
 
         Raises:
             ValueError: for an unknown setting (naming the nearest known one) and for a bad value, under its full name.
         """
         _refuse_unknown(values)
         others = _build(cls, {name: values[name] for name in values if name != "model"}, "")
-        return dataclasses.replace(others, model=_build(ModelConfig, _model_table(values, others), "model."))
+        return dataclasses.replace(
+            others, model=_build(ModelConfig, _model_table(values, others, data_may_be_missing), "model.")
+        )
 
 
 # --- from dictionaries, strictly --------------------------------------------------------------------------------------
@@ -329,10 +337,15 @@ def _nearest(key: str, known: Sequence[str]) -> str:
         return f"; did you mean {same[0]!r}?"
     if near := suggest(name, [last for place, _, last in places.values() if place == section]):
         return near.replace("mean '", f"mean '{section}.") if section else near
-    # Only the last parts are compared: two names of one section look alike because of the section.
+    # Two names of one section look alike because of the section: their last parts must be alike, too.
+    alike = [k for k in difflib.get_close_matches(key, known) if _are_alike(name, places[k][2])]
     found = difflib.get_close_matches(name, [last for _, _, last in places.values()], n=1, cutoff=0.7)
-    matches = [k for k, (_, _, last) in places.items() if found and last == found[0]]
-    return f"; did you mean {matches[0]!r}?" if len(matches) == 1 else ""
+    alike += [k for k, (_, _, last) in places.items() if last in found]
+    return f"; did you mean {alike[0]!r}?" if alike else ""
+
+
+def _are_alike(a: str, b: str) -> bool:
+    return sorted(a) == sorted(b) or difflib.SequenceMatcher(None, a, b).ratio() > 0.6
 
 
 def _build(section: type[S], values: Any, prefix: str) -> S:
@@ -346,6 +359,8 @@ def _build(section: type[S], values: Any, prefix: str) -> S:
             value = _build(annotation, value, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
         elif value == "none" and type(None) in get_args(annotation):
             value = None
+        elif isinstance(value, str) and get_origin(annotation) is tuple:  # log.loggers=wandb
+            value = tuple(word.strip() for word in value.split(",") if word.strip())
         fields[name] = value
     try:
         return section(**fields)
@@ -353,7 +368,7 @@ def _build(section: type[S], values: Any, prefix: str) -> S:
         raise ValueError(f"{prefix}{error}") from None
 
 
-def _model_table(values: Mapping[str, Any], others: TrainConfig) -> dict[str, Any]:
+def _model_table(values: Mapping[str, Any], others: TrainConfig, data_may_be_missing: bool) -> dict[str, Any]:
     """Return the `model` table with what `preset`, `init_from` and the training data add to it."""
     table = values.get("model", {})
     if not isinstance(table, Mapping):
@@ -373,6 +388,8 @@ def _model_table(values: Mapping[str, Any], others: TrainConfig) -> dict[str, An
     elif preset is not None:
         # A preset's vocabulary is its paper's. The data decide, unless the table says otherwise.
         table = {**{name: value for name, value in PRESETS[preset].items() if name != "vocab_size"}, **table}
+    if "vocab_size" not in table and data_may_be_missing and not Path(others.data.train).exists():
+        table["vocab_size"] = PRESETS.get(preset or "", {}).get("vocab_size", ModelConfig.vocab_size)
     if "vocab_size" not in table:
         table["vocab_size"] = open_tokens(others.data, "train").vocab_size
     return table

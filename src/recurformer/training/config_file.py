@@ -13,7 +13,11 @@ from recurformer.training.config import TrainConfig
 
 
 def read_train_config(
-    file: str | Path | None = None, settings: Sequence[str] = (), *, init_from: str | None = None
+    file: str | Path | None = None,
+    settings: Sequence[str] = (),
+    *,
+    init_from: str | None = None,
+    data_may_be_missing: bool = False,
 ) -> TrainConfig:
     """Read a configuration file and apply `--set`-style changes to it.
 
@@ -22,6 +26,7 @@ def read_train_config(
         settings: "a.b=value" each. The value is read as TOML ("1e-3", "true", "[1, 2]", a quoted string). It is taken
             as text where it is no TOML, and where the setting accepts the text and not the TOML value.
         init_from: the setting of that name, taken as it is.
+        data_may_be_missing: take a preset's or the default vocabulary where neither settings nor data give one.
 
     Raises:
         ValueError: for a file that cannot be read, a setting without "=", an unknown name or a bad value.
@@ -44,7 +49,7 @@ def read_train_config(
         node[name] = _value(value, _annotation(sections, name))
     if init_from is not None:
         values["init_from"] = init_from
-    return TrainConfig.from_dict(values)
+    return TrainConfig.from_dict(values, data_may_be_missing)
 
 
 def read_file(file: Path) -> dict[str, Any]:

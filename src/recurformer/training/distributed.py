@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from recurformer.hardware import is_out_of_memory
 from recurformer.model import LanguageModel
+from recurformer.reading import brief
 from recurformer.training.run import TrainingError
 from recurformer.training.sharding import buckets, in_one_piece, shard
 from recurformer.training.torchrun import torchrun_environment
@@ -251,7 +253,14 @@ class SeveralProcesses(OneProcess):
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingError):
             time.sleep(1)  # a connection broke inside PyTorch: the listener may know why, and says it better
         with self._ending:
-            if isinstance(error, ValueError | TrainingError):
+            if is_out_of_memory(error):
+                print(
+                    f"recurformer: error: process {self.rank} of {self.size} is out of memory ({brief(error)}); lower "
+                    "micro_batch_size, recurrent_micro_batch_size, evaluation.batch_size or data.window, or set "
+                    "recompute",
+                    file=sys.stderr,
+                )
+            elif isinstance(error, ValueError | TrainingError):
                 print("recurformer: error: " + " ".join(str(error).split()), file=sys.stderr)
             else:
                 traceback.print_exception(error)

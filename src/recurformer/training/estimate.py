@@ -127,7 +127,7 @@ def _model_rows(e: Estimate) -> list[Row]:
     return [
         ("model", m.kind, f"{m.n_layers} layers of {m.d_model}, {m.n_heads} heads, MLP {m.mlp_width}"),
         ("parameters", f"{m.num_parameters():,}", "without embedding and output layer"),
-        ("", f"{m.num_parameters(embedding=True):,}", "with them"),
+        ("", f"{m.num_parameters(embedding=True):,}", f"with them; vocabulary {m.vocab_size:,}"),
     ]
 
 

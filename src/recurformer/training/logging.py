@@ -9,9 +9,10 @@ import os
 import platform
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -133,6 +134,34 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     }
 
 
+class _Stderr:
+    """The present stderr, or nothing where it is closed. A run outlives its terminal and the reader of its output."""
+
+    def __init__(self) -> None:
+        self._file = sys.stderr  # kept: a progress bar replaces sys.stderr by a proxy that writes here
+        self.encoding = getattr(self._file, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            if self._file is not None:
+                self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            if self._file is not None:
+                self._file.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return self._file is not None and self._file.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+
 class Screen:
     """Progress on stderr: a progress line on a terminal, one line a record elsewhere.
 
@@ -143,7 +172,7 @@ class Screen:
     """
 
     def __init__(self, steps: int, step: int, quiet: bool) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(file=cast(TextIO, _Stderr()), quiet=quiet, highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal and not quiet
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -185,4 +214,4 @@ class Screen:
 
 def say_on_stderr(message: str) -> None:
     """Print a message before there is a screen."""
-    print(message, file=sys.stderr, flush=True)
+    print(message, file=cast(TextIO, _Stderr()), flush=True)

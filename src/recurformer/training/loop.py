@@ -22,6 +22,7 @@ from recurformer.store.checkpoints import Checkpoint, TrainingState, remove_outd
 from recurformer.training.config import TrainConfig
 from recurformer.training.distributed import OneProcess, join_processes
 from recurformer.training.logging import Metrics, NoMetrics, Screen, device_facts, say_on_stderr
+from recurformer.training.memory import scan_of
 from recurformer.training.optimizer import set_rates
 from recurformer.training.run import FolderLock, TrainingError, check_resumable, check_shared, lock, write_run_config
 from recurformer.training.saving import all_finite, save
@@ -390,7 +391,10 @@ def open_run(
     processes = stack.enter_context(join_processes(config, device))
     quiet = quiet or processes.rank > 0
     say: Callable[[str], None] = (lambda message: None) if quiet else say_on_stderr
-    data = processes.together(lambda: open_data(config))
+    # A scan that the device lacks is refused here: no step is needed to find out.
+    share, together = config.share(processes.size), not processes.sharded
+    processes.together(lambda: scan_of(share, device, together))
+    data = processes.together(lambda: open_data(config, out if resume else None))
     changes = processes.together(lambda: check_resumable(config, out, resume, allow_change), alone=True)
     held = processes.together(lambda: stack.enter_context(lock(out)), alone=True)
     mark = processes.first(held.mark if held else 0)
@@ -398,8 +402,8 @@ def open_run(
     checkpoint = find_checkpoint(out / "checkpoints", say, processes) if resume else None
     model, optimizer, state = processes.together(lambda: start_training(config, device, data, checkpoint, processes))
     if processes.rank == 0:
+        write_run_config(config, out)  # first: a folder with a configuration can be resumed
         (out / "checkpoints").mkdir(exist_ok=True)
-        write_run_config(config, out)
     if resume:
         origin = f"checkpoint {checkpoint.path.name}" if checkpoint else "the start: there is no checkpoint yet"
         say(f"resuming {out} from {origin}" + "".join(f"\n  {change}" for change in changes or ()))

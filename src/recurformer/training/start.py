@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 import recurformer
+from recurformer.evaluation.perplexity import locate
 from recurformer.model import LanguageModel, Layer
 from recurformer.store.checkpoints import Checkpoint, TrainingState, checkpoint_at, newest_checkpoint, resolve
 from recurformer.training.checkpoint import restore_rng
@@ -33,8 +34,11 @@ class RunData:
     windows: TrainingWindows  # of the training tokens, in the run's order
 
 
-def open_data(config: TrainConfig) -> RunData:
+def open_data(config: TrainConfig, run: Path | None = None) -> RunData:
     """Open a run's data, and import its loggers: what is missing is refused before anything is written.
+
+    Args:
+        run: folder of a run that goes on. Relative paths of data also hold from the folders above it.
 
     Raises:
         ValueError: for data that are missing, damaged or of another tokenizer than the model, and for a missing logger.
@@ -43,6 +47,9 @@ def open_data(config: TrainConfig) -> RunData:
     from recurformer.data.vocabulary import check_vocabulary
 
     data = config.data
+    if run is not None:
+        found = None if data.validation is None else locate(data.validation, run)
+        data = replace(data, train=locate(data.train, run), validation=found)
     training = open_tokens(data, "train")
     tokenizer = training.tokenizer()
     check_vocabulary(training, config.model.vocab_size, *starting_tokenizer(config))
