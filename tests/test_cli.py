@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Outcome:
-    """What one call of the command left behind."""
+    """Exit code and output of one call of the command."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], *arguments: object) -> None:
         with pytest.raises(SystemExit) as stop:

@@ -20,7 +20,7 @@ ON_GPU = {"groups": HERE / "gpu" / "groups.json"}  # measured there by the page'
 GROUPS = {"length": 32, "steps": 300}
 SINGLE = ("SSSS", "RSSS", "SRSS", "SSRS", "SSSR")
 SEVERAL = ("RRSS", "SSRR", "RSRS")
-TEXT = {"length": 32, "steps": 150}
+TEXT = {"length": 32, "steps": 150, "batch_size": 32}
 
 TASKS = {
     **{f"parity-{seed}": TaskSettings(tasks=("parity",), seeds=(seed,), **GROUPS) for seed in range(3)},
@@ -49,7 +49,7 @@ HYBRIDS = {
     "text-2": HybridSettings(only=("RRRR",), extra_steps=(), **TEXT),
     **{
         f"parity-hybrids-{seed}": HybridSettings(
-            on="parity", n_layers=3, n_heads=16, length=16, steps=150, extra_steps=(), seeds=(seed,)
+            on="parity", n_layers=3, n_heads=16, length=16, steps=150, batch_size=32, extra_steps=(), seeds=(seed,)
         )
         for seed in range(3)
     },

@@ -1,8 +1,8 @@
 """`recurformer demo`: train three small models of one size and compare them.
 
-A Recurrent Transformer, the same with only its first layer recurrent, and a Transformer of the same number of matrix
-parameters and twice the layers, on the same tokens in the same order under the same schedule. What comes out is printed
-as it is.
+The first is a Recurrent Transformer, and the second has only its first layer recurrent. The third is a Transformer of
+the same number of matrix parameters and twice the layers. All see the same tokens in the same order under the same
+schedule, and their results are printed unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from recurformer.training.config import TrainConfig
 from recurformer.training.config_file import read_train_config
 
-STEPS = 240  # what decides how long the demo takes
+STEPS = 240  # decides the duration of the demo
 WINDOW, BATCH_SIZE = 64, 32  # many small steps: at this length they teach more than fewer of long windows
 EVALUATIONS = 8  # in addition to the one before the first step, each over the whole validation text
 
@@ -31,7 +31,7 @@ PROMPTS = ("The colour of the light ", "Mr. Darcy ")
 
 
 def settings_of(model: dict[str, Any], data: Path, steps: int) -> list[str]:
-    """The training settings of one model, as `--set` takes them."""
+    """Return the training settings of one model, as `--set` takes them."""
     common = {
         "data.train": data / "train",
         "data.validation": data / "validation",
@@ -49,12 +49,12 @@ def settings_of(model: dict[str, Any], data: Path, steps: int) -> list[str]:
 
 
 def quickstart(name: str) -> str:
-    """The path of a file of the text inside the package: "train.jsonl", "validation.jsonl" or "LICENCE.md"."""
+    """Return the path of a file inside the package: "train.jsonl", "validation.jsonl" or "LICENCE.md"."""
     return str(resources.files("recurformer") / "quickstart" / name)
 
 
 def prepare_text(out: Path) -> None:
-    """The package's text as tokens (its bytes), unless they are there already."""
+    """Write the package's text as tokens, its bytes, unless they are there already."""
     from recurformer.data import TokenDataset, prepare
 
     for name in ("train", "validation"):
@@ -65,7 +65,7 @@ def prepare_text(out: Path) -> None:
 
 
 def train_all(out: Path, steps: int, settings: Sequence[str], say: Callable[[str], None]) -> list[Path]:
-    """Train each model into its folder, or continue it; finished ones are left alone. The folders.
+    """Train each model into its folder, or continue it, and return the folders. Finished runs are left alone.
 
     Raises:
         ValueError: when a folder holds a run with other settings.

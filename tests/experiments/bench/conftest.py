@@ -14,7 +14,7 @@ from recurformer import cli
 
 @pytest.fixture
 def text_of() -> Callable[[Any, dict[str, Any]], str]:
-    """What a table looks like on 100 columns; it must not be cut."""
+    """Return a function that prints a table on 100 columns and checks that nothing is cut."""
 
     def shown(show: Any, results: dict[str, Any]) -> str:
         out = io.StringIO()

@@ -31,7 +31,7 @@ def test_the_note_names_the_scan_that_runs(length: int, name: str):
 
 def test_every_path_in_both_passes(text_of: Callable[..., str]):
     calls: list[tuple[str, int, int]] = []
-    results = bench_layer(LayerSettings(**SMALL, scans=(*CPU_SCANS, "auto")), lambda *call: calls.append(call))
+    results = bench_layer(LayerSettings(**{**SMALL, "scans": (*CPU_SCANS, "auto")}), lambda *call: calls.append(call))
     paths = [*CPU_SCANS, "auto", "standard"]
     assert [row["path"] for row in results["rows"]] == paths
     assert json.loads(json.dumps(results))["rows"] == results["rows"]
@@ -73,7 +73,7 @@ def test_inputs_rotate_over_one_pool():
 
 
 def test_gradients_reach_weights_and_inputs():
-    """What `work` runs is a whole backward pass."""
+    """`work` runs a whole backward pass."""
     settings = LayerSettings(**SMALL)
     subject = layer._ours(settings, "tiled", torch.device("cpu"))
     x = subject.inputs(0)

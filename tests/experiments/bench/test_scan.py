@@ -27,7 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def text_of(show: Any, results: dict[str, Any]) -> str:
-    """What a table looks like in a terminal of 80 columns; it must not be cut."""
+    """Return the look of a table in a terminal of 80 columns; it must not be cut."""
     out = io.StringIO()
     show(results, Console(file=out, width=80))
     assert max(map(len, out.getvalue().splitlines())) <= 80

@@ -232,7 +232,17 @@ def test_hybrids_are_trained_and_compared(on: str):
 
 def test_some_placements_alone():
     results = run_hybrids(HybridSettings(on="parity", n_layers=2, only=("RS",), extra_steps=(), **SMALL))
-    assert [r["layers"] for r in results["rows"]] == ["RS"]
+    assert [r["layers"] for r in results["rows"]] == ["SS", "RS"]  # the Transformer is the one to compare with
+    results = run_hybrids(HybridSettings(on="text", n_layers=2, only=("SR", "RS"), extra_steps=(2,), **SMALL))
+    assert [(r["layers"], r["times"]) for r in results["rows"]] == [("SS", 1), ("RS", 1), ("SR", 1), ("SS", 2)]
+    base, *others = hybrids.summary(results)
+    assert (base["layers"], base["times"]) == ("SS", 1)
+    text = text_of(hybrids.show_hybrids, results)
+    for entry in others:
+        assert f"{entry['loss'] - base['loss']:+.4f}" in text
+        assert f"{entry['cost_s'] / base['cost_s']:.2f}" in text
+    everything = HybridSettings(on="parity", n_layers=2, only=("SS",), extra_steps=(), **SMALL)
+    assert [r["layers"] for r in run_hybrids(everything)["rows"]] == ["SS"]
     with pytest.raises(ValueError, match="SS, RS, SR, RR"):
         HybridSettings(n_layers=2, only=("RSS",))
 

@@ -126,12 +126,14 @@ def bench_layer(settings: LayerSettings, progress: Progress = silent) -> dict[st
 
 
 def layer_passes(s: LayerSettings, name: str, device: torch.device) -> tuple[Subject, Callable[[int], Work]]:
-    """What a row measures, and a function that gives, for the number of a run, what is timed of it.
+    """Return the subject of a row, and a function from the number of a run to its timed work.
 
-    That is a forward and, where gradients are on, a backward.
+    The work is a forward and, where gradients are on, a backward.
 
     Args:
-        name: of a scan, "standard" or an official one.
+        s: shape and dtype.
+        name: a scan, "standard" or a key of `OFFICIAL`.
+        device: the place of the work.
     """
     gradients = torch.is_grad_enabled()
     gradient = torch.randn(s.batch_size, s.length, s.d_model, device=device) if gradients else None

@@ -16,7 +16,7 @@ class LiveTensors(TorchDispatchMode):
     """Counts the bytes of the tensors made inside, down to the last one freed, on any device.
 
     Every operation below autograd is seen, those of backward passes included; scratch space that an operation takes
-    and gives back by itself is not. What existed before is not counted.
+    and gives back by itself is not. Tensors that existed before are not counted.
 
     Attributes:
         live: bytes that are alive now.

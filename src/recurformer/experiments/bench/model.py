@@ -83,7 +83,7 @@ class ModelSettings(Settings):
         return [(preset, kind) for preset in dict.fromkeys(self.presets) for kind in kinds]
 
     def candidates(self, kind: str) -> list[Candidate]:
-        """What to try for one kind of layers."""
+        """Return the settings to try for one kind of layers."""
         whole = self.tokens // self.length
         sizes = dict.fromkeys(min(size, whole) for size in self.micro_batch_sizes)
         again = (False,) if kind == "recurrent" else tuple(dict.fromkeys(self.recompute))

@@ -1,7 +1,7 @@
 """Blocks of the official implementation, from the user's own checkout: nothing of it is part of this package.
 
-The checkout's package `olmo` is imported from the folder it lies in. What it imports for data, storage and
-configuration files, and no block needs, may be missing: an empty module stands in.
+The checkout's package `olmo` is imported from its own folder. It also imports packages for data, storage and
+configuration files, which no block needs. Where such a package is missing, an empty module takes its place.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class StandIn(types.ModuleType):
 
 
 class Finder:
-    """The last to be asked for a module: finds a stand-in for what nobody else finds of the `UNUSED` packages."""
+    """The last finder of modules: it finds a stand-in for a package of `UNUSED` that no other finder has found."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         unused = name.partition(".")[0] in UNUSED
@@ -91,7 +91,7 @@ class Finder:
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Missing packages of `UNUSED` can be imported inside, and are missing again outside."""
+    """Let the missing packages of `UNUSED` be imported inside the block. Afterwards they are missing again."""
     finder = Finder()
     sys.meta_path.append(finder)  # pyright: ignore[reportArgumentType]
     try:
@@ -103,7 +103,7 @@ def stand_ins() -> Iterator[None]:
 
 
 def load_package(checkout: str | Path) -> tuple[Any, Any, Any]:
-    """The modules olmo.config, olmo.model and olmo.efficient_utils of a checkout.
+    """Return the modules olmo.config, olmo.model and olmo.efficient_utils of a checkout.
 
     Raises:
         ValueError: when the folder is no such checkout, or its package does not import.
@@ -130,7 +130,7 @@ def load_package(checkout: str | Path) -> tuple[Any, Any, Any]:
 def load_block(
     checkout: str | Path, kind: str, batch_size: int, length: int, d_model: int, n_heads: int, device: torch.device
 ) -> OfficialBlock:
-    """A newly initialised block of the paper's options: layer norm, full QK-norm, GELU, bf16.
+    """Return a newly initialised block with the paper's options: layer norm, full QK-norm, GELU, bf16.
 
     The recurrent block has ALiBi and, on a GPU, runs in the CUDA graph that its own `cuda_capture_block` makes, with or
     without gradients as they are enabled now. The sequential one runs through torch.compile, without ALiBi as its own

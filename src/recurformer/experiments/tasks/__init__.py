@@ -1,7 +1,7 @@
-"""State-tracking tasks: what a layer that sees its own outputs can learn, and how far beyond the training length.
+"""State-tracking tasks: which of them a layer learns that sees its own outputs, and up to which length.
 
-`TASKS` lists them, `make_task` makes one, `run_tasks` trains and scores models on them, `run_hybrids` asks which layers
-need recurrence.
+`TASKS` lists the tasks and `make_task` makes one. `run_tasks` trains and scores models on them. `run_hybrids` compares
+placements of recurrent layers.
 """
 
 from recurformer.experiments.tasks.generators import TASKS, Task, make_task

@@ -1,11 +1,12 @@
-"""Which layers need recurrence: every placement of interest on a task or on text, loss against cost."""
+"""Placements of recurrent layers among standard ones: loss and cost of each, on a task or on text."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -16,7 +17,7 @@ from recurformer.experiments.bench.common import Progress, ScanName, record, sho
 from recurformer.experiments.tasks.generators import make_task
 from recurformer.experiments.tasks.sweep import TEST_SEED, train_on_task
 from recurformer.experiments.tasks.text import VOCABULARY, held_out_loss, quickstart_bytes, random_windows
-from recurformer.experiments.tasks.training import accuracy, fit
+from recurformer.experiments.tasks.training import Fit, accuracy, fit
 from recurformer.model import LanguageModel
 from recurformer.settings import Count, Positive, Seeds, Settings, Text, setting, shown
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
@@ -28,7 +29,10 @@ TEXT = "text"  # the name of the bytes inside the package, beside the tasks' nam
 
 
 def placements(n_layers: int) -> dict[str, tuple[LayerKind, ...]]:
-    """Names (R recurrent, S standard) and kinds: none, each single layer, the first k, the last k, every other, all."""
+    """Return the placements of interest: names (R recurrent, S standard) -> kinds of the layers, first to last.
+
+    They are: none recurrent, each single layer, the first k, the last k, every other layer, all.
+    """
 
     def letters(chosen: set[int]) -> str:
         return "".join("R" if n in chosen else "S" for n in range(n_layers))
@@ -80,7 +84,7 @@ class HybridSettings(Settings):
         self.model_config(("standard",) * self.n_layers)
 
     def model_config(self, layers: tuple[LayerKind, ...]) -> ModelConfig:
-        """The shape of one model."""
+        """Return the shape of one model."""
         vocabulary = VOCABULARY if self.on == TEXT else make_task(self.on).vocab_size
         return ModelConfig(
             vocab_size=vocabulary, d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, layers=layers,
@@ -88,23 +92,24 @@ class HybridSettings(Settings):
         )  # fmt: skip
 
     def optimizer(self) -> OptimizerConfig:
-        """AdamW as in a training run, without weight decay."""
+        """Return the settings of AdamW: those of a training run, without weight decay."""
         return OptimizerConfig(lr=self.lr, weight_decay=0.0)
 
 
 def run_hybrids(settings: HybridSettings, report: Progress = silent) -> dict[str, Any]:
-    """Train every placement; loss, accuracy (of a task) and cost, ready for JSON.
+    """Train every placement and return loss, accuracy (of a task) and cost, ready for JSON.
 
-    The cost is the processor time of the training on a CPU, which other processes hardly disturb, and wall time
-    elsewhere.
+    The Transformer is always among them: the other placements are compared with it. The cost on a CPU is the processor
+    time of the training, which other processes hardly disturb. Elsewhere it is wall time.
 
     Args:
-        report: called with what is running, units done and units in all.
+        settings: models and training.
+        report: called with the present work, steps done and steps in all.
     """
     s, rows = settings, []
     every = placements(s.n_layers)
-    jobs = [(name, kinds, 1) for name, kinds in every.items() if not s.only or name in s.only]
     base = "S" * s.n_layers
+    jobs = [(name, kinds, 1) for name, kinds in every.items() if not s.only or name in (base, *s.only)]
     jobs += [(base, every[base], times) for times in s.extra_steps]
     total, done = len(s.seeds) * s.steps * sum(times for _, _, times in jobs), 0
     for seed in s.seeds:
@@ -112,27 +117,32 @@ def run_hybrids(settings: HybridSettings, report: Progress = silent) -> dict[str
             torch.manual_seed(seed)
             model = LanguageModel(s.model_config(kinds)).to(s.device)
             model.scan = s.scan
-            longer = HybridSettings(**{**vars(s), "steps": s.steps * times})
+            longer = replace(s, steps=s.steps * times)
             clock = time.process_time if model.embedding.weight.device.type == "cpu" else time.perf_counter
             began = clock()
             result = _train(model, longer, seed, lambda step, _, name=name, done=done: report(name, done + step, total))
             cost = clock() - began
             done += longer.steps
-            row: dict[str, Any] = {
-                "layers": name, "times": times, "seed": seed, "cost_s": cost, "diverged_at": result.diverged_at,
-            }  # fmt: skip
-            if s.on == TEXT:
-                row["loss"] = held_out_loss(model, s.length)
-            else:
-                task = make_task(s.on)
-                row["loss"] = statistics.fmean(result.losses[-max(1, s.steps // 10) :])
-                row["accuracy"] = accuracy(model, task, s.length, seed=TEST_SEED)
-                row["accuracy_4x"] = accuracy(model, task, 4 * s.length, seed=TEST_SEED + 1)
-            rows.append(row)
+            about = {"layers": name, "times": times, "seed": seed, "cost_s": cost, "diverged_at": result.diverged_at}
+            rows.append({**about, **_scores(s, model, result)})
     return record("hybrids", s, rows)
 
 
-def _train(model: LanguageModel, settings: HybridSettings, seed: int, report: Callable[[int, float], None]):
+def _scores(s: HybridSettings, model: LanguageModel, result: Fit) -> dict[str, float]:
+    """Return the loss of a trained model, and on a task its accuracy at and beyond the training length."""
+    if s.on == TEXT:
+        return {"loss": held_out_loss(model, s.length)}
+    task = make_task(s.on)
+    last = result.losses[-max(1, s.steps // 10) :]
+    return {
+        "loss": statistics.fmean(last) if last else math.nan,
+        "accuracy": accuracy(model, task, s.length, seed=TEST_SEED),
+        "accuracy_4x": accuracy(model, task, 4 * s.length, seed=TEST_SEED + 1),
+    }
+
+
+def _train(model: LanguageModel, settings: HybridSettings, seed: int, report: Callable[[int, float], None]) -> Fit:
+    """Train one model on text or on a task."""
     if settings.on != TEXT:
         return train_on_task(model, make_task(settings.on), settings, seed, report)
     text, generator = quickstart_bytes("train"), torch.Generator().manual_seed(seed)
@@ -146,7 +156,7 @@ def _train(model: LanguageModel, settings: HybridSettings, seed: int, report: Ca
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each placement, the Transformer first: means over seeds, and the least and greatest values."""
+    """Return an entry for each placement, the Transformer first: means over seeds, smallest and greatest values."""
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         grouped.setdefault((row["layers"], row["times"]), []).append(row)
@@ -162,7 +172,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show_hybrids(results: dict[str, Any], console: Console) -> None:
-    """A table on a console of 80 columns."""
+    """Print a table that fits 80 columns."""
     s, entries = results["settings"], summary(results)
     base = entries[0]
     cells = [
@@ -174,12 +184,10 @@ def show_hybrids(results: dict[str, Any], console: Console) -> None:
         ]
         for e in entries
     ]  # fmt: skip
-    what = "held-out, nats a byte" if s["on"] == TEXT else "of the last tenth of training, nats an answer"
+    unit = "held-out, nats a byte" if s["on"] == TEXT else "mean of the last tenth of training, nats an answer"
     notes = [
-        f"R recurrent, S standard, first to last. Loss: {what};",
-        f"mean of {len(s['seeds'])} seed(s). Cost: training time, with SSSS = 1 being {base['cost_s']:.0f} s.".replace(
-            "SSSS", base["layers"]
-        ),
+        f"R recurrent, S standard, first to last. Loss: {unit}; mean of {len(s['seeds'])} seed(s).",
+        f"Cost: training time. That of {base['layers']}, {base['cost_s']:.0f} s, is 1.",
         f"Width {s['d_model']}, length {s['length']}, {s['steps']} steps of {s['batch_size']}, lr {s['lr']:g}.",
     ]
     scores = ["accuracy", "at 4x"] if "accuracy" in base else []

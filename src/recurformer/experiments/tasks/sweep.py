@@ -1,4 +1,4 @@
-"""Models on tasks: trained at one length, scored there and beyond; a table and a heat map."""
+"""Models on tasks: trained at one length, and scored at this length and beyond."""
 
 from __future__ import annotations
 
@@ -87,22 +87,23 @@ class TaskSettings(Settings):
         return found
 
     def model_config(self, task: Task, layers: str, n_layers: int) -> ModelConfig:
-        """The shape of one model."""
+        """Return the shape of one model."""
         return ModelConfig(
             vocab_size=task.vocab_size, d_model=self.d_model, n_layers=n_layers, n_heads=self.n_heads, layers=layers,
             position=self.position,
         )  # fmt: skip
 
     def optimizer(self) -> OptimizerConfig:
-        """AdamW as in a training run, without weight decay: every sequence is new."""
+        """Return the settings of AdamW: those of a training run, without weight decay, since every sequence is new."""
         return OptimizerConfig(lr=self.lr, weight_decay=0.0)
 
 
 def run_tasks(settings: TaskSettings, report: Progress = silent) -> dict[str, Any]:
-    """Train and score every model on every task with every seed; ready for JSON.
+    """Train and score every model on every task with every seed, and return the results, ready for JSON.
 
     Args:
-        report: called with what is running, units done and units in all.
+        settings: tasks, models and training.
+        report: called with the present work, steps done and steps in all.
     """
     s, rows = settings, []
     jobs = [(name, *model, seed) for name in s.tasks for seed in s.seeds for model in s.models()]
@@ -135,7 +136,7 @@ def run_tasks(settings: TaskSettings, report: Progress = silent) -> dict[str, An
 
 
 class Lesson:
-    """How long the training sequences are: each of some rising lengths until it is learned or its time is over."""
+    """The length of the training sequences: it rises when a length is learned or its share of the steps is over."""
 
     def __init__(self, lengths: tuple[int, ...], steps: int) -> None:
         self.lengths, self.share = lengths, steps / len(lengths)
@@ -144,7 +145,7 @@ class Lesson:
         self.made, self.since = 0, 0  # steps made; the step of the schedule at which this length began
 
     def length(self, step: int) -> int:
-        """That of a step of the schedule."""
+        """Return the length at a step of the schedule."""
         stage = len(self.began) - 1
         learned = len(self.recent) == RECENT and statistics.fmean(self.recent) < LEARNED
         if stage + 1 < len(self.lengths) and (learned or step - self.since >= self.share):
@@ -153,13 +154,13 @@ class Lesson:
         return self.lengths[len(self.began) - 1]
 
     def saw(self, loss: float) -> None:
-        """Take note of a step's loss."""
+        """Note the loss of a step."""
         self.made += 1
         self.recent = [*self.recent[1 - RECENT :], loss]
 
 
 def curve(losses: list[float]) -> list[list[float]]:
-    """At most `POINTS` pairs: steps made, and the mean loss since the pair before."""
+    """Return at most `POINTS` pairs: steps made, and the mean loss since the previous pair."""
     size = max(1, -(-len(losses) // POINTS))
     ends = [min(n + size, len(losses)) for n in range(0, len(losses), size)]
     return [[end, statistics.fmean(losses[begin:end])] for begin, end in pairwise([0, *ends])]
@@ -174,7 +175,17 @@ def train_on_task(
     lesson: Lesson | None = None,
     limit_s: float | None = None,
 ) -> Fit:
-    """`fit` on fresh sequences of the settings' length (or the lesson's), batch size, steps and optimizer."""
+    """Train a model on new sequences of a task.
+
+    Args:
+        model: trained in place.
+        task: draws the sequences.
+        settings: hold length, batch_size, steps and optimizer().
+        seed: of the sequences.
+        report: called after each step with its number and its loss.
+        lesson: gives the length of each step. None: the settings' length.
+        limit_s: see `fit`.
+    """
     device, generator = model.embedding.weight.device, torch.Generator().manual_seed(seed)
     lesson = Lesson((settings.length,), settings.steps) if lesson is None else lesson
 
@@ -190,7 +201,7 @@ def train_on_task(
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each task and model: mean, worst and best accuracy over the seeds, by length."""
+    """Return an entry for each task and model: mean, worst and best accuracy over the seeds, by length."""
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         width = row.get("d_model", results["settings"]["d_model"])  # joined measurements may differ in it
@@ -213,7 +224,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show_tasks(results: dict[str, Any], console: Console) -> None:
-    """A table on a console of 80 columns."""
+    """Print a table that fits 80 columns."""
     s, entries = results["settings"], summary(results)
     lengths = list(entries[0]["accuracy"])
     cells = [

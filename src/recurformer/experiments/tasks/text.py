@@ -1,4 +1,4 @@
-"""The text inside the package as bytes: windows to train on, and held-out ones."""
+"""The text inside the package as bytes: windows for training, and held-out windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOCABULARY = 256
 
 @cache
 def quickstart_bytes(split: str) -> Tensor:
-    """One long row of bytes (n,) int64, documents separated by a zero byte.
+    """Return one long row of bytes (n,) int64, with a zero byte between documents.
 
     Args:
         split: "train" or "validation".
@@ -27,7 +27,7 @@ def quickstart_bytes(split: str) -> Tensor:
 
 
 def random_windows(text: Tensor, count: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Tokens and next tokens (count, length) at random places."""
+    """Return tokens and next tokens, (count, length) each, at random places of a text."""
     starts = torch.randint(len(text) - length, (count, 1), generator=generator)
     windows = text[starts + torch.arange(length + 1)]
     return windows[:, :-1], windows[:, 1:]
@@ -35,7 +35,7 @@ def random_windows(text: Tensor, count: int, length: int, generator: Generator) 
 
 @torch.no_grad()
 def held_out_loss(model: LanguageModel, length: int, *, count: int = 256, batch_size: int = 64, seed: int = 0) -> float:
-    """Nats a byte on `count` windows of the held-out text, the same ones for every model."""
+    """Return the loss in nats a byte on `count` windows of the held-out text, which are the same for every model."""
     tokens, targets = random_windows(quickstart_bytes("validation"), count, length, torch.Generator().manual_seed(seed))
     total, device = 0.0, model.embedding.weight.device
     for some, wanted in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):

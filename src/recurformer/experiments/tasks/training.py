@@ -1,4 +1,4 @@
-"""Training on batches from a function, and scoring: the few lines that tasks, hybrids and stability share."""
+"""Training on batches from a function, and scoring: shared by tasks, hybrids and stability."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from recurformer.training.optimizer import clip_gradients, make_optimizer, set_r
 
 @dataclass
 class Fit:
-    """What training saw: one entry a step."""
+    """Records of a training, an entry for each step."""
 
     losses: list[float] = field(default_factory=list)  # nats per target
     gradient_norms: list[float] = field(default_factory=list)  # before clipping
     seconds: float = 0.0
-    diverged_at: int | None = None  # the step whose loss or gradient was not finite; no weight was touched by it
+    diverged_at: int | None = None  # the step whose loss or gradient was not finite; it changed no weight
 
 
 def fit(
@@ -40,11 +40,11 @@ def fit(
     Args:
         model: a `LanguageModel`, or anything that is called like one.
         batch: tokens and targets (B, N) of a step.
-        schedule: steps and how the learning rate goes.
-        optimizer: AdamW's numbers; None: the defaults of a training run.
+        schedule: number of steps, and the course of the learning rate.
+        optimizer: settings of AdamW. None: the defaults of a training run.
         report: called after each step with its number, from 1, and its loss.
-        limit_s: seconds after which training ends. Where they run out before the steps do, steps are passed over so
-            that the schedule ends with the time: `batch` and `report` get the numbers of those that are made.
+        limit_s: seconds of training at most. Where the steps would take longer, some of them are left out, and the
+            schedule ends with the time. `batch` and `report` get the numbers of the steps that are made.
     """
     optimizer = OptimizerConfig() if optimizer is None else optimizer
     adam, result, began = make_optimizer(model, optimizer), Fit(), time.perf_counter()
@@ -77,21 +77,24 @@ def fit(
 def accuracy(
     model: LanguageModel, task: Task, length: int, *, count: int = 256, seed: int, batch_size: int = 64
 ) -> float:
-    """Share of right answers (the most probable token) among the answers due in the second half of the positions.
+    """Return the share of right answers in the second half of the positions. The most probable token is the answer.
 
-    The second half, because at twice the training length it holds just the positions that training never reached.
+    At twice the training length, the second half holds exactly the positions that training never reached.
 
     Args:
-        count: sequences, drawn with `seed`.
-        batch_size: of them at once; does not change the result.
+        model: answers at every position.
+        task: draws the sequences and their answers.
+        length: positions of a sequence.
+        count: number of sequences, drawn with `seed`.
+        batch_size: sequences at once. It does not change the result.
     """
     tokens, targets = task.sample(count, length, seed)
     device = model.embedding.weight.device
-    right = due = 0
+    right = answers = 0
     for some, wanted in zip(tokens.split(batch_size), targets.split(batch_size), strict=True):
         logits = model(some.to(device)).logits
         assert logits is not None
         found, wanted = logits.argmax(-1).cpu()[:, length // 2 :], wanted[:, length // 2 :]
         right += int((found == wanted).sum())
-        due += int((wanted != IGNORE).sum())
-    return right / max(1, due)
+        answers += int((wanted != IGNORE).sum())
+    return right / max(1, answers)

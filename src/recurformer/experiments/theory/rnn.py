@@ -135,7 +135,7 @@ def emulate_rnn(
     """One recurrent layer whose outputs are the states of a recurrent cell (paper section 3).
 
     Args:
-        cell: what the MLP computes.
+        cell: the computation of the MLP.
         inputs: (V, U), the cell's input for each token.
         readout: (V, S); the logits at i are `readout @ s_i`.
         sharpness: by how much the score of the previous position exceeds that of any other one within `length`. The
@@ -216,7 +216,7 @@ def emulate_rnn(
 
 
 def _amplitude(frequencies: Tensor, sharpness: float, length: int) -> float:
-    """What the query must be multiplied by, so that distance 1 leads every other one below `length` by `sharpness`."""
+    """Return the factor of the query with which distance 1 leads every other distance below `length` by `sharpness`."""
     others = torch.cat([torch.tensor([0.0]), torch.arange(2.0, max(3, length))]).double()
     lead = (1 - (frequencies * (others[:, None] - 1)).cos()).sum(-1).min().item()
     return sharpness * math.sqrt(2 * len(frequencies)) / lead

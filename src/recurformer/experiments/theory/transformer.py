@@ -1,8 +1,8 @@
 """A Recurrent Transformer that computes what a given Transformer computes (paper section 3), norms included.
 
-Two things stand in the way. A recurrent layer makes its persistent pairs from its *outputs*, where a Transformer layer
-makes them from its inputs; so what a layer reads must be left alone by the layer. And the stream that carries this
-extra width passes through the same norms, which would mix it with the rest. Both are solved by this stream, D' wide:
+There are two obstacles. A recurrent layer makes its persistent pairs from its *outputs*, and a Transformer layer makes
+them from its inputs: a layer must therefore leave unchanged the part of the stream that it reads. The stream with this
+extra width also passes through the same norms, which would mix it with the rest. This stream, D' wide, solves both:
 
     A      (D)          the Transformer's residual stream x, then y, then the next layer's x: changed in place
     N_l    (D each)     for each layer l, its normalised input x / rms(x), times the small number 1 / large
@@ -45,7 +45,7 @@ def emulate_transformer(transformer: LanguageModel, *, large: float = 1e6) -> La
     Raises:
         ValueError: for a model with a recurrent layer, or a `large` that is not finite and above 1.
 
-    The assumptions, then: width grows L + 1 times and depth twice; projections have biases (a constant coordinate read
+    The assumptions are: width grows L + 1 times and depth twice; projections have biases (a constant coordinate read
     through the norm would do instead, at the cost of exact cancellation); the residual stream is bounded.
     """
     old = transformer.config
@@ -98,7 +98,7 @@ class _Builder:
         self.e = slice(width - (2 if centred else 1), width)
         sign = torch.tensor([1.0, -1.0] if centred else [1.0], dtype=torch.float64, device=eye.device)
         self.e_value = large * sign
-        # What a norm multiplies by: N_l while e is there; A while it is not.
+        # Factor of a norm: on N_l while e is there, on A while it is not.
         self.gain_large = math.sqrt(width) / (large * math.sqrt(len(sign))) * self.small
         self.gain_free = math.sqrt(width / D)
 
