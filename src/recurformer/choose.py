@@ -1,6 +1,6 @@
 """Decides which of several exact algorithms runs where, and says why: scan, attention, loss and decoding step.
 
-Nothing here imports torch, except for a GPU whose capabilities decide.
+torch is imported inside functions only, and only for devices that are no CPU.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ SCAN_CHOICES = ("auto", "reference", "tiled", "fused", "wavefront")
 
 # Up to this many positions, a call on a GPU uses PyTorch operations: the kernels need buffers and graphs for each new
 # shape, which pays only for longer calls. Such short calls come from decoding.
-SHORT = 8
+TOO_SHORT_FOR_KERNELS = 8
 
 # On a GPU, the wavefront is faster than one layer after the other up to this batch. Larger batches fill the GPU anyway.
-WAVEFRONT_ROWS = 128
+MAX_WAVEFRONT_BATCH = 128
 
 # On a GPU, the least share of useful work in the wavefront. While the stack fills and empties, the layers that have no
 # positions are still computed and discarded. The limit is an estimate from the times of long sequences.
-WAVEFRONT_AT_WORK = 0.4
+MIN_WAVEFRONT_UTILISATION = 0.4
 
 # On a CPU, the wavefront joins products up to this many multiply-adds per position. Larger products
 # gain little from being joined.
@@ -101,6 +101,16 @@ def choose_scan(
     together: bool = True,
 ) -> Choice:
     """Return the scan that evaluates the recurrent layers of a call.
+
+    | requested    | where                                                     | scan                     |
+    |--------------|-----------------------------------------------------------|--------------------------|
+    | a name       | anywhere; ValueError where it can't run                   | that one                 |
+    | "auto"       | a norm that only `layer.py` knows                         | reference                |
+    | "auto"       | NVIDIA GPU, up to TOO_SHORT_FOR_KERNELS positions         | tiled                    |
+    | "auto"       | NVIDIA GPU, several recurrent layers, small batch         | wavefront (its kernels)  |
+    | "auto"       | NVIDIA GPU, otherwise                                     | fused                    |
+    | "auto"       | CPU, several recurrent layers, small products             | wavefront (tiled)        |
+    | "auto"       | otherwise                                                 | tiled                    |
 
     Args:
         requested: the model's `scan`, one of SCAN_CHOICES.
@@ -153,13 +163,18 @@ def gpu_scan(stack: int, batch_size: int | None, length: int | None) -> Choice:
         batch_size: as `choose_scan`.
         length: as `choose_scan`.
     """
-    if length is not None and length <= SHORT:
+    if length is not None and length <= TOO_SHORT_FOR_KERNELS:
         return Choice("tiled", f"{length} positions are too few for the kernels' set-up to pay")
     chunks = None if length is None else -(-length // WAVEFRONT_CHUNK)
-    at_work = 1.0 if chunks is None or stack < 2 else chunks / (chunks + stack - 1)
-    if stack > 1 and batch_size is not None and batch_size <= WAVEFRONT_ROWS and at_work >= WAVEFRONT_AT_WORK:
+    utilisation = 1.0 if chunks is None or stack < 2 else chunks / (chunks + stack - 1)
+    if (
+        stack > 1
+        and batch_size is not None
+        and batch_size <= MAX_WAVEFRONT_BATCH
+        and utilisation >= MIN_WAVEFRONT_UTILISATION
+    ):
         return Choice("wavefront", f"recurrent layers side by side fill the GPU at a batch of {batch_size}")
-    otherwise = f"; side by side up to a batch of {WAVEFRONT_ROWS}" if stack > 1 and batch_size is None else ""
+    otherwise = f"; side by side up to a batch of {MAX_WAVEFRONT_BATCH}" if stack > 1 and batch_size is None else ""
     return Choice("fused", f"Triton kernels and CUDA graphs, one layer after the other{otherwise}")
 
 
@@ -170,11 +185,12 @@ def wavefront_batch(config: ModelConfig, stack: int, length: int | None, past: i
     """
     matrix, (shortest, longest) = config.d_model * config.mlp_width, WAVEFRONT_LENGTHS
     N = shortest if length is None else length
-    if matrix > WAVEFRONT_MATRIX or not max(shortest, past) <= N <= longest:
+    length_pays, outweighs_past = shortest <= N <= longest, past <= N
+    if matrix > WAVEFRONT_MATRIX or not (length_pays and outweighs_past):
         return 0
-    numbers = 2 * config.d_model + (config.n_heads + 2 * config.kv_heads) * config.head_width  # a position and layer
+    elements = 2 * config.d_model + (config.n_heads + 2 * config.kv_heads) * config.head_width  # a position and layer
     itemsize = 8 if str(dtype) == "torch.float64" else 4  # pairs and states have at least float32
-    return min(WAVEFRONT_PRODUCT // matrix, WAVEFRONT_BYTES // (N * stack * numbers * itemsize))
+    return min(WAVEFRONT_PRODUCT // matrix, WAVEFRONT_BYTES // (N * stack * elements * itemsize))
 
 
 @cache

@@ -1,6 +1,6 @@
 """The limits of this package's kernels, and the reason why they can't run where they can't.
 
-Nothing here imports torch, except for a GPU whose capabilities decide.
+torch is imported inside functions only, and only for devices that are no CPU.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class LayerMaths:
         branch = F.linear(activate(up, gate, self.config), self.down, self.down_bias)
         return torch.add(y, branch, alpha=self.config.branch_scale)
 
-    # Two groups of lines that a standard layer evaluates together: all before its attention, and all after.
+    # A standard layer runs these two: everything before its attention, and everything after it.
 
     def projections(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, N, K) and temporary pairs, each (B, G, N, K), of the layer's input x (B, N, D)."""

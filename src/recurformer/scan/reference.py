@@ -25,7 +25,7 @@ def reference_scan(
         x: (B, N, D), the layer's inputs.
         layer: weights and equations of the layer.
         layout: positions, padding and documents of the batch.
-        past: keys and values (B, G, P, K) of P earlier positions, without gradient. None: there are none.
+        past: keys and values (B, G, P, K) of P earlier positions. They get no gradient. None: no earlier positions.
 
     Returns:
         z (B, N, D), and the persistent keys and values of the N positions, each (B, G, N, K).
@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         q: (B, H, n, K).
-        k, v: (B, G, m, K). Query heads g H/G ... (g + 1) H/G - 1 share key-value head g.
+        k, v: (B, G, m, K). Query head h uses key-value head h // (H / G).
         bias: (B or 1, H or 1, n, m), or None for zero.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
