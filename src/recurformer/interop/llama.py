@@ -248,7 +248,7 @@ def our_tensors(found: Mapping[str, StoredTensor], config: ModelConfig) -> dict[
         tensor = found[theirs]
         if tensor.shape != shape:
             raise ValueError(
-                f"{theirs!r} in {tensor.source} has shape {tensor.shape}; the configuration asks for {shape}"
+                f"{theirs!r} in {tensor.source} has shape {shown(tensor.shape)}; the configuration asks for {shape}"
             )
         check_dtype(theirs, tensor)
         names[ours] = theirs

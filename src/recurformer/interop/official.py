@@ -294,7 +294,7 @@ def our_tensors(found: Mapping[str, StoredTensor], config: ModelConfig) -> dict[
             raise ValueError(f"unknown tensor {shown(listed)} in the official checkpoint{suggest(name, names)}")
         shape = (sum(expected[our_name][0] for our_name in ours), *expected[ours[0]][1:])
         if tensor.shape != shape:
-            raise ValueError(f"{listed!r} has shape {tensor.shape}; the configuration asks for {shape}")
+            raise ValueError(f"{listed!r} has shape {shown(tensor.shape)}; the configuration asks for {shape}")
         check_dtype(listed, tensor)
         places.append((listed, tensor, ours))
     filled = {our_name for _, _, ours in places for our_name in ours}

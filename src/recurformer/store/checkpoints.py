@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from recurformer.files import appearing, remove_folder, remove_leftovers
 from recurformer.reading import LARGEST_LIST, build, check_format_version, check_regular, read_table
-from recurformer.settings import Natural, NonNegative, Settings, shown
+from recurformer.settings import SHOWN, Natural, NonNegative, Settings, shown
 from recurformer.store.weights import PARTS, check_dtype, open_parts, open_tensors, write_tensors
 
 FORMAT_VERSION = 1
@@ -317,8 +318,8 @@ def resolve(path: str | Path, which: Literal["best", "newest"] = "best") -> Path
         ValueError: when the path leads to no complete model.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is no folder; give a model's, a checkpoint's or a training run's folder")
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
+        raise ValueError(f"{str(path)[:SHOWN]} is no folder; give a model's, a checkpoint's or a training run's folder")
     if (path / "checkpoints").is_dir():
         complete, damaged = list_checkpoints(path / "checkpoints")
         if not complete:

@@ -119,7 +119,7 @@ def check_weights(found: Mapping[str, StoredTensor], config: ModelConfig, folder
             raise ValueError(f"{tensor.source} holds {shown(name)}, which its {CONFIG_FILE} has no place for")
         if tensor.shape != expected[name]:
             raise ValueError(
-                f"{name!r} in {tensor.source} has shape {tensor.shape}, its {CONFIG_FILE} says {expected[name]}"
+                f"{name!r} in {tensor.source} has shape {shown(tensor.shape)}, its {CONFIG_FILE} says {expected[name]}"
             )
         check_dtype(name, tensor)
 

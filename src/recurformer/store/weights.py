@@ -153,7 +153,7 @@ def _joined(name: str, pieces: list[_Piece]) -> StoredTensor:
     apart = fits and not any(a.overlaps(b) for n, a in enumerate(pieces) for b in pieces[:n])
     if not apart or filled != math.prod(shape):
         raise ValueError(
-            f"the parts in {Path(first.source).parent} do not make up {shown(name)} of shape {shape}: a part is "
+            f"the parts in {Path(first.source).parent} do not make up {shown(name)} of shape {shown(shape)}: a part is "
             "missing or of another checkpoint; copy the folder again or take another checkpoint"
         )
 
