@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import click
@@ -82,3 +84,26 @@ def test_other_errors_keep_their_traceback(error: RuntimeError) -> None:
     assert not is_out_of_memory(error)
     with pytest.raises(RuntimeError, match=str(error)):
         cli.main([], fail)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_are_no_files(closed: str, tmp_path: Any) -> None:
+    """Without them, the first files that are opened would get what is meant for people."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, click\nfrom recurformer import cli\n"
+        "@click.command()\n"
+        "def write():\n"
+        f"    file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "    assert file.fileno() > 2\n"
+        "    for number in (1, 2):\n        os.write(number, b'for people')\n"
+        "    print('one'), print('two', file=sys.stderr)\n"
+        "    raise ValueError('no')\n"
+        "cli.main([], write)\n"
+    )
+    found = subprocess.run(
+        ["/bin/sh", "-c", f"exec {sys.executable} {script} {closed}"], capture_output=True, check=False
+    )
+    assert found.returncode == 2, found
+    assert (tmp_path / "file").read_text() == ""
+    assert (b"error: no" in found.stderr) == ("2>" not in closed)

@@ -16,7 +16,16 @@ from helpers import logits_of, tiny
 import recurformer
 from recurformer import cli
 from recurformer.data.tokenizer import BytesTokenizer, train_bpe
-from recurformer.evaluation.zeroshot import encode_pair, evaluate_task, find_tasks, first_largest, read_items, score
+from recurformer.evaluation.zeroshot import (
+    TaskResult,
+    encode_pair,
+    evaluate_task,
+    find_tasks,
+    first_largest,
+    read_items,
+    score,
+    show,
+)
 
 CHOICES = [
     {
@@ -279,6 +288,12 @@ def test_one_item_gives_strict_json(folder: Path, capsys: pytest.CaptureFixture[
         (result,) = json.loads(text, parse_constant=lambda word: pytest.fail(word))["tasks"]
         assert result["standard_error"] is None
         assert result["items"] == 1
+
+
+def test_names_of_tasks_are_no_markup(capsys: pytest.CaptureFixture[str]):
+    result = TaskResult("[red]cats[/red]", 1, 0.5, 0.1, None, None)
+    show([result])
+    assert "[red]cats[/red]" in capsys.readouterr().out
 
 
 def test_a_model_of_nan_scores_nothing(folder: Path):

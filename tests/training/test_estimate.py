@@ -37,7 +37,7 @@ FACTOR = 1.3  # by which a measured peak and its estimate may differ
 
 def run_of(window: int, model: dict[str, Any], **settings: Any) -> TrainConfig:
     return TrainConfig(
-        model=ModelConfig(**model), data=DataConfig(window=window), **{"batch_size": 8, "device": "cpu", **settings}
+        model=ModelConfig(**model), **{"data": DataConfig(window=window), "batch_size": 8, "device": "cpu", **settings}
     )
 
 
@@ -326,6 +326,12 @@ def test_what_cannot_be_is_one_line(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert said in err
+
+
+def test_names_of_folders_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "time_steps", lambda *_: 1.0)
+    config = run_of(8, {"n_layers": 1, "d_model": 16, "n_heads": 2}, data=DataConfig(train="[b]none[/b]", window=8))
+    assert "[b]none[/b] is missing" in table(estimate.estimate(config))
 
 
 def test_data_that_are_there_are_counted(tmp_path: Path) -> None:

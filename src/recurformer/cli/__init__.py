@@ -43,6 +43,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None, command: click.Command = cli, name: str = "recurformer") -> None:
     """Run a command; bad input ends in one line on stderr and exit code 2."""
+    _open_standard_streams()
     try:
         code = command.main(args=arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as help_text:
@@ -67,6 +68,19 @@ def main(arguments: Sequence[str] | None = None, command: click.Command = cli, n
         sys.exit(130)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_standard_streams() -> None:
+    """Open the null device for stdin, stdout and stderr where the caller has closed them. Otherwise the next file to be
+    opened gets such a descriptor, and messages are written into it."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
+        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (as long as the process)
 
 
 LESS_MEMORY = {

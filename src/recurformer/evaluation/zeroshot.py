@@ -284,6 +284,7 @@ def show(results: Sequence[TaskResult]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for n, heading in enumerate(("task", "items", "accuracy", "± s.e.", "per character", "perplexity")):
@@ -291,5 +292,7 @@ def show(results: Sequence[TaskResult]) -> None:
     for r in results:
         per_character = "" if r.accuracy_per_character is None else f"{r.accuracy_per_character:.4f}"
         perplexity = "" if r.perplexity is None else f"{r.perplexity:.3f}"
-        table.add_row(r.task, f"{r.items:,}", f"{r.accuracy:.4f}", f"{r.standard_error:.4f}", per_character, perplexity)
+        table.add_row(
+            Text(r.task), f"{r.items:,}", f"{r.accuracy:.4f}", f"{r.standard_error:.4f}", per_character, perplexity
+        )
     Console().print(table)

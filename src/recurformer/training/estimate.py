@@ -108,6 +108,7 @@ def show(e: Estimate, console: Console) -> None:
     """Print an estimate as a table of 80 columns."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=False)
     table.add_column(no_wrap=True)
@@ -115,7 +116,7 @@ def show(e: Estimate, console: Console) -> None:
     table.add_column(overflow="fold")
     for rows in (_model_rows(e), _step_rows(e), _memory_rows(e), _time_rows(e), _disk_rows(e), _h100_rows(e)):
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # plain: names of folders may look like markup
         table.add_section()
     console.print(table)
     if e.memory.total > e.free_bytes:

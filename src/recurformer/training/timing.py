@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from recurformer.hardware import is_out_of_memory
 from recurformer.training.config import TrainConfig
 from recurformer.training.distributed import OneProcess
 from recurformer.training.memory import memory_on, rows_of, scan_of
@@ -70,7 +71,9 @@ def estimate_time(config: TrainConfig, device: torch.device, free: float) -> Tim
     if fits and sequence * sequences <= PATIENCE:
         try:
             seconds = time_steps(part, device)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False
         else:
             what = f"timed here: 2 steps of {sequences} sequence{'s' if sequences > 1 else ''}, random tokens"
