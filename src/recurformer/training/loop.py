@@ -10,7 +10,8 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -154,7 +155,7 @@ class Run:
         self.stop = stack.enter_context(stop_signals(self.quiet, ECHO_SECONDS if size > 1 else 0.0))
         self.screen = stack.enter_context(Screen(self.last_step, self.state.step, self.quiet))
         self.batches = step_batches(self.data.windows, self.config, self.state.position, self.processes)
-        self.last_record = replace(self.state)
+        self.last_record = copy(self.state)
 
     def micro_batch_sizes(self) -> dict[str, int | None]:
         """Return the sequences that this process takes at once. Say so where its share of a step is smaller."""
@@ -329,7 +330,7 @@ class Run:
         left = (self.last_step - state.step) * seconds / (state.step - last.step)
         assert self.loss is not None
         self.screen.train(state.step, self.loss, speed, left)
-        self.last_record = replace(state)
+        self.last_record = copy(state)
 
     def record(self, event: str, **values: Any) -> None:
         """Write one record. All processes make this call, and the first one writes."""
