@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,57 @@ def test_the_configuration_in_full():
         layers=("recurrent", "standard", "standard"), norm="rms", norm_eps=1e-6, qk_norm="none", residual_scale="none",
         attention_bias=True,
     )  # fmt: skip
+
+
+# --- hostile files ----------------------------------------------------------------------------------------------------
+
+WIDE = [10**9, 10**30, 1e30, -1, 0, 1.5, "64", "x" * 10_000, [64], {"a": 1}, True, float("nan")]
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"])
+@pytest.mark.parametrize("value", WIDE, ids=lambda value: str(value)[:12])
+def test_sizes_without_sense_are_named(name: str, value: Any):
+    if (name, value) == ("vocab_size", 10**9):
+        return  # a vocabulary may be that large; the tensors then have other shapes
+    start = time.process_time()
+    with pytest.raises(ValueError, match=f"the configuration: {name} is ") as error:
+        model_config({**OPTIONS, name: value})
+    assert time.process_time() - start < 1
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_theta": "x"}, {"rope_theta": 5e-400}, {"rope_scaling": [1]}, {"rope_scaling": "linear"},
+        {"rms_norm_eps": []},
+        {"rope_parameters": {"rope_theta": {"a": 1}}}, {"rope_parameters": {"rope_theta": "x"}}, {"hidden_act": ["silu"]},
+        {"tie_word_embeddings": "yes"}, {"attention_bias": [True]}, {"sliding_window": "x", "use_sliding_window": True},
+        {"max_position_embeddings": 1e30}, {"quantization_config": "x" * 10_000}, {"model_type": ["llama"]},
+        {"model_type": {}}, {"model_type": "x" * 10_000}, {"rope_parameters": {"a": "x" * 10_000, "rope_type": "yarn"}},
+    ],
+    ids=lambda options: str(options)[:40],
+)  # fmt: skip
+def test_values_of_the_wrong_type_are_named(options: dict[str, Any]):
+    with pytest.raises(
+        ValueError, match=next(iter(options)).replace("rope_parameters", "rope_(parameters|theta)")
+    ) as error:
+        model_config({**OPTIONS, **options})
+    assert len(str(error.value)) < 600
+
+
+def test_a_huge_model_is_refused_before_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_llama(tiny(layers="standard", activation="swiglu", position="rope", qk_norm="none"), tmp_path)
+    path = tmp_path / "config.json"
+    options = json.loads(path.read_text())
+    monkeypatch.setattr("recurformer.store.folders.LanguageModel", None)
+    for change in ({"num_hidden_layers": 4096}, {"hidden_size": 2**20}, {"vocab_size": 2**31 - 1}):
+        path.write_text(json.dumps({**options, **change}))
+        start = time.process_time()
+        with pytest.raises(ValueError, match=r"lacks the tensor|has shape"):
+            load_llama(tmp_path)
+        assert time.process_time() - start < 2
+    for text in ("[" * 100_000, '{"a":' * 100_000, "[1]", " " * 2_000_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json .*(64 deep|holds a list|has 2,000,000 bytes)"):
+            load_llama(tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +359,58 @@ def test_pickled_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="can't be read as a state dict"):
         load_official(tmp_path / "model.pt", options)
     assert not (tmp_path / "executed").exists()
+
+
+# --- hostile files ----------------------------------------------------------------------------------------------------
+
+WIDE = [10**9, 10**30, 1e30, -1, 0, 1.5, "64", "x" * 10_000, [64], {"a": 1}, True, float("nan")]
+
+
+@pytest.mark.parametrize("name", ["d_model", "n_heads", "n_layers", "mlp_ratio", "mlp_hidden_size", "n_kv_heads"])
+@pytest.mark.parametrize("value", WIDE, ids=lambda value: str(value)[:12])
+def test_sizes_without_sense_are_named(name: str, value: Any, options: dict[str, Any]):
+    start = time.process_time()
+    with pytest.raises(ValueError, match=f"the official configuration: {name} is ") as error:
+        model_config({**options, name: value})
+    assert time.process_time() - start < 1
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": []}, "rope_theta is"), ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'"),
+        ({"alibi": "yes"}, "alibi is 'yes'"), ({"weight_tying": [True]}, "weight_tying is"),
+        ({"block_type": ["recurrent"]}, "block_type is"), ({"block_type": "x" * 10_000}, "block_type is 'xxx"),
+        ({"x" * 10_000: 1}, "unknown option 'xxx"), ({5: 1}, "unknown option 5"), ({"model": [1]}, "not a table of"),
+        ({"n_heads": "${model.nothing}"}, "n_heads is '"), ({"vocab_size": 2**40}, "vocab_size is"),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_values_of_the_wrong_type_are_named(changes: dict[Any, Any], message: str, options: dict[str, Any]):
+    with pytest.raises(ValueError, match=message) as error:
+        model_config({**options, **changes})
+    assert len(str(error.value)) < 600
+
+
+def test_files_that_would_take_the_memory(tmp_path: Path, options: dict[str, Any], weights: dict[str, Tensor]):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10_000_000)
+    with pytest.raises(ValueError, match=r"bomb\.pt can't be read as a state dict: it unpacks to 10,000,000 bytes"):
+        load_official(tmp_path / "bomb.pt", options)
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"zero\.pt can't be read as a state dict: .* no regular file"):
+        load_official(tmp_path / "zero.pt", options)
+    for strange in (torch.eye(3).to_sparse(), torch.empty(2**20, 2**20, device="meta")):
+        with pytest.raises(
+            ValueError, match=r"'transformer\.wte\.weight' in the official checkpoint is no dense tensor"
+        ):
+            load_official({**weights, "transformer.wte.weight": strange}, options)
+    wide = torch.zeros(1).expand(2**20, 2**20)  # a few bytes in the file
+    torch.save({**weights, "transformer.wte.weight": wide}, tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match=r"has shape \(1048576, 1048576\); the configuration asks for"):
+        load_official(tmp_path / "wide.pt", options)
+    for text in ("[" * 100_000, "- " * 100_000, "a: &a [*a]"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.yaml nests lists or tables more than 64 deep"):
+            load_official(weights, tmp_path / "config.yaml")
