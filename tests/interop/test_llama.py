@@ -241,7 +241,8 @@ def test_sizes_without_sense_are_named(name: str, value: Any):
     [
         {"rope_theta": "x"}, {"rope_theta": 5e-400}, {"rope_scaling": [1]}, {"rope_scaling": "linear"},
         {"rms_norm_eps": []},
-        {"rope_parameters": {"rope_theta": {"a": 1}}}, {"rope_parameters": {"rope_theta": "x"}}, {"hidden_act": ["silu"]},
+        {"rope_parameters": {"rope_theta": {"a": 1}}}, {"rope_parameters": {"rope_theta": "x"}},
+        {"hidden_act": ["silu"]},
         {"tie_word_embeddings": "yes"}, {"attention_bias": [True]}, {"sliding_window": "x", "use_sliding_window": True},
         {"max_position_embeddings": 1e30}, {"quantization_config": "x" * 10_000}, {"model_type": ["llama"]},
         {"model_type": {}}, {"model_type": "x" * 10_000}, {"rope_parameters": {"a": "x" * 10_000, "rope_type": "yarn"}},
