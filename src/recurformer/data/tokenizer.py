@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -81,9 +82,18 @@ class Tokenizer(abc.ABC):
         """Return the ids of a text as an integer array (n,)."""
         return np.array(self.encode(text), dtype=np.int64)
 
-    def stream(self) -> TextStream:
-        """Return a decoder for ids that arrive one by one, as in generation."""
-        return TextStream(self.decode)
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """Return a decoder for ids that arrive one by one, as in generation, behind the ids of a context."""
+        return TextStream(self.decode, context)
+
+    def decode_after(self, context: Sequence[int], ids: Iterable[int]) -> str:
+        """Return the text that ids add to a context: "the cat" and then "sat" is "the cat sat", so " sat"."""
+        stream = self.stream(context)
+        return "".join(map(stream.feed, ids)) + stream.finish()
+
+    def special_tokens(self) -> dict[str, int]:
+        """Return the ids of special tokens by their spelling; `decode` gives them no text."""
+        return {}
 
     def contents(self) -> bytes:
         """Return the bytes of the vocabulary's file; none when the kind has no file."""
@@ -109,34 +119,61 @@ class Tokenizer(abc.ABC):
 class TextStream:
     """Turns successive ids into text without ever showing half a character.
 
-    The texts returned by `feed` and `finish`, joined, are the decoded text of all ids.
+    The texts that `feed` and `finish` return, joined, are the decoded text of all ids. Behind a context they are the text
+    that the ids add to it.
+
+    Args:
+        decode: returns the text of a list of ids.
+        context: ids before the first one, such as a prompt. Decoders look at neighbours to place spaces.
     """
 
-    PATIENCE = 8
-    """Ids held back at most: no character is spread over more, so what still looks unfinished then is no text."""
+    UNDECIDED = 3
+    """U+FFFD at the end of the text that are held back: a character's first bytes, of which UTF-8 has at most three."""
+    WINDOW, KEPT = 256, 64
+    """Ids that are decoded at once, and those that stay of them, where no character has been complete for so long."""
 
-    def __init__(self, decode: Callable[[list[int]], str]):
+    def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._context: list[int] = []  # already shown; decoders look at the neighbour to place spaces
-        self._held: list[int] = []
+        self._ids = self._end_with_text([int(token) for token in context])
+        self._shown = self._decided(self._decode(self._ids)) if self._ids else 0  # characters
+        self._complete = len(self._ids)  # ids whose text was shown completely
+        self._fed = False
 
     def feed(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is unfinished."""
-        self._held.append(int(token))
-        text = self._pending()
-        if not text or (text.endswith(REPLACEMENT) and len(self._held) < self.PATIENCE):
-            return ""
-        self._context, self._held = self._held, []
-        return text
+        """Return the text that a token completes; empty while a character is unfinished."""
+        self._ids.append(int(token))
+        self._fed = True
+        text = self._decode(self._ids)
+        end = self._decided(text)
+        new, self._shown = text[self._shown : end], max(self._shown, end)
+        if new and end == len(text):
+            # Decoders drop a space at the start of a text, so ids are forgotten only where visible text follows them.
+            recent = self._ids[self._complete :]
+            kept = self._decode(recent)
+            if kept.strip():
+                self._ids, self._shown = recent, len(kept)
+            self._complete = len(self._ids)
+        if len(self._ids) > self.WINDOW:
+            self._ids = self._ids[-self.KEPT :]
+            self._shown, self._complete = self._decided(self._decode(self._ids)), 0
+        return new
 
     def finish(self) -> str:
-        """What is still held back; the stream can then start anew."""
-        text = self._pending() if self._held else ""
-        self._context, self._held = [], []
+        """Return the text that is still held back. The stream can then start anew, without a context."""
+        text = self._decode(self._ids)[self._shown :] if self._fed else ""
+        self._ids, self._shown, self._complete, self._fed = [], 0, 0, False
         return text
 
-    def _pending(self) -> str:
-        return self._decode(self._context + self._held)[len(self._decode(self._context)) :]
+    def _decided(self, text: str) -> int:
+        """Return how many characters of a text stay as they are, whatever ids come."""
+        return len(text) - min(self.UNDECIDED, len(text) - len(text.rstrip(REPLACEMENT)))
+
+    def _end_with_text(self, ids: list[int]) -> list[int]:
+        """Return the last ids of a context, so many that they hold visible text; all where none do."""
+        count = 8
+        while count < len(ids) and not self._decode(ids[-count:]).strip(f"{REPLACEMENT} \n\t"):
+            count *= 2
+        return ids[-count:]
 
 
 # --- the kinds --------------------------------------------------------------------------------------------------------
@@ -173,15 +210,17 @@ class BytesTokenizer(Tokenizer):
     def pieces(self) -> dict[int, str]:
         return {byte: f"<0x{byte:02X}>" for byte in range(self.vocab_size)}
 
-    def stream(self) -> TextStream:
-        return _ByteStream()
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        return _ByteStream(context)
 
 
 class _ByteStream(TextStream):
     """Exact for any bytes, well formed or not: the standard library's incremental decoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: Sequence[int] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in context[-self.UNDECIDED :]:  # a character may have begun there
+            self.feed(token)
 
     def feed(self, token: int) -> str:
         if not 0 <= token < BytesTokenizer.vocab_size:
@@ -262,8 +301,36 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(_end_in_text(text, self._tokenizer.id_to_token(self.eos_id)))
         return ids
 
+    def special_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: id for id, token in added if token.special}
+
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._decode_bytes(ids) if REPLACEMENT in text and self._byte_ids else text
+
+    def _decode_bytes(self, ids: list[int]) -> str:
+        """Return the text of ids among which bytes are no UTF-8.
+
+        The library would replace every byte of a run that ends in a broken character, whole characters included. Their
+        text would then depend on later ids, and could never be streamed.
+        """
+        special = set(self.special_tokens().values())
+        pieces: list[str] = []
+        for is_byte, run in itertools.groupby((id for id in ids if id not in special), self._byte_ids.__contains__):
+            if is_byte:
+                pieces.append(bytes(self._byte_ids[id] for id in run).decode(errors="replace"))
+            else:
+                pieces += [piece for id in run if (piece := self._tokenizer.id_to_token(id)) is not None]
+        return self._tokenizer.decoder.decode(pieces)
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        """The byte of every id that spells one, for a decoder with a fallback to bytes."""
+        if b'"ByteFallback"' not in self._raw:
+            return {}
+        spelled = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        return {id: spelled[piece] for piece, id in self._tokenizer.get_vocab().items() if piece in spelled}
 
     def pieces(self) -> dict[int, str]:
         return {id: piece for piece, id in self._tokenizer.get_vocab().items()}
@@ -348,6 +415,10 @@ class SentencePieceTokenizer(Tokenizer):
         if self.eos_id is not None and self.eos_id in ids:
             raise ValueError(_end_in_text(text, self._pieces.id_to_piece(self.eos_id)))
         return ids
+
+    def special_tokens(self) -> dict[str, int]:
+        pieces = self._pieces
+        return {pieces.id_to_piece(id): id for id in range(self.vocab_size) if pieces.is_control(id)}
 
     def _decode(self, ids: list[int]) -> str:
         return self._pieces.decode(ids)
