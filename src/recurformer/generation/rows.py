@@ -24,6 +24,10 @@ from recurformer.settings import Count, Natural, setting
 LOOK_EVERY = {"cuda": 16}  # steps between two looks at which rows have ended, where a look waits for the device
 
 
+class NonFiniteLogitsError(ValueError):
+    """The model's logits are NaN or infinite, so that no token can be drawn."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings(Sampling):
     """Options of one call of generation."""
@@ -103,7 +107,7 @@ def generate_rows(
     prompts = tokens.repeat_interleave(S, dim=0)
     if max_new_tokens == 0:
         return Generated(prompts, [0] * len(prompts), [False] * len(prompts))
-    rows = RowEnds(len(prompts), ends, stops, tokenizer)
+    rows = RowEnds(real_prompts(prompts, valid, S) if stops else [()] * len(prompts), ends, stops, tokenizer)
     with torch.no_grad(), evaluating(model):
         new = _new_tokens(model, tokens, valid, settings, rows, pad, stream)
     lengths = [length or len(new) for length in rows.lengths]
@@ -157,6 +161,14 @@ def _new_tokens(
     return new
 
 
+def real_prompts(prompts: Tensor, valid: Tensor | None, samples: int) -> list[list[int]]:
+    """Return the ids of prompts (B * S, N) without pads; valid (B, N) is False at pads."""
+    if valid is None:
+        return prompts.tolist()
+    masks = valid.repeat_interleave(samples, dim=0).tolist()
+    return [[id for id, real in zip(*row, strict=True) if real] for row in zip(prompts.tolist(), masks, strict=True)]
+
+
 def check_numbers(ids: list[list[int]], n: int) -> None:
     """Raise ValueError where the logits of a new token were no numbers.
 
@@ -166,7 +178,7 @@ def check_numbers(ids: list[list[int]], n: int) -> None:
     """
     for place, step in enumerate(zip(*ids, strict=True), n - len(ids[0]) + 1):
         if -1 in step:
-            raise ValueError(
+            raise NonFiniteLogitsError(
                 f"the logits of new token {place} are not finite numbers; the model's weights hold NaN or infinity, or "
                 "its dtype overflows: use an earlier checkpoint, or float32"
             )

@@ -1,4 +1,4 @@
-"""Prompts in, text out: what `generate` does between the tokenizer and the model."""
+"""Prompts in, text out: generation between a tokenizer and a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
+from recurformer.generation.prompt import pad_prompts
+from recurformer.generation.rows import generate_rows
+from recurformer.generation.stopping import StopFinder
+from recurformer.store.folders import load, resolve
 
 if TYPE_CHECKING:
     from recurformer.data.tokenizer import Tokenizer
@@ -20,21 +26,18 @@ class Completion:
 
     prompt: str
     text: str  # without the prompt, and without the stop that ended it
-    tokens: int  # generated, the one that ended it included
+    tokens: int  # new tokens, with the one that ended the continuation
     ended: bool  # by the end-of-text token or a stop, not by the limit
 
 
 def open_model(
     folder: str | Path, device: str = "auto", scan: str = "auto"
 ) -> tuple[LanguageModel, Tokenizer | None, Path]:
-    """A model, its tokenizer (None when there is none beside it) and the folder they were found in.
+    """Return a model, its tokenizer (None when its folder has none) and the folder they were found in.
 
     Raises:
         ValueError: for a folder without a model, a damaged tokenizer, or a device that is not here.
     """
-    from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
-    from recurformer.store.folders import load, resolve
-
     place = pick_device(device)
     folder = resolve(folder)
     model = load(folder, device=place)
@@ -43,10 +46,10 @@ def open_model(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU if there is one.
+    """Return the device of a name; "auto" is the GPU if there is one.
 
     Raises:
-        ValueError: when it is not here.
+        ValueError: for a device that is not here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,22 +73,26 @@ def complete(
     stops: Sequence[str] = (),
     samples: int = 1,
     show: Callable[[str], Any] | None = None,
-    **sampling: Any,
+    **options: Any,
 ) -> list[Completion]:
     """Continue prompts of any lengths at once. The tokenizer's end of text ends a continuation, if it has one.
 
     Args:
+        model: makes the tokens.
+        tokenizer: makes ids of the prompts and text of new ids. The text is the one behind the prompt, so that prompt
+            and text together are the decoded text of all ids.
         prompts: texts; an empty one begins at the end-of-text token.
-        stops: texts that end a continuation, wherever the borders between its tokens are.
+        max_new_tokens: new tokens of each continuation at most.
+        stops: texts that end a continuation, wherever the borders between its tokens are. The spelling of a special
+            token stands for the token.
         samples: continuations of each prompt; those of one prompt are neighbours in the result.
-        show: called with each piece of text as it comes, never half a character, nor what may turn out to begin a stop;
-            needs a single continuation.
-        sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed as in `generate`.
-    """
-    from recurformer.generation.prompt import pad_prompts
-    from recurformer.generation.rows import generate_rows
-    from recurformer.generation.stopping import StopFinder
+        show: function that is called with each piece of text as it comes, never with half a character or with text
+            that may turn out to begin a stop. It needs a single continuation.
+        options: temperature, top_k, top_p, min_p, repetition_penalty, seed and prefill_chunk, as in `generate_rows`.
 
+    Raises:
+        ValueError: for no prompt, for options outside their limits, and for a tokenizer with more ids than the model.
+    """
     if not prompts:
         raise ValueError("no prompt; give at least one, which may be empty")
     if show is not None and (len(prompts) > 1 or samples > 1):
@@ -95,17 +102,14 @@ def complete(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; "
             "the two do not belong together"
         )
-    encoded = [list(tokenizer.encode(prompt)) for prompt in prompts]
-    for ids in encoded:
-        if not ids:
-            ids.append(tokenizer.eos_id or 0)
+    encoded = [list(tokenizer.encode(prompt)) or [tokenizer.eos_id or 0] for prompt in prompts]
     tokens, mask = pad_prompts(encoded)
     device = model.embedding.weight.device
-    shown = StopFinder(stops, tokenizer)
+    first = StopFinder(stops, tokenizer, encoded[0])
 
     def stream(ids: torch.Tensor) -> None:
         token = int(ids[0])
-        if show is not None and token != tokenizer.eos_id and (text := shown.feed(token)):
+        if show is not None and token != tokenizer.eos_id and (text := first.feed(token)):
             show(text)
 
     made = generate_rows(
@@ -118,13 +122,13 @@ def complete(
         stop=stops,
         tokenizer=tokenizer,
         stream=None if show is None else stream,
-        **sampling,
+        **options,
     )
-    if show is not None and (text := shown.finish()):
+    if show is not None and (text := first.finish()):
         show(text)
     completions = []
     for row, (ids, length) in enumerate(zip(made.tokens[:, tokens.shape[1] :].tolist(), made.lengths, strict=True)):
-        finder = StopFinder(stops, tokenizer)
+        finder = StopFinder(stops, tokenizer, encoded[row // samples])
         for token in ids[:length]:
             if token == tokenizer.eos_id:
                 break

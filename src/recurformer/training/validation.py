@@ -83,4 +83,4 @@ def sample_text(
             )
     except InterruptedEvaluationError:
         return None
-    return tokenizer.decode(tokens[0, len(prompt) :].tolist())
+    return tokenizer.decode_after(prompt, tokens[0, len(prompt) :].tolist())
