@@ -24,6 +24,8 @@ from recurformer.cli.common import device_option
 @click.option("--samples", default=1, type=click.IntRange(min=1), help="Continuations of each prompt.")
 @click.option("--seed", type=int, help="Of the sampling.  [default: another one each time]")
 @click.option("--scan", default="auto", help="How recurrent layers read the prompt.")
+@click.option("--prompt-chunk", "prefill_chunk", type=click.IntRange(min=1), metavar="N", help="Positions of prompts "
+              "that go through the layers at once; fewer take less memory.  [default: chosen by memory]")  # fmt: skip
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a continuation.")
 def generate(

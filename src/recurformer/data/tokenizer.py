@@ -119,8 +119,8 @@ class Tokenizer(abc.ABC):
 class TextStream:
     """Turns successive ids into text without ever showing half a character.
 
-    The texts that `feed` and `finish` return, joined, are the decoded text of all ids. Behind a context they are the text
-    that the ids add to it.
+    The texts that `feed` and `finish` return, joined, are the decoded text of all ids. Behind a context they are the
+    text that the ids add to it.
 
     Args:
         decode: returns the text of a list of ids.

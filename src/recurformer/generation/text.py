@@ -12,7 +12,7 @@ import torch
 from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
 from recurformer.generation.prompt import pad_prompts
 from recurformer.generation.rows import generate_rows
-from recurformer.generation.stopping import StopFinder
+from recurformer.generation.stopping import StopFinder, stop_texts
 from recurformer.store.folders import load, resolve
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def complete(
     Raises:
         ValueError: for no prompt, for options outside their limits, and for a tokenizer with more ids than the model.
     """
+    stops = stop_texts(stops)
     if not prompts:
         raise ValueError("no prompt; give at least one, which may be empty")
     if show is not None and (len(prompts) > 1 or samples > 1):

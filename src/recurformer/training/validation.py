@@ -9,6 +9,7 @@ import torch
 
 from recurformer.evaluation.perplexity import Evaluation, InterruptedEvaluationError, evaluate
 from recurformer.generation.modes import evaluating
+from recurformer.generation.rows import NonFiniteLogitsError
 from recurformer.model import LanguageModel
 from recurformer.training.config import TrainConfig
 from recurformer.training.distributed import OneProcess
@@ -83,4 +84,6 @@ def sample_text(
             )
     except InterruptedEvaluationError:
         return None
+    except NonFiniteLogitsError as error:  # the run itself stops, with its own message, at the next loss
+        return f"({error})"
     return tokenizer.decode_after(prompt, tokens[0, len(prompt) :].tolist())
