@@ -206,7 +206,7 @@ class Letters:
         self.pieces = ("", *pieces)
 
     def decode(self, ids: list[int]) -> str:
-        return "".join(self.pieces[token] for token in ids)
+        return "".join(self.pieces[token] if token < len(self.pieces) else "?" for token in ids)
 
 
 def after(stops: list[str], *pieces: str) -> tuple[list[str], str, bool]:

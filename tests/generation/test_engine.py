@@ -245,12 +245,12 @@ def test_a_fork_into_samples(kind: dict[str, Any], padded: bool, way: str, monke
 
 
 def test_chunks_of_a_prompt_bound_memory(monkeypatch: pytest.MonkeyPatch):
-    recurrent, standard = ModelConfig.preset("300m-6"), ModelConfig.preset("300m-6", layers="standard")
-    assert prompt.chunk_length(recurrent, 4, 0, 10**6, None) == prompt.CHUNK_TOKENS // 4
-    assert prompt.chunk_length(recurrent, 10**6, 5, 10, None) == prompt.SHORTEST
-    assert prompt.chunk_length(standard, 1, 0, 10**6, None) == prompt.CHUNK_TOKENS
-    assert prompt.chunk_length(standard, 1, 2**15, 2**15, None) == prompt.BIAS_ELEMENTS // (32 * 2**16) == 64
-    assert prompt.chunk_length(standard, 1, 2**15, 2**15, 999) == 999
+    wide, nano = ModelConfig.preset("300m-6"), ModelConfig.preset("nano", layers="first:1")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert prompt.chunk_length(wide, cuda, 4) == prompt.CHUNK_TOKENS // 4
+    assert prompt.chunk_length(wide, cuda, 10**6) == prompt.SHORTEST
+    assert prompt.chunk_length(wide, cpu, 1) == prompt.CHUNK_ELEMENTS // wide.mlp_width == 512
+    assert prompt.chunk_length(nano, cpu, 2) == 4096
     lengths: list[int] = []
     model, tokens = tiny(), random_tokens(2, 11)
     hidden = model.hidden

@@ -11,8 +11,8 @@ from recurformer.cache import KVCache
 from recurformer.config import ModelConfig
 from recurformer.model import LanguageModel
 
-CHUNK_TOKENS = 2**16  # tokens of all rows together that go through the layers at once
-BIAS_ELEMENTS = 2**27  # elements of the bias that a standard layer adds to the scores of a chunk
+CHUNK_TOKENS = 2**16  # tokens of all rows together that go through the layers at once on a GPU
+CHUNK_ELEMENTS = 2**22  # inner values of the MLP for these tokens, elsewhere: about 0.13 GB of activations at once
 SHORTEST = 64  # positions of a chunk at least
 STEP_ROWS = 4  # rows up to which recurrent layers read a short prompt fastest token by token
 STEP_LENGTH = 256  # tokens of a short prompt; for longer ones a wavefront scan is faster, which starts slowly
@@ -44,22 +44,18 @@ def reads_by_steps(model: LanguageModel, step: str, rows: int, length: int) -> t
     return True, f"every token needs a pass over the weights, and {rows} rows share little of a scan's"
 
 
-def chunk_length(config: ModelConfig, rows: int, past: int, new: int, requested: int | None) -> int:
-    """Return the positions of the next chunk of a prompt.
+def chunk_length(config: ModelConfig, device: torch.device, rows: int) -> int:
+    """Return how many positions of a batch of prompts go through the layers at once, so that memory is bounded.
+
+    The bias of standard layers does not count here: attention bounds it by itself.
 
     Args:
         config: of the model.
+        device: of the model.
         rows: B.
-        past: slots filled.
-        new: positions left.
-        requested: the caller's choice, returned as it is; None: as many as keep memory bounded.
     """
-    if requested is not None:
-        return requested
-    chunk = max(SHORTEST, CHUNK_TOKENS // rows)
-    if past > 0 and "standard" in config.layer_kinds:
-        chunk = min(chunk, max(SHORTEST, BIAS_ELEMENTS // (config.n_heads * (past + new))))
-    return chunk
+    tokens = CHUNK_TOKENS if device.type == "cuda" else CHUNK_ELEMENTS // config.mlp_width
+    return max(SHORTEST, tokens // rows)
 
 
 def read_prompt(
@@ -79,15 +75,14 @@ def read_prompt(
     rows, slots = torch.arange(B, device=device), torch.arange(N, device=device)
     last = slots[-1:] if valid is None else (slots * valid).argmax(1)
     found: Tensor | None = None
-    start = 0
-    while start < N:
-        stop = min(N, start + chunk_length(model.config, B, cache.length, N - start, chunk))
+    chunk = chunk_length(model.config, device, B) if chunk is None else chunk
+    for start in range(0, N, chunk):
+        stop = min(N, start + chunk)
         part = None if valid is None else valid[:, start:stop]
         x = model.hidden(tokens[:, start:stop], part, cache=cache)
         there = x[rows, (last - start).clamp(0, stop - start - 1)]
         here = (start <= last) & (last < stop)
         found = there if found is None else torch.where(here[:, None], there, found)
-        start = stop
     assert found is not None
     return found
 
