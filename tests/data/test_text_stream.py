@@ -83,7 +83,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(scope="module", params=list(KINDS.values()), ids=list(KINDS))
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.param()
 
