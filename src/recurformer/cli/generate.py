@@ -13,17 +13,19 @@ from recurformer.cli.common import device_option
 @click.argument("run", type=click.Path())
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; may be repeated: all "
               "prompts run as one batch.  [default: the start of a text]")  # fmt: skip
-@click.option("--max-new-tokens", default=200, type=click.IntRange(min=0), help="Tokens generated at most.")
-@click.option("--temperature", default=0.8, type=float, help="0 takes the most probable token.")
-@click.option("--top-k", default=0, type=int, help="Sample among the K most probable tokens; 0: all.")
-@click.option("--top-p", default=1.0, type=float, help="Sample among the fewest tokens of at least this probability.")
-@click.option("--min-p", default=0.0, type=float, help="Leave out tokens below this part of the top probability.")
-@click.option("--repetition-penalty", default=1.0, type=float, help="Above 1: tokens seen before become less probable.")
+@click.option("--max-new-tokens", default=200, type=click.IntRange(min=0), help="New tokens at most.")
+@click.option("--temperature", default=0.8, type=float, help="Temperature of the sampling; 0: the most probable token.")
+@click.option("--top-k", default=0, type=int, help="Most probable tokens to draw from; 0: all.")
+@click.option("--top-p", default=1.0, type=float, help="Probability that the tokens to draw from reach together.")
+@click.option(
+    "--min-p", default=0.0, type=float, help="Least probability of a token to draw, as a part of the largest."
+)
+@click.option("--repetition-penalty", default=1.0, type=float, help="Penalty on tokens seen before; 1: none.")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help=r"End before this text, besides the end of "
               r"text; \n and \t may be spelled out. May be repeated.")  # fmt: skip
 @click.option("--samples", default=1, type=click.IntRange(min=1), help="Continuations of each prompt.")
-@click.option("--seed", type=int, help="Of the sampling.  [default: another one each time]")
-@click.option("--scan", default="auto", help="How recurrent layers read the prompt.")
+@click.option("--seed", type=int, help="Random seed of the sampling.  [default: another one each time]")
+@click.option("--scan", default="auto", help="Scan that reads the prompt in recurrent layers.")
 @click.option("--prompt-chunk", "prefill_chunk", type=click.IntRange(min=1), metavar="N", help="Positions of prompts "
               "that go through the layers at once; fewer take less memory.  [default: chosen by memory]")  # fmt: skip
 @device_option
@@ -39,8 +41,8 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue prompts with the model in RUN (a run's or a model's folder; of a run, its best checkpoint). A single
-    continuation is printed as it comes, several are printed at the end, each under its number."""
+    """Continue prompts with the model in RUN: a run's folder, which means its best checkpoint, or a model's folder. A
+    single continuation is printed as it comes. Several are printed at the end, each under its number."""
     import json
     from dataclasses import asdict
 
