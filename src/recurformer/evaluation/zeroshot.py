@@ -259,7 +259,8 @@ def score(
             tokens, valid = pad_prompts(inputs)  # on the left: every row ends with its continuation
             longest = max(len(requests[i][1]) for i in rows)
             mask = None if valid.all() else valid.to(device)
-            x = model.hidden(tokens.to(device), mask)[:, -longest:]
+            out = model(tokens.to(device), attention_mask=mask, return_logits=False, return_hidden=True)
+            x = out.hidden[:, -longest:]
             logits = model.logits(x)
             logits = logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
             for row, i in enumerate(rows):

@@ -45,7 +45,8 @@ class ModelDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Return logits (B * samples, V) after one more token of every row."""
-        return self.model.logits(self.model.hidden(tokens[:, None], None, cache=self.cache)[:, 0])
+        options = {"cache": self.cache, "return_logits": False, "return_hidden": True, "validate": False}
+        return self.model.logits(self.model(tokens[:, None], **options).hidden[:, 0])  # a call: hooks fire
 
 
 def make_decoder(

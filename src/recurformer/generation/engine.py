@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurformer.cache import KVCache
 from recurformer.choose import choose_step
@@ -16,6 +16,7 @@ from recurformer.generation.prompt import read_prompt, reads_by_steps
 from recurformer.generation.state import DecodeState
 from recurformer.layer import compute_dtype
 from recurformer.model import LanguageModel, Layer
+from recurformer.modules import calls_more_than_forward
 
 FIRST_VISIBLE = 256  # slots that the plain step's first graph reads; each further graph reads twice as many
 
@@ -26,9 +27,14 @@ def engine_obstacle(model: LanguageModel) -> str | None:
     if type(model) is not LanguageModel or replaced:
         return "the model computes its logits in a way of its own; decode with step='model'"
     for index, layer in enumerate(model.layers):
-        hooks = (layer._forward_hooks, layer._forward_pre_hooks)
-        if type(layer) is not Layer or any(hooks):
+        if type(layer) is not Layer:
             return f"layer {index} is more than a layer (wrapped, or with hooks); decode with step='model'"
+    for name, module in model.named_modules():
+        if calls_more_than_forward(module):
+            what = f"{name.replace('layers.', 'layer ')} is more than a layer (wrapped, or with hooks)"
+            return f"{what if name else 'the model has hooks'}; decode with step='model'"
+    if type(model.embedding).forward is not nn.Embedding.forward:
+        return f"the embedding is a {type(model.embedding).__name__}; decode with step='model'"
     return None
 
 

@@ -79,7 +79,8 @@ def read_prompt(
     for start in range(0, N, chunk):
         stop = min(N, start + chunk)
         part = None if valid is None else valid[:, start:stop]
-        x = model.hidden(tokens[:, start:stop], part, cache=cache)
+        options = {"attention_mask": part, "cache": cache, "return_logits": False, "return_hidden": True}
+        x = model(tokens[:, start:stop], **options, validate=False).hidden  # a call: hooks fire
         there = x[rows, (last - start).clamp(0, stop - start - 1)]
         here = (start <= last) & (last < stop)
         found = there if found is None else torch.where(here[:, None], there, found)
