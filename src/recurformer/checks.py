@@ -51,6 +51,14 @@ def check_inputs(
     return valid
 
 
+def widened(ids: Tensor) -> Tensor:
+    """Return ids of a wide unsigned type, as shards of tokens hold them, as int64. Others stay as they are.
+
+    PyTorch cannot compare, shift or look up with uint16, uint32 and uint64.
+    """
+    return ids.long() if ids.dtype in (torch.uint16, torch.uint32, torch.uint64) else ids
+
+
 def check_shapes(tokens: Tensor, targets: Tensor | None, document_ids: Tensor | None) -> None:
     """Raise ValueError unless all are integers of one shape (B, N), neither of them zero."""
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:

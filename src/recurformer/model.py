@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recurformer.attention import Layout, compiled, parallel_attention
 from recurformer.cache import KVCache
-from recurformer.checks import check_inputs
+from recurformer.checks import check_inputs, widened
 from recurformer.choose import SCAN_CHOICES, choose_loss, choose_scan
 from recurformer.config import LayerKind, ModelConfig
 from recurformer.initialisation import draw_parameters
@@ -252,6 +252,10 @@ class LanguageModel(nn.Module):
         """
         if not (return_logits or return_hidden) and targets is None:
             raise ValueError("return_logits=False without targets would compute nothing; give targets")
+        tokens = widened(tokens)
+        targets, attention_mask, document_ids = (
+            None if given is None else widened(given) for given in (targets, attention_mask, document_ids)
+        )
         valid = check_inputs(
             self.config, tokens, device=self.embedding.weight.device, targets=targets, attention_mask=attention_mask,
             document_ids=document_ids, cache=cache, use_cache=use_cache, validate=validate,

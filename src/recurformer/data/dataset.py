@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -20,13 +21,44 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
+class DataFile:
+    """A file that must stay as it was when the dataset was opened."""
+
+    path: Path
+    stamp: tuple[int, int]
+    """Bytes and time of the last change, in nanoseconds. Inodes change by themselves on some network file systems."""
+
+    @classmethod
+    def of(cls, path: Path) -> DataFile:
+        """Return a file as it is now."""
+        return cls(path, _stamp(path.stat()))
+
+    def check(self, file: BinaryIO) -> None:
+        """Raise ValueError when the opened file is not the one that the dataset was opened with."""
+        if _stamp(os.fstat(file.fileno())) != self.stamp:
+            raise ValueError(
+                f"{self.path} was replaced or changed after it was opened, so it may hold other tokens; let nothing "
+                "write to data in use, and start again from the data of this run"
+            )
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
 class Shard:
     """One file of tokens."""
 
-    path: Path
+    tokens: DataFile
     n_tokens: int
-    starts: Path | None
+    starts: DataFile | None
     """File with the start of each document; None for a raw shard, whose documents end at the end token."""
+
+    @property
+    def path(self) -> Path:
+        """The file of tokens."""
+        return self.tokens.path
 
 
 class TokenDataset:
@@ -84,7 +116,7 @@ class TokenDataset:
             tokens, starts = folder / info.tokens, folder / info.documents
             _expect_size(tokens, info.n_tokens, DTYPES[self.dtype])
             _expect_size(starts, info.n_documents, STARTS_DTYPE)
-            shards.append(Shard(tokens, info.n_tokens, starts))
+            shards.append(Shard(DataFile.of(tokens), info.n_tokens, DataFile.of(starts)))
         self.shards = tuple(shards)
 
     def _open_raw(self, paths: list[Path], vocab_size: int | None, dtype: str | None, eos_id: int | None) -> None:
@@ -122,7 +154,7 @@ class TokenDataset:
         """Return the tokens start ... start + count - 1 of a shard, (count,) int64.
 
         Raises:
-            ValueError: the file ends before, or holds an id outside the vocabulary.
+            ValueError: the file ends before, was replaced or changed, or holds an id outside the vocabulary.
         """
         # A positioned read, not a lasting memory map: there is no limit on open files, and a file that was truncated
         # meanwhile is an error, not a crash.
@@ -130,8 +162,9 @@ class TokenDataset:
         with path.open("rb") as file:
             file.seek(int(start) * dtype.itemsize)  # a NumPy integer of 32 bits would overflow at 2^31 tokens
             tokens = np.fromfile(file, dtype=dtype, count=int(count)).astype(np.int64)
-        if len(tokens) != count:
-            raise ValueError(f"{path} ends before token {start + count}; it was changed, prepare it anew")
+            if len(tokens) != count:
+                raise ValueError(f"{path} ends before token {start + count}; it was changed, prepare it anew")
+            self.shards[shard].tokens.check(file)
         if count and tokens.max() >= self.vocab_size:
             at = int(tokens.argmax())
             raise ValueError(
@@ -144,9 +177,14 @@ class TokenDataset:
         """Return the positions p of a shard, start < p < stop, at which a document begins, (n,) int64 ascending."""
         starts = self.shards[shard].starts
         if starts is not None:
-            every = np.memmap(starts, dtype=STARTS_DTYPE, mode="r")
+            with starts.path.open("rb") as file:
+                starts.check(file)
+                every = np.memmap(file, dtype=STARTS_DTYPE, mode="r")
             first, last = np.searchsorted(every, [start + 1, max(stop, start + 1)])
-            return np.array(every[first:last], dtype=np.int64)
+            found = np.array(every[first:last], dtype=np.int64)
+            if len(found) and not (start < found[0] and found[-1] < stop and (np.diff(found) > 0).all()):
+                raise ValueError(f"{starts.path} holds places that do not ascend; it is damaged, prepare it anew")
+            return found
         if self.eos_id is None or stop - start < 2:
             return np.empty(0, dtype=np.int64)
         return np.flatnonzero(self.read(shard, start, stop - 1 - start) == self.eos_id) + start + 1
@@ -208,7 +246,7 @@ def _open_raw_shard(path: Path, dtype: str, digest: hashlib._Hash) -> Shard:
             "the file is truncated or holds another dtype"
         )
     digest.update(f"\n{path.name} {n_bytes} ".encode() + head + tail)
-    return Shard(path, n_bytes // width, None)
+    return Shard(DataFile.of(path), n_bytes // width, None)
 
 
 def _expect_size(path: Path, count: int, dtype: np.dtype) -> None:

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from recurformer.checks import check_inputs
+from recurformer.checks import check_inputs, widened
 from recurformer.generation.decoder import keep_engine, make_decoder
 from recurformer.generation.modes import evaluating
 from recurformer.generation.sampling import Sampling, tokens_seen
@@ -100,6 +100,7 @@ def generate_rows(
     if stops and not hasattr(tokenizer, "decode"):
         raise ValueError(f"stop is {settings.stop!r}, but the tokenizer is {tokenizer!r}; give one that can decode")
     pad = pad_id(settings.pad_token_id, ends, tokenizer)
+    tokens, attention_mask = widened(tokens), None if attention_mask is None else widened(attention_mask)
     valid = check_inputs(model.config, tokens, device=model.embedding.weight.device, attention_mask=attention_mask)
     if valid is not None and not (real := valid.any(1)).all():
         raise ValueError(f"prompt {int(real.int().argmin())} is all padding; a prompt needs at least one token")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from recurformer.checks import widened
 from recurformer.hf.cache import RecurformerCache
 from recurformer.hf.config import RecurformerConfig
 from recurformer.hf.lora import adapted_weight
@@ -359,10 +360,10 @@ def documents_of(positions: Tensor, tokens: Tensor, attention_mask: Tensor | Non
 
 def shifted(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return the token to predict at each position (B, N), given the token of each position."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    targets = F.pad(widened(labels)[:, 1:], (0, 1), value=IGNORE)
     if attention_mask is None or attention_mask.dim() != 2:  # the model refuses other dimensions
         return targets
-    return targets.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, IGNORE)
+    return targets.masked_fill(widened(attention_mask)[:, -labels.shape[1] :] == 0, IGNORE)
 
 
 def kept(logits_to_keep: int | Tensor) -> Any:
