@@ -504,3 +504,23 @@ def test_parts_that_do_not_fit_are_refused():
         model.run_layers(x, 1, cache=model.new_cache(2))
     with pytest.raises(ValueError, match="recompute is 'some'; choose one of 'none', 'standard', 'all'"):
         model.recompute = "some"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.int32])
+def test_ids_of_every_integer_type_are_the_same_ids(dtype: torch.dtype) -> None:
+    """Shards of tokens hold uint16 and uint32, of which PyTorch knows little."""
+    model, ids = tiny().eval(), torch.arange(10).reshape(2, 5)
+    documents, mask = torch.tensor([[0, 0, 1, 1, 1]] * 2), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    expected = model(ids, ids, document_ids=documents)
+    found = model(ids.to(dtype), ids.to(dtype), document_ids=documents.to(dtype))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(
+        model(ids.to(dtype), attention_mask=mask.to(dtype)).logits, model(ids, attention_mask=mask).logits
+    )
+    assert torch.equal(
+        model.generate(ids.to(dtype), 2, temperature=0.0, attention_mask=mask.to(dtype)),
+        model.generate(ids, 2, temperature=0.0, attention_mask=mask),
+    )
+    with pytest.raises(ValueError, match="token id 100 is outside the vocabulary of 97"):
+        model((ids + 91).to(dtype))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 
-from recurformer.data import TokenDataset, TrainingWindows, prepare
+from recurformer.data import TokenDataset, TrainingWindows, evaluation_batches, prepare
 from recurformer.data.sidecar import Sidecar, token_dtype
 
 
@@ -206,6 +208,95 @@ def test_a_sidecar_that_is_no_json_is_refused(folder: Path):
     (folder / "dataset.json").unlink()
     with pytest.raises(ValueError, match=r"holds no dataset.json; make it with `recurformer prepare`"):
         Sidecar.read(folder)
+
+
+# --- other data under the same name -----------------------------------------------------------------------------------
+
+
+def test_data_replaced_while_in_use_are_noticed(folder: Path, tmp_path: Path):
+    """A run must not go on with other tokens of the same size."""
+    dataset = TokenDataset(folder)
+    stream = TrainingWindows(dataset, 4, seed=0, packing="documents").iterate(0, 1, num_workers=1)
+    evaluation = evaluation_batches(dataset, 4, 1)
+    assert len(next(stream).tokens) == len(next(evaluation).tokens) == 1
+    (tmp_path / "in.jsonl").write_text((tmp_path / "in.jsonl").read_text().replace("first", "FIRST"))
+    prepare([tmp_path / "in.jsonl"], folder, shard_tokens=8, overwrite=True)
+    message = r"out/(tokens|documents)-0000\d\.bin was replaced or changed after it was opened"
+    for use in (stream, evaluation):
+        with pytest.raises(ValueError, match=message):
+            deque(itertools.islice(use, 40), maxlen=0)
+    with pytest.raises(ValueError, match=message):
+        dataset.document_starts(0, 0, 10)
+    with pytest.raises(ValueError, match=message):
+        pickle.loads(pickle.dumps(dataset)).read(0, 0, 1)
+    assert TokenDataset(folder).read(0, 0, 5).tolist() == list(b"FIRST")
+
+
+def test_a_raw_shard_that_grows_while_in_use_is_noticed(tmp_path: Path):
+    np.arange(50, dtype="<u2").tofile(tmp_path / "a.npy")
+    dataset = TokenDataset(tmp_path, vocab_size=50)
+    with (tmp_path / "a.npy").open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(ValueError, match=r"a\.npy was replaced or changed"):
+        dataset.read(0, 0, 5)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../secret.bin", "sub/tokens.bin", "..", ".", "", "a\\b", "C:x", ".x"]
+)
+@pytest.mark.parametrize("field", ["tokens", "documents"])
+def test_shards_lie_in_the_folder_itself(field: str, name: str, folder: Path, tmp_path: Path):
+    (tmp_path / "secret.bin").write_bytes(b"\0" * 20)
+    shards = json.loads((folder / "dataset.json").read_text())["shards"]
+    shards[0][field] = name
+    damage_sidecar(folder, shards=shards)
+    with pytest.raises(ValueError, match=rf"dataset.json is damaged or of another version: shards.0.{field}: "):
+        TokenDataset(folder)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_shards_and_sidecars_that_are_no_files_are_refused(target: str, folder: Path):
+    if target == "pipe":
+        target = str(folder / "pipe")
+        os.mkfifo(target)
+    for name, message in (("tokens-00000.bin", "tokens-00000.bin is missing"), ("dataset.json", "raw shards|neither")):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+        with pytest.raises(ValueError, match=message):
+            TokenDataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_tokens": 19}, "n_tokens is 19, but the shards have 18"),
+        ({"n_bytes": 1 << 70}, "n_bytes: "),
+        ({"n_documents": -1}, "n_documents: "),
+        ({"vocab_size": 0}, "vocab_size: "),
+        ({"vocab_size": 1e30}, "vocab_size: "),
+        ({"vocab_size": 1 << 40}, "vocab_size: "),
+        ({"eos_id": 256}, "eos_id is 256, outside the vocabulary of 256"),
+        ({"dtype": "x" * 100_000}, "dtype: "),
+        ({"k" * 100_000: 1}, "Extra inputs"),
+    ],
+)
+def test_sidecars_with_impossible_values_are_refused(changes: dict[str, object], message: str, folder: Path):
+    damage_sidecar(folder, **changes)
+    with pytest.raises(ValueError, match=message) as found:
+        TokenDataset(folder)
+    assert len(str(found.value)) < 1000
+
+
+def test_deeply_nested_sidecars_are_refused(folder: Path):
+    (folder / "dataset.json").write_text("[" * 1_000_000)
+    with pytest.raises(ValueError, match=r"dataset\.json is damaged or of another version"):
+        TokenDataset(folder)
+
+
+def test_starts_that_do_not_ascend_are_refused(folder: Path):
+    np.array([5, 5], dtype="<i8").tofile(folder / "documents-00000.bin")
+    with pytest.raises(ValueError, match=r"documents-00000\.bin holds places that do not ascend"):
+        TokenDataset(folder).document_starts(0, 0, 10)
 
 
 # --- raw shards -------------------------------------------------------------------------------------------------------

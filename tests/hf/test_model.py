@@ -576,3 +576,14 @@ def test_a_cache_from_inference_mode_is_continued(how: str):
         cache.reorder_cache(torch.tensor([0]))
         cache.batch_repeat_interleave(2)
     assert theirs(ids[:, :2].expand(2, -1), **{CACHE: cache}).logits.shape == (2, 2, V)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+def test_ids_and_labels_of_unsigned_types(dtype: torch.dtype) -> None:
+    """As shards of tokens hold them."""
+    model, ids = RecurformerForCausalLM.from_model(tiny()).eval(), torch.arange(10).reshape(2, 5)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    expected = model(input_ids=ids, labels=ids, attention_mask=mask)
+    found = model(input_ids=ids.to(dtype), labels=ids.to(dtype), attention_mask=mask.to(dtype))
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.logits, expected.logits)

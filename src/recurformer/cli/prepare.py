@@ -54,3 +54,6 @@ def prepare(inputs: tuple[str, ...], out: str, tokenizer: str, quiet: bool, **op
             f"{made.folder}: {made.n_tokens:,} tokens of {made.n_documents:,} documents ({made.n_bytes:,} bytes), "
             f"vocabulary {made.vocab_size:,} as {made.dtype}, {made.n_shards} shard{'s' if made.n_shards > 1 else ''}"
         )
+        name, _, size = tokenizer.partition(":")
+        if name == "train-bpe" and int(size) > made.vocab_size:
+            click.echo(f"the text was enough for a BPE of {made.vocab_size:,} tokens, not of {int(size):,}")

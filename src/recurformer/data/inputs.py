@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -95,8 +96,7 @@ def _files(given: str, input_format: Format) -> list[tuple[Path, str]]:
     if path.exists():
         candidates = [path]
     else:
-        candidates = [Path(match) for match in glob.glob(given, recursive=True)]
-        candidates = sorted((c for c in candidates if not c.is_dir() and not _is_in_loop(c)), key=Path.as_posix)
+        candidates = sorted({match for match in _matches(given) if not match.is_dir()}, key=Path.as_posix)
         if not candidates:
             raise ValueError(f"{name} does not exist; a Hugging Face dataset is written {DATASET}NAME")
     files = [(file, kind) for file in candidates if (kind := _kind(file, input_format))]
@@ -118,7 +118,8 @@ def _kind(path: Path, input_format: Format) -> str | None:
 
 def _files_of_folder(folder: Path) -> list[tuple[Path, str]]:
     """Return the files of a folder at any depth, through links, sorted by path. Hidden ones are left out."""
-    files = sorted((file for file in _walk(folder) if _IN_FOLDERS.search(file.name)), key=Path.as_posix)
+    found = (Path(parent, name) for parent, _, names in _walk(folder) for name in names if _IN_FOLDERS.search(name))
+    files = sorted(found, key=Path.as_posix)
     if not files:
         raise ValueError(f"{printable(folder)} holds no file that can be read; {_FOLDER_KINDS}")
     for file in files:
@@ -126,13 +127,43 @@ def _files_of_folder(folder: Path) -> list[tuple[Path, str]]:
     return [(file, kind) for file in files if (kind := _kind(file, "auto"))]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _matches(pattern: str) -> Iterator[Path]:
+    """Yield the paths that match a pattern as the shell's, where `**` stands for folders at any depth.
+
+    `glob.glob` would follow loops of links, and a few of them take for ever.
+    """
+    path = Path(pattern)
+    if glob.has_magic(pattern):
+        yield from _expanded(Path(path.anchor), path.parts[1:] if path.anchor else path.parts)
+
+
+def _expanded(parent: Path, parts: Sequence[str]) -> Iterator[Path]:
+    if not parts:
+        yield parent
+        return
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        folders = [parent, *(Path(at, name) for at, names, _ in _walk(parent) for name in names)]
+        for folder in folders:
+            yield from _expanded(folder, rest or ["*"])
+    elif not glob.has_magic(part):
+        if os.path.lexists(parent / part):
+            yield from _expanded(parent / part, rest)
+    elif parent.is_dir():
+        names = [name for name in os.listdir(parent) if part[0] == "." or name[0] != "."]
+        for name in fnmatch.filter(names, part):
+            yield from _expanded(parent / name, rest)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (folder, names of folders, names of files) at any depth, through links but not round in loops."""
+
     def fail(error: OSError) -> None:
         raise ValueError(f"{printable(error.filename)} cannot be read ({error.strerror})")
 
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         folders[:] = [name for name in folders if name[0] != "." and not _is_loop(Path(parent, name))]
-        yield from (Path(parent, name) for name in names if name[0] != ".")
+        yield parent, folders, [name for name in names if name[0] != "."]
 
 
 def _is_loop(path: Path) -> bool:
@@ -141,10 +172,6 @@ def _is_loop(path: Path) -> bool:
         return False
     target = os.path.realpath(path)
     return any(Path(os.path.realpath(parent)).is_relative_to(target) for parent in path.parents)
-
-
-def _is_in_loop(path: Path) -> bool:
-    return any(_is_loop(parent) for parent in path.parents)
 
 
 def _check_readable(path: Path) -> None:

@@ -254,11 +254,13 @@ class TableFile(_File):
 
     def pieces(self, tap: Tap) -> Iterator[Piece]:
         csv.field_size_limit(max(csv.field_size_limit(), self.document_bytes))  # of the process; 128 KiB by default
+        self.record_bytes = 0  # read since the last whole record: an open quote would take the rest of the file
         delimiter = "\t" if ".tsv" in [suffix.lower() for suffix in self.path.suffixes] else ","
         rows = csv.reader(self._text_lines(tap), delimiter=delimiter)
         column = None
         try:
             for row in rows:
+                self.record_bytes = 0
                 if not row:
                     continue
                 if column is None:
@@ -274,6 +276,13 @@ class TableFile(_File):
 
     def _text_lines(self, tap: Tap) -> Iterator[str]:
         for number, line in self._lines(tap):
+            self.record_bytes += len(line) + 1
+            if self.record_bytes > self.document_bytes + 1:
+                raise self._error(
+                    number,
+                    f"the record is longer than {self.document_bytes:,} bytes; close its quotes, or raise "
+                    "--max-document-bytes",
+                )
             try:
                 yield line.decode() + "\n"
             except UnicodeDecodeError as error:
