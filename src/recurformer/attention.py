@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BIAS_ELEMENTS = 2**22  # of the bias at once; blocks of this size were no slower than a whole bias at 2k and 4k tokens
+BIAS_ELEMENTS_GPU = (
+    2**27
+)  # 0.5 GB; small blocks would leave a GPU idle: 2 queries each behind 65,536 tokens of 32 heads
 RECOMPILE_LIMIT = 64  # with and without gradients, pads, documents, ...: more variants than PyTorch's default of 8
 
 Scores = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -318,14 +321,15 @@ def parallel_attention(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) 
     grouped = q.shape[1] != keys.shape[1]
     if layout.causal_only:
         return F.scaled_dot_product_attention(q, keys, values, is_causal=layout.length > 1, enable_gqa=grouped)
-    if layout.bias_elements(layout.length) <= BIAS_ELEMENTS:
+    limit = BIAS_ELEMENTS_GPU if q.device.type == "cuda" else BIAS_ELEMENTS
+    if layout.bias_elements(layout.length) <= limit:
         bias = None if layout.full_bias is None else layout.full_bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=grouped)
-    return attention_by_blocks(q, keys, values, layout)
+    return attention_by_blocks(q, keys, values, layout, limit)
 
 
-def attention_by_blocks(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
-    """Return what `parallel_attention` returns, with the bias of one block of queries at a time.
+def attention_by_blocks(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, limit: int) -> Tensor:
+    """Return what `parallel_attention` returns, with the bias of one block of queries at a time: `limit` elements.
 
     A block reads only the keys up to its last query, so long calls take about half the products of a full bias. The
     backward pass makes the bias of each block again.
@@ -341,7 +345,7 @@ def attention_by_blocks(q: Tensor, keys: Tensor, values: Tensor, layout: Layout)
             enable_gqa=q.shape[1] != keys.shape[1],
         )
 
-    N, size = layout.length, max(1, BIAS_ELEMENTS // layout.bias_elements(1))
+    N, size = layout.length, max(1, limit // layout.bias_elements(1))
     outputs = []
     for start in range(0, N, size):
         stop = min(N, start + size)
