@@ -6,6 +6,8 @@ import contextlib
 import gzip
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -446,6 +448,95 @@ def test_a_stop_that_is_lost_stops_all_the_same(number: signal.Signals, raised: 
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_two_at_once_do_not_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The later one fails, whether it starts or ends while the other is at work; with --overwrite, too."""
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.txt").write_text("second")
+
+    class Meanwhile(BytesTokenizer):
+        def encode_array(self, text: str) -> np.ndarray:
+            for overwrite in (False, True):
+                with pytest.raises(ValueError, match=r"another process is writing .*out"):
+                    prepare([tmp_path / "b.txt"], tmp_path / "out", overwrite=overwrite)
+            return super().encode_array(text)
+
+    prepare([tmp_path / "a.txt"], tmp_path / "out", Meanwhile())
+    assert texts(tmp_path / "out") == ["first"]
+    assert left_behind(tmp_path) == ["a.txt", "b.txt", "out"]
+
+    class Late(BytesTokenizer):
+        """Finds a folder of its name that was not there when it began."""
+
+        def encode_array(self, text: str) -> np.ndarray:
+            shutil.copytree(tmp_path / "out", tmp_path / "late")
+            return super().encode_array(text)
+
+    with pytest.raises(ValueError, match="late has appeared while it was being written"):
+        prepare([tmp_path / "b.txt"], tmp_path / "late", Late())
+    assert texts(tmp_path / "late") == ["first"]
+
+
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_a_kill_while_a_folder_is_replaced_leaves_one_under_the_name(step: str, tmp_path: Path):
+    """Killed right before or after the system call that exchanges the two."""
+    (tmp_path / "a.txt").write_text("old")
+    prepare([tmp_path / "a.txt"], tmp_path / "out")
+    (tmp_path / "a.txt").write_text("new")
+    script = f"""
+import os, signal
+from recurformer import files
+from recurformer.data import prepare
+give_name = files._give_name
+def killed(*arguments):
+    if {step!r} == "after":
+        give_name(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+files._give_name = killed
+prepare(["a.txt"], "out", overwrite=True)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
+    assert run.returncode == -signal.SIGKILL
+    assert texts(tmp_path / "out") == ["old" if step == "before" else "new"]
+    prepare([tmp_path / "a.txt"], tmp_path / "out", overwrite=True)
+    assert texts(tmp_path / "out") == ["new"]
+    assert left_behind(tmp_path) == ["a.txt", "out"]
+
+
+# --- texts that a tokenizer refuses -----------------------------------------------------------------------------------
+
+
+def unit_records(kind: str, documents: list[str], path: Path) -> Path:
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path.with_suffix(".parquet"))
+        return path.with_suffix(".parquet")
+    path.with_suffix(f".{kind}").write_bytes(lines(documents) if kind == "jsonl" else documents[-1].encode())
+    return path.with_suffix(f".{kind}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "workers"),
+    [("jsonl", ", line 3", 1), ("jsonl", ", line 3", 2), ("parquet", ", row 3", 1), ("txt", "", 1)],
+)
+def test_a_nul_cannot_forge_an_end(kind: str, place: str, workers: int, tmp_path: Path):
+    path = unit_records(kind, ["fine", "too", "first\0second"], tmp_path / "in")
+    with pytest.raises(ValueError, match=rf"{re.escape(path.name)}{place}: character 5 of the text is NUL"):
+        prepare([path], tmp_path / "out", workers=workers)
+    assert left_behind(tmp_path) == [path.name]
+
+
+def test_a_learned_vocabulary_keeps_a_nul(tmp_path: Path):
+    (tmp_path / "in.jsonl").write_bytes(lines(["first\0second"]))
+    prepare([tmp_path / "in.jsonl"], tmp_path / "out", "train-bpe:260")
+    assert texts(tmp_path / "out") == ["first\0second"]
+
+
+def test_errors_in_the_text_stop_the_training_of_a_tokenizer(tmp_path: Path):
+    (tmp_path / "in.jsonl").write_bytes(lines(["fine"]) + b'{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"in\.jsonl, line 2: the text is a int"):
+        prepare([tmp_path / "in.jsonl"], tmp_path / "out", "train-bpe:300")
+    assert left_behind(tmp_path) == ["in.jsonl"]
+
+
 MEASURE = """
 import sys
 from recurformer.data import prepare
@@ -507,6 +598,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == ""
     assert len(sidecar(tmp_path / "out")["shards"]) == 3
     assert sidecar(tmp_path / "out")["append_eos"] is False
+
+
+def test_a_vocabulary_smaller_than_asked_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "in.txt").write_text("the cat")
+    options = ("--out", tmp_path / "out", "--tokenizer", "train-bpe:60000")
+    assert command("prepare", tmp_path / "in.txt", *options) == 0
+    size = TokenDataset(tmp_path / "out").vocab_size
+    assert 257 < size < 270
+    assert f"the text was enough for a BPE of {size} tokens, not of 60,000\n" in capsys.readouterr().out
+    assert command("prepare", tmp_path / "in.txt", "--out", tmp_path / "o", "--tokenizer", f"train-bpe:{size}") == 0
+    assert "enough" not in capsys.readouterr().out
+    assert command("prepare", tmp_path / "in.txt", *options, "--overwrite", "--quiet") == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
