@@ -234,7 +234,9 @@ class Launch:
     gpus: int
     log_files: bool  # each run writes to OUT/GRID/RUN.log instead of the screen
     working: dict[Run, subprocess.Popen[bytes]] = field(default_factory=dict)
-    asked: dict[Run, str] = field(default_factory=dict)  # run that was asked to stop -> its newest checkpoint then
+    stop_requests: dict[Run, str] = field(
+        default_factory=dict
+    )  # run that was asked to stop -> its newest checkpoint then
     failed: list[Path] = field(default_factory=list)  # configurations of the last runs that failed before a step
     stopped: bool = False
     began: float = field(default_factory=lambda: time.monotonic())
@@ -258,9 +260,9 @@ class Launch:
             if process.poll() is None:
                 continue
             del self.working[run]
-            saved = run in self.asked and run.newest > self.asked[run]
+            saved = run in self.stop_requests and run.newest > self.stop_requests[run]
             print(f"{run.name}: {_ending(process.returncode, saved)}, {_clock(self.began)}", flush=True)
-            if process.returncode > 0 and not saved and run not in self.asked and not run.has_stepped:
+            if process.returncode > 0 and not saved and run not in self.stop_requests and not run.has_stepped:
                 self.count_failure(run)
             else:
                 self.failed = []
@@ -286,7 +288,7 @@ class Launch:
         self.stopped = True
         print("stopping: each run saves after its step; the same command goes on", flush=True)
         for run, process in self.working.items():
-            self.asked[run] = run.newest
+            self.stop_requests[run] = run.newest
             process.send_signal(signal.SIGTERM)
 
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,33 @@ def test_an_end_in_a_save_is_no_error_of_the_disk(tmp_path):
         loop.save(tmp_path, TrainingState(step=3, dataset=""), model, optimizer, None, None, Lost())
     with pytest.raises(TrainingError, match=r"MiB free.*There is none yet"):  # a folder that is no more
         loop.save(tmp_path / "gone" / "gone", TrainingState(step=3, dataset=""), model, optimizer, None, None, Away())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "is out of memory (CUDA out of"),
+        (MemoryError("no room"), "is out of memory (no room); lower micro_batch_size"),
+        (ValueError("two\nlines"), "error: two lines"),
+        (TypeError("a mistake"), "process 1 of 2 failed"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_how_a_process_that_fails_by_itself_ends(error, said, monkeypatch, capsys):
+    class Second(parallel.SeveralProcesses):
+        def __init__(self) -> None:
+            self.rank, self.size, self._ending = 1, 2, threading.RLock()
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(parallel.os, "_exit", leave)
+    monkeypatch.setattr(parallel.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="2"):
+        Second().abort(error)
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert ("Traceback" in shown or "TypeError" in shown) == isinstance(error, TypeError)
 
 
 @pytest.mark.usefixtures("pair")

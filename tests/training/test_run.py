@@ -79,7 +79,7 @@ def test_a_lock_that_was_removed_and_made_anew_is_another(tmp_path: Path) -> Non
         (tmp_path / LOCK).unlink()
         with pytest.raises(TrainingError, match="replaced"):
             held.check()
-        (tmp_path / LOCK).write_text(str(held.mark))
+        (tmp_path / LOCK).write_text(str(held.key))
         with pytest.raises(TrainingError, match="replaced"):
             held.check()
 

@@ -146,7 +146,7 @@ class SeveralProcesses(OneProcess):
         self.rank, self.size, self.device = rank, size, device
         self.sharded = config.parallel == "fsdp"
         self.agreed = False
-        self._ending = threading.RLock()  # held while a checkpoint is written, and by the thread that ends the process
+        self._ending = threading.RLock()  # taken to write a checkpoint, and to end the process
         backend, timeout = "gloo", timedelta(seconds=config.timeout)
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -92,14 +92,14 @@ def train(
             return run.result()
         run.begin(stack)
         while True:
-            if run.evaluation_is_due():
+            if run.should_evaluate():
                 run.evaluate()
-            if run.checkpoint_is_due():
+            if run.should_save():
                 run.save()
             if run.ends_here():
                 break
             run.step()
-            if run.record_is_due():
+            if run.should_record():
                 run.log()
         run.say_why_it_stops()
         return run.result()
@@ -194,11 +194,11 @@ class Run:
 
     # --- evaluate and sample ----------------------------------------------------------------------------------------
 
-    def evaluation_is_due(self) -> bool:
+    def should_evaluate(self) -> bool:
         """Return whether to evaluate: at the start, every so many steps and at the end, never twice at one step."""
-        due = self.state.step % self.config.evaluation.every == 0 or self.at_the_end()
+        regular = self.state.step % self.config.evaluation.every == 0 or self.at_the_end()
         is_new = self.state.evaluated != self.state.step
-        return due and is_new and self.data.validation is not None and self.signal is None
+        return regular and is_new and self.data.validation is not None and self.signal is None
 
     def evaluate(self) -> None:
         """Measure the validation loss, record it, and draw a sample. A signal ends it after a batch, unrecorded."""
@@ -232,7 +232,7 @@ class Run:
 
     # --- save -------------------------------------------------------------------------------------------------------
 
-    def checkpoint_is_due(self) -> bool:
+    def should_save(self) -> bool:
         """Return whether to save: every so many steps, at the end, and before the run stops; once at one step."""
         regular = self.state.step % self.config.checkpoint_every == 0 and self.state.step > 0
         if not (regular or self.ends_here()):
@@ -309,7 +309,7 @@ class Run:
 
     # --- log --------------------------------------------------------------------------------------------------------
 
-    def record_is_due(self) -> bool:
+    def should_record(self) -> bool:
         """Return whether the training loss of this step is recorded."""
         return self.state.step % self.config.log.every == 0 or self.at_the_end()
 
@@ -363,8 +363,8 @@ class Run:
     def say_why_it_stops(self) -> None:
         """Name the signal or the step that ends this call before the run is finished."""
         if not self.nothing_is_left():
-            asked = f"step {self.stop_at} was asked for" if self.signal is None else signal.Signals(self.signal).name
-            self.screen.say(f"stopped at step {self.state.step} ({asked}); continue with --resume")
+            why = f"step {self.stop_at} was asked for" if self.signal is None else signal.Signals(self.signal).name
+            self.screen.say(f"stopped at step {self.state.step} ({why}); continue with --resume")
 
     def result(self) -> TrainResult:
         """Return how this call ended."""
@@ -397,9 +397,9 @@ def open_run(
     processes.together(lambda: scan_of(share, device, together))
     data = processes.together(lambda: open_data(config, out if resume else None))
     changes = processes.together(lambda: check_resumable(config, out, resume, allow_change), alone=True)
-    held = processes.together(lambda: stack.enter_context(lock(out)), alone=True)
-    mark = processes.first(held.mark if held else 0)
-    processes.together(lambda: check_shared(out, mark))
+    folder_lock = processes.together(lambda: stack.enter_context(lock(out)), alone=True)
+    key = processes.first(folder_lock.key if folder_lock else 0)
+    processes.together(lambda: check_shared(out, key))
     checkpoint = find_checkpoint(out / "checkpoints", say, processes) if resume else None
     model, optimizer, state = processes.together(lambda: start_training(config, device, data, checkpoint, processes))
     if processes.rank == 0:
@@ -410,7 +410,7 @@ def open_run(
         say(f"resuming {out} from {origin}" + "".join(f"\n  {change}" for change in changes or ()))
     return Run(
         config=config, out=out, device=device, processes=processes, data=data, model=model, optimizer=optimizer,
-        state=state, lock=held, changes=changes or [], stop_at=stop_at, quiet=quiet, checkpoint=checkpoint,
+        state=state, lock=folder_lock, changes=changes or [], stop_at=stop_at, quiet=quiet, checkpoint=checkpoint,
         trusted=[checkpoint.path] if checkpoint else [],
     )  # fmt: skip
 

@@ -118,18 +118,18 @@ def write_run_config(config: TrainConfig, out: Path) -> None:
 class FolderLock:
     """This process's hold on a run's folder. The system releases it however the process ends."""
 
-    def __init__(self, out: Path, file: TextIO, mark: int) -> None:
+    def __init__(self, out: Path, file: TextIO, key: int) -> None:
         self.out, self._file = out, file
-        self.mark = mark  # a number, new each time, by which `check_shared` knows the folder
+        self.key = key  # a number, new each time, by which `check_shared` knows the folder
 
     def check(self) -> None:
         """Raise TrainingError when the folder was removed, moved or replaced since it was locked."""
-        held = os.fstat(self._file.fileno())
+        locked = os.fstat(self._file.fileno())
         try:
             found = os.stat(self.out / LOCK)
         except OSError:
             found = None
-        if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+        if found is None or (found.st_dev, found.st_ino) != (locked.st_dev, locked.st_ino):
             raise TrainingError(
                 f"the run's folder {self.out} was removed, moved or replaced while the run trained into it, so the run "
                 "stops and writes nothing more; restore the folder and --resume, or start a new run"
@@ -150,18 +150,18 @@ def lock(out: Path) -> Iterator[FolderLock]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(f"another process is training into {out}; wait for it or stop it") from None
-        mark = secrets.randbits(52)  # exact as a float, too
+        key = secrets.randbits(52)  # exact as a float, too
         file.truncate(0)
-        file.write(str(mark))
+        file.write(str(key))
         file.flush()
         os.fsync(file.fileno())  # or another machine would not see it
-        yield FolderLock(out, file, mark)
+        yield FolderLock(out, file, key)
 
 
-def check_shared(out: Path, mark: int) -> None:
+def check_shared(out: Path, key: int) -> None:
     """Raise ValueError when a run's folder is not the one that the first process holds."""
     file = out / LOCK
-    if not file.is_file() or file.read_text() != str(mark):
+    if not file.is_file() or file.read_text() != str(key):
         raise ValueError(
             f"the run's folder {out.absolute()} is not that of the first process; put it on a file system that all "
             "machines see"

@@ -1,4 +1,4 @@
-"""What a run measures of its model as it trains: the loss on held-out tokens, and a sample of text."""
+"""Measurements of a model under training: the loss on held-out tokens, and a sample of text."""
 
 from __future__ import annotations
 
