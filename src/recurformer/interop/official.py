@@ -173,6 +173,41 @@ def model_config(options: Mapping[str, Any], source: object = "the official conf
     Raises:
         ValueError: for an unknown option, or a value that changes the function in a way that we don't have.
     """
+    given = supported_options(options, source)
+    vocabulary, rows = given["vocab_size"], given["embedding_size"] or given["vocab_size"]
+    if rows < vocabulary:
+        raise ValueError(f"the official option embedding_size {rows} is below vocab_size {vocabulary}")
+    width = given["mlp_hidden_size"] or given["mlp_ratio"] * given["d_model"]
+    swiglu = given["activation_type"] == "swiglu"
+    return ModelConfig(
+        vocab_size=vocabulary,
+        vocab_multiple=next(m for m in (1, 128, rows) if -(-vocabulary // m) * m == rows),
+        d_model=given["d_model"],
+        n_layers=given["n_layers"],
+        n_heads=given["n_heads"],
+        n_kv_heads=None if given["n_kv_heads"] in (None, given["n_heads"]) else given["n_kv_heads"],
+        layers=BLOCK_TYPES[given["block_type"]],
+        d_mlp=width // 2 if swiglu else width,
+        activation=ACTIVATIONS[given["activation_type"]],  # pyright: ignore[reportArgumentType]
+        position="alibi" if given["alibi"] else "rope",
+        rope_theta=given["rope_theta"],
+        norm=NORMS[given["layer_norm_type"]],  # pyright: ignore[reportArgumentType]
+        norm_eps=given["layer_norm_eps"],
+        qk_norm="full" if given["attention_layer_norm"] else "none",
+        residual_scale="none",
+        tie_embeddings=given["weight_tying"],
+        attention_bias=given["include_bias"],
+        mlp_bias=given["include_bias"],
+        init="official",
+    )
+
+
+def supported_options(options: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Return all official options with their defaults filled in, checked one by one and together.
+
+    Raises:
+        ValueError: as `model_config` does.
+    """
     options = options.get("model", options)
     if not isinstance(options, Mapping):
         raise ValueError(f"model in {source} is {shown(options)}, not a table of options")
@@ -204,32 +239,7 @@ def model_config(options: Mapping[str, Any], source: object = "the official conf
             "the official option include_bias is True without weight_tying, which puts a bias on the output layer; "
             "supported: include_bias false, or weight_tying true"
         )
-    vocabulary, rows = given["vocab_size"], given["embedding_size"] or given["vocab_size"]
-    if rows < vocabulary:
-        raise ValueError(f"the official option embedding_size {rows} is below vocab_size {vocabulary}")
-    width = given["mlp_hidden_size"] or given["mlp_ratio"] * given["d_model"]
-    swiglu = given["activation_type"] == "swiglu"
-    return ModelConfig(
-        vocab_size=vocabulary,
-        vocab_multiple=next(m for m in (1, 128, rows) if -(-vocabulary // m) * m == rows),
-        d_model=given["d_model"],
-        n_layers=given["n_layers"],
-        n_heads=given["n_heads"],
-        n_kv_heads=None if given["n_kv_heads"] in (None, given["n_heads"]) else given["n_kv_heads"],
-        layers=BLOCK_TYPES[given["block_type"]],
-        d_mlp=width // 2 if swiglu else width,
-        activation=ACTIVATIONS[given["activation_type"]],  # pyright: ignore[reportArgumentType]
-        position="alibi" if given["alibi"] else "rope",
-        rope_theta=given["rope_theta"],
-        norm=NORMS[given["layer_norm_type"]],  # pyright: ignore[reportArgumentType]
-        norm_eps=given["layer_norm_eps"],
-        qk_norm="full" if given["attention_layer_norm"] else "none",
-        residual_scale="none",
-        tie_embeddings=given["weight_tying"],
-        attention_bias=given["include_bias"],
-        mlp_bias=given["include_bias"],
-        init="official",
-    )
+    return given
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
