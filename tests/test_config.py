@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -75,17 +76,48 @@ def test_switches_are_true_or_false(name: str, value: Any):
         build(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["rope_theta", "norm_eps"])
-@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), True, "1e-5", None], ids=repr)
-def test_constants_are_finite_and_positive(name: str, value: Any):
-    with pytest.raises(ValueError, match=f"{name} is {value!r}; it must be a finite number above 0"):
+# Name, smallest and largest value, and both as a message shows them.
+CONSTANTS = {
+    "norm_eps": (1e-12, 1.0, "of at least 1e-12 and at most 1.0"),
+    "rope_theta": (1.0, 1e12, "of at least 1.0 and at most 1,000,000,000,000.0"),
+    "embedding_std": (1e-6, 1e6, "of at least 1e-06 and at most 1,000,000.0"),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize(
+    "value", [0, -1.0, float("inf"), float("nan"), True, "1e-5", 5e-324, 1e-13, 1e16, 1e308], ids=repr
+)
+def test_constants_without_sense_are_refused(name: str, value: Any):
+    with pytest.raises(ValueError, match=f"{name} is {re.escape(repr(value))}; it must be a finite number"):
         build(**{name: value})
+    with pytest.raises(ValueError, match=CONSTANTS[name][2]):
+        ModelConfig.from_dict({name: value})
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), True, "1"], ids=repr)
-def test_a_deviation_of_the_embedding_is_finite_and_positive_or_none(value: Any):
-    with pytest.raises(ValueError, match=f"embedding_std is {value!r}; it must be a finite number above 0"):
-        build(embedding_std=value)
+@pytest.mark.parametrize("name", ["rope_theta", "norm_eps"])
+def test_constants_are_given(name: str):
+    with pytest.raises(ValueError, match=f"{name} is None; it must be a finite number"):
+        build(**{name: None})
+
+
+@pytest.mark.parametrize("scan", ["reference", "tiled", "wavefront"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize(("name", "end"), [(name, end) for name in CONSTANTS for end in (0, 1)])
+def test_the_ends_of_the_range_of_constants_give_finite_numbers(name: str, end: int, norm: str, scan: str):
+    value = CONSTANTS[name][end]
+    config = ModelConfig(vocab_size=50, d_model=16, n_layers=3, n_heads=2, position="rope", norm=norm, **{name: value})  # pyright: ignore[reportArgumentType]
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    model.scan = scan
+    tokens = torch.randint(50, (2, 40))
+    loss = model(tokens, targets=tokens).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_deviation_of_the_embedding_may_be_none():
     assert build(embedding_std=1).embedding_std == 1.0
     assert build(embedding_std=None).embedding_std is None
 

@@ -1,4 +1,4 @@
-"""Every choice a model can be built from, documented where it is declared, and the presets made of them."""
+"""The settings of a model, each documented where it is declared, and the presets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from recurformer.settings import Positive, Settings, setting, shown, suggest
+from recurformer.settings import Settings, setting, shown, suggest
 
-LATER_SETTINGS = frozenset({"embedding_std"})  # which configurations written before they existed do not have
+LATER_SETTINGS = frozenset({"embedding_std"})  # settings that older configurations lack
 
 LayerKind = Literal["recurrent", "standard"]
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
@@ -26,6 +26,12 @@ Init = Literal["fan_in", "official"]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Layers = Annotated[int, Field(ge=1, le=4096)]
 Vocabulary = Annotated[int, Field(ge=1, le=2**31 - 1)]
+# Below 1e-12 the square of a small float32 vanishes beside rounding errors, and faster scans gave NaN.
+NormEpsilon = Annotated[float, Field(ge=1e-12, le=1.0, allow_inf_nan=False)]
+# Below 1 the wavelengths would shrink from pair to pair; values near 0 overflow.
+RopeBase = Annotated[float, Field(ge=1.0, le=1e12, allow_inf_nan=False)]
+# Outside, squares of float32 embeddings vanish beside norm_eps or overflow.
+EmbeddingStd = Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +62,9 @@ class ModelConfig(Settings):
         '"geometric": 2^(-8h/H) for every H, as the official code; "interleaved": Press et al., which differs when H '
         "is no power of two.",
     )
-    rope_theta: Positive = setting(10000.0, "Base of the rotary wavelengths.")
+    rope_theta: RopeBase = setting(10000.0, "Base of the rotary wavelengths.")
     norm: Norm = setting("rms", '"rms" or "layer" (weight, no bias); before each branch and before the output layer.')
-    norm_eps: Positive = setting(1e-5, "Added to the mean square (or variance) inside every norm.")
+    norm_eps: NormEpsilon = setting(1e-5, "Added to the mean square (or variance) inside every norm.")
     qk_norm: QKNorm = setting(
         "head",
         'Second norm on queries and keys: "head" (one weight of width K, shared by heads), "full" (over the whole '
@@ -74,7 +80,7 @@ class ModelConfig(Settings):
         '"fan_in": normal, std 1/sqrt(fan_in), embedding and output 1/sqrt(D); "official": normal cut at 3 sigma, '
         "output projections shrinking with depth.",
     )
-    embedding_std: Positive | None = setting(
+    embedding_std: EmbeddingStd | None = setting(
         None,
         "Standard deviation of the embedding at initialisation; none: 1/sqrt(d_model). Not with tie_embeddings.",
     )
@@ -105,7 +111,7 @@ class ModelConfig(Settings):
             )
         _ = self.layer_kinds
 
-    # --- what follows from the choices -----------------------------------------------------------------------------
+    # --- what follows from the settings -----------------------------------------------------------------------------
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
