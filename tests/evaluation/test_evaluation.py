@@ -13,7 +13,15 @@ from helpers import every_scan, tiny
 
 from recurformer import LanguageModel
 from recurformer.data import TokenDataset, load_tokenizer, prepare
-from recurformer.evaluation.perplexity import Evaluation, evaluate, open_data, run_setting
+from recurformer.evaluation.perplexity import (
+    Evaluation,
+    InterruptedEvaluationError,
+    evaluate,
+    locate,
+    open_data,
+    run_of,
+    run_setting,
+)
 
 TEXTS = ["It was the best of times, it was the worst of times.", "é" * 9, "x", "Call me Ishmael. " * 3]
 
@@ -160,3 +168,30 @@ def test_settings_of_the_run_around_a_checkpoint(tmp_path: Path) -> None:
     assert run_setting(tmp_path / "run", "data", "window") == 128
     assert run_setting(tmp_path / "run", "data", "other") is None
     assert run_setting(tmp_path, "data", "window") is None
+
+
+def test_an_evaluation_ends_when_it_is_told_to(dataset: TokenDataset) -> None:
+    """Before the next batch, with the model's modes as they were."""
+    model, answers = tiny(vocab_size=dataset.vocab_size).train(), iter([False, False, True])
+    with pytest.raises(InterruptedEvaluationError):
+        evaluate(model, dataset, window=8, batch_size=1, interrupted=lambda: next(answers))
+    assert next(answers, None) is None
+    assert model.training
+
+
+def test_a_relative_path_of_a_run_holds_from_folders_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = run_of(tmp_path / "runs" / "a" / "checkpoints")
+    assert run == tmp_path / "runs" / "a"
+    assert locate("data", run) == str(tmp_path / "data")
+    (tmp_path / "elsewhere" / "data").mkdir()
+    assert locate("data", run) == "data"  # this folder comes first
+    assert locate("/nowhere", run) == "/nowhere"
+    with pytest.raises(
+        ValueError, match=r"names the data 'none', which are neither in .*elsewhere nor in a folder above"
+    ):
+        locate("none", run)

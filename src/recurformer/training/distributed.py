@@ -138,8 +138,8 @@ class SeveralProcesses(OneProcess):
     """This process as one of several.
 
     A thread of each process listens to the next process. When that connection breaks without a farewell, the next
-    process is gone, and this one ends, even if its main thread waits inside a library for numbers that will never come.
-    So all processes end, one after another.
+    process is gone. This process then ends, even if its main thread waits inside a library for numbers that will never
+    come. So all processes end, one after another.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, config: TrainConfig) -> None:

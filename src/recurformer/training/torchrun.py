@@ -1,4 +1,4 @@
-"""What `torchrun` says about this process, and the device that follows from it."""
+"""The place of this process among those of `torchrun`, and its device."""
 
 from __future__ import annotations
 
