@@ -11,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["RECURFORMER_TRACEBACK"] = "1"  # an error that no code expects must fail a test, not pass as one line
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell script that starts tests with & ignores it
     signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests send it to themselves or to children

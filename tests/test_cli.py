@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -367,6 +370,169 @@ def test_info_of_presets_folders_and_here(call, place: Path) -> None:
     assert max(map(len, everything.splitlines()[:12])) <= 80
 
 
+# --- prompts from files, fields of text ------------------------------------------------------------------------------
+
+
+def test_prompts_come_from_files_too(call, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"a": "The naïve ", "b": "The quick\nbrown\n\n", "c": "The quick\r\n", "d": ""}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode())
+    greedy = ("generate", place / "R", "--max-new-tokens", 4, "--temperature", 0, "--json")
+    files = [word for name in texts for word in ("--prompt-file", tmp_path / name)]
+    rows = [json.loads(line) for line in call(*greedy, "--prompt", "first", *files).out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["first", "The naïve ", "The quick\nbrown\n", "The quick", ""]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("über\n".encode())))
+    assert call(*greedy, "--prompt-file", "-").json["prompt"] == "über"
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    refused = {"latin": "no UTF-8 text (byte 3)", "none": "can't be read: No such file", ".": "read: Is a directory"}
+    for file, part in refused.items():
+        outcome = call(*greedy, "--prompt-file", tmp_path / file)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert part in outcome.err
+
+
+def test_eval_reads_the_field_that_holds_the_text(call, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": TEXT, "text": "x"}) + "\n", encoding="utf-8")
+    (tmp_path / "text.csv").write_text(f'body,text\n"{TEXT}",x\n', encoding="utf-8")
+    whole = call("eval", place / "R", "--data", place / "text.txt", "--json").json
+    for name in ("text.jsonl", "text.csv"):
+        found = call("eval", place / "R", "--data", tmp_path / name, "--text-field", "body", "--json").json
+        assert (found["tokens"], found["loss"]) == (whole["tokens"], pytest.approx(whole["loss"]))
+        assert call("eval", place / "R", "--data", tmp_path / name, "--json").json["tokens"] == 1
+        outcome = call("eval", place / "R", "--data", tmp_path / name, "--text-field", "boddy")
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert "boddy" in outcome.err
+
+
+# --- streams, interrupts, errors of libraries ------------------------------------------------------------------------
+
+
+def shell(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which `recurformer` is this package's command."""
+    start = f'recurformer() {{ {shlex.quote(sys.executable)} -m recurformer "$@"; }}\n'
+    return subprocess.run(
+        ["bash", "-c", start + script], capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["info", "bench traffic", "--help", "tasks list"])
+def test_a_reader_that_leaves_is_no_error(verb: str) -> None:
+    """rich exits with 1 where nobody reads on; Python's own print raises."""
+    for reader in ("true", "head -c 5"):
+        done = shell(f"recurformer {verb} | {reader} >/dev/null; echo ${{PIPESTATUS[0]}}")
+        assert (done.stdout, done.stderr) == ("0\n", ""), reader
+
+
+def test_closed_streams_receive_nothing(place: Path, tmp_path: Path) -> None:
+    for closed in ("2>&-", ">&-", "<&-", "<&- >&- 2>&-"):
+        done = shell(f"recurformer compare {place / 'R'} --out {tmp_path / 'report'} {closed}")
+        assert done.returncode == 0, closed
+        assert "Traceback" not in done.stdout + done.stderr
+    done = shell("recurformer info nothing 2>&-")
+    assert (done.returncode, done.stdout) == (2, "")  # Python prints on stdout where stderr is closed
+    script = (
+        "import os, sys; from recurformer.cli.streams import prepare_streams; prepare_streams(); "
+        f"file = open({str(tmp_path / 'lock')!r}, 'w'); assert file.fileno() > 2, file.fileno()"
+    )
+    assert subprocess.run(["bash", "-c", f'{sys.executable} -c "{script}" 2>&- >&-'], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    done = shell("recurformer info nano >/dev/full")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "No space left" in done.stderr
+
+
+def test_characters_that_a_terminal_lacks_become_escapes(place: Path, tmp_path: Path) -> None:
+    recurformer.save(always("a€😀b"), tmp_path / "model", load_tokenizer("bytes"))
+    run = f"recurformer generate {tmp_path / 'model'} --prompt $'\\n' --temperature 0 --max-new-tokens 9"
+    for encoding in ("ascii", "iso8859-1"):
+        done = shell(run, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stdout) == (0, "\na\\u20ac\\U0001f600b\n")
+        assert done.stderr == (
+            f"stdout has the encoding {encoding}: other characters are written as \\uXXXX; set PYTHONUTF8=1 for UTF-8\n"
+        )
+        assert json.loads(shell(f"{run} --json", PYTHONIOENCODING=encoding).stdout)["text"] == "a€😀b"
+    done = shell(run, PYTHONIOENCODING="utf-8")
+    assert (done.stdout, done.stderr) == ("\na€😀b\n", "")
+
+
+def test_bytes_that_are_no_text_are_one_sentence(place: Path) -> None:
+    for option in ("--prompt", "--stop"):
+        done = shell(f"recurformer generate {place / 'R'} {option} $'caf\\xe9'")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert "codec" not in done.stderr
+    done = shell("recurformer info $'caf\\xe9'")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert r"'caf\udce9' is neither" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "train", "bench"])
+def test_an_interrupt_while_starting_has_no_traceback(verb: str, tmp_path: Path) -> None:
+    """The interrupt comes while torch is imported, which may turn it into another error."""
+    words = {"bench": ["bench", "scan"], "train": ["train", "--out", "run"]}.get(verb, [verb, "nothing"])
+    script = (
+        "import os, signal, sys, types\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            try: os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)\n"
+        "            except KeyboardInterrupt:\n"
+        "                if TURNED: raise ImportError('half imported')\n"
+        "                raise\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"from recurformer.cli import main\nmain({words!r})\n"
+    )
+    for turned in ("False", "True"):
+        done = subprocess.run(
+            [sys.executable, "-c", script.replace("TURNED", turned)], cwd=tmp_path, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (130, "")
+        assert done.stderr.strip() == "recurformer: interrupted"
+
+
+class PanicException(BaseException):
+    """The exception of a Rust library that gives up, which is no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyError("context"), "unexpected KeyError: 'context'; RECURFORMER_TRACEBACK=1 shows its origin"),
+        (RuntimeError("first\nsecond"), "unexpected RuntimeError: first; RECURFORMER"),
+        (PanicException("index out of bounds"), "PanicException: index out of bounds; RECURFORMER"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory (CUDA out of memory); lower"),
+        (MemoryError(), "out of memory (MemoryError); lower"),
+        (UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed"), "correct the text"),
+        (ValueError(""), "ValueError"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RecursionError("too deep"), "unexpected RecursionError: too deep"),
+        (ValueError("x" * 10_000 + " remedy"), "x remedy"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_any_error_is_one_line(call, monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("recurformer.info.describe", fails)
+    monkeypatch.delenv("RECURFORMER_TRACEBACK")
+    outcome = call("info", "nano")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert outcome.err.startswith("recurformer: error: ")
+    assert message in outcome.err
+    assert len(outcome.err) < 1600
+    monkeypatch.setenv("RECURFORMER_TRACEBACK", "1")
+    if "unexpected" in message or isinstance(error, PanicException):
+        with pytest.raises(type(error)):
+            cli.main(["info", "nano"])
+    else:
+        assert call("info", "nano").code == 2
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -437,10 +603,3 @@ def test_no_traceback_from_the_shell(tmp_path: Path) -> None:
         done.stderr
         == "recurformer: error: none is no folder; give a model's, a checkpoint's or a training run's folder\n"
     )
-
-
-def test_a_reader_that_leaves_is_no_error(place: Path) -> None:
-    command = f"{sys.executable} -m recurformer info | true"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr
-    assert done.stderr == ""

@@ -5,13 +5,15 @@ Every verb has a module of its own. The module imports click alone; the verb's f
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
+from recurformer.cli.errors import comes_from_interrupt, in_words
 from recurformer.cli.groups import LazyGroup
+from recurformer.cli.streams import drop_output, prepare_streams, say
 from recurformer.version import __version__
 
 VERBS = {
@@ -28,8 +30,6 @@ VERBS = {
 }
 """Name of each verb -> the module and the function that run it, in the order of `recurformer --help`."""
 
-LONGEST_MESSAGE = 1500  # characters
-
 
 @click.group(
     cls=LazyGroup,
@@ -42,69 +42,45 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None, command: click.Command = cli, name: str = "recurformer") -> None:
-    """Run a command; bad input ends in one line on stderr and exit code 2."""
-    _open_standard_streams()
+    """Run a command and exit. Bad input ends in one line on stderr and exit code 2.
+
+    Args:
+        arguments: words of the command line. None: those of this process.
+        command: the command to run.
+        name: of the program, in its help.
+    """
+    prepare_streams()
+    stdout = sys.stdout
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    code: Any = None
     try:
-        code = command.main(args=arguments, prog_name=name, standalone_mode=False)
+        code = command.main(args=words, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as help_text:
         print(help_text.format_message())
         sys.exit(2)
-    except click.ClickException as error:
-        _fail(error.format_message())
-    except BrokenPipeError:  # `recurformer ... | head`: nobody reads on, and the flush at exit must not fail either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        from recurformer.hardware import is_out_of_memory
-        from recurformer.reading import brief
-
-        if is_out_of_memory(error):
-            _fail(f"out of memory ({brief(error)}); {_less_memory(arguments)}")
-        if isinstance(error, ValueError | OSError):
-            _fail(str(error))
+    except SystemExit as stop:
+        # Where nobody reads on, rich exits with 1 while it handles the error, and click after it has replaced stdout.
+        if isinstance(stop.__context__, BrokenPipeError) or sys.stdout is not stdout:
+            sys.stdout = stdout
+            _reader_left()
         raise
-    except (click.Abort, KeyboardInterrupt):
-        print("recurformer: interrupted", file=sys.stderr)
-        sys.exit(130)
-    else:
-        sys.exit(code if isinstance(code, int) else 0)
+    except BrokenPipeError:
+        _reader_left()
+    except BaseException as error:  # the tokenizers' PanicException is no Exception
+        if isinstance(error, click.Abort) or comes_from_interrupt(error):
+            say("recurformer: interrupted")
+            sys.exit(130)
+        message = in_words(error, words)
+        if message is None:
+            raise
+        drop_output()
+        say(f"recurformer: error: {message}")
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _open_standard_streams() -> None:
-    """Open the null device for stdin, stdout and stderr where the caller has closed them. Otherwise the next file to be
-    opened gets such a descriptor, and messages are written into it."""
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is not None:
-            continue
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
-        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 (as long as the process)
-
-
-LESS_MEMORY = {
-    "train": "lower micro_batch_size, recurrent_micro_batch_size, evaluation.batch_size or data.window, or set "
-    "recompute (a resumed run also needs --allow-change NAME)",
-    "eval": "lower --batch-size or --window",
-    "generate": "give fewer prompts at once or a shorter one, or lower --samples or --max-new-tokens",
-    "prepare": "lower --workers",
-    "convert": "use a machine with more memory: the whole model is held once",
-    "tasks": "lower --batch-size or --d-model",
-    "demo": "close other programs, or lower --set batch_size=N",
-}
-"""Name of a verb -> the options by which it takes less memory."""
-
-
-def _less_memory(arguments: Sequence[str] | None) -> str:
-    words = sys.argv[1:] if arguments is None else arguments
-    verb = next((word for word in words if not word.startswith("-")), "")
-    return LESS_MEMORY.get(verb, "lower the batch size or the length")
-
-
-def _fail(message: str) -> None:
-    text = " ".join(message.split())
-    if len(text) > LONGEST_MESSAGE:  # a name in it is long; the remedy stands at the end
-        text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
-    print(f"recurformer: error: {text}", file=sys.stderr)
-    sys.exit(2)
+def _reader_left() -> None:
+    """Exit well: in `recurformer ... | head` nobody reads on."""
+    drop_output()
+    sys.exit(0)

@@ -12,10 +12,13 @@ from recurformer.cli.common import command_line
 @click.option(
     "--out", default="compare", type=click.Path(), metavar="DIR", help="Folder for curves.png and report.html."
 )
-@click.option("--by", metavar="NAME,...", help="One row for all runs that share these: their best. NAME is layers, "
-              "kind, width, params, tokens, lr, beta2, seed or a setting, as optimizer.beta1.")  # fmt: skip
+@click.option("--by", metavar="NAME,...", help="Columns that make groups, a row each for its best run. NAME is "
+              "layers, kind, width, params, tokens, lr, beta2, seed or a setting, as optimizer.beta1.")  # fmt: skip
 def compare(runs: tuple[str, ...], out: str, by: str | None) -> None:
-    """Training runs side by side: a table here, the curves as a picture and one self-contained page in DIR."""
+    """Compare training runs: a table here, a picture of the curves and a page in DIR.
+
+    The page holds the table, the curves, the settings that differ and the samples, and needs no other file.
+    """
     from rich.console import Console
 
     from recurformer.report import load_runs, show, show_groups, write_report

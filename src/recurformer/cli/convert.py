@@ -13,11 +13,11 @@ import click
 @click.argument("source", type=click.Path(), metavar="SRC")
 @click.argument("destination", type=click.Path(), metavar="DST")
 @click.option("--to", default="recurformer", type=click.Choice(["recurformer", "hf", "llama", "official"]),
-              help="Kind of folder to write.")  # fmt: skip
-@click.option("--layers", metavar="KINDS", help="Change the layers: recurrent, standard, first:K, or the numbers of "
-              "the recurrent ones, as 0,5.  [default: as they are]")  # fmt: skip
-@click.option("--tokenizer", metavar="bytes|FILE|DIR", help="Put this one beside the model.  [default: that of SRC]")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16", "fp64"]), help="Of the written parameters.  "
+              help="Kind of the new folder.")  # fmt: skip
+@click.option("--layers", metavar="KINDS", help="New kinds of the layers: recurrent, standard, first:K, or the "
+              "numbers of the recurrent ones, as 0,5.  [default: those of SRC]")  # fmt: skip
+@click.option("--tokenizer", metavar="bytes|FILE|DIR", help="Tokenizer of the new folder.  [default: that of SRC]")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16", "fp64"]), help="Dtype of the new parameters.  "
               "[default: as stored]")  # fmt: skip
 def convert(
     source: str, destination: str, to: Any, layers: str | None, tokenizer: str | None, dtype: str | None

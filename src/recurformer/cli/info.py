@@ -7,11 +7,15 @@ import click
 
 @click.command()
 @click.argument("target", required=False, metavar="[FOLDER|PRESET]")
-@click.option("--layers", metavar="KIND", help="Of a preset: recurrent, standard or first:K.  [default: recurrent]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--layers", metavar="KIND", help="Kind of a preset's layers: recurrent, standard or first:K.  [default: recurrent]"
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object as output.")
 def info(target: str | None, layers: str | None, as_json: bool) -> None:
-    """What a model is made of, and the scan that would run it here; without an argument, the presets. Then versions,
-    devices and installed extras."""
+    """Show a model's shape and size, the algorithms that would run it here, versions and devices.
+
+    Without an argument, show the presets. Installed extras are listed too.
+    """
     import json
 
     from recurformer import info

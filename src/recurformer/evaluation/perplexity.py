@@ -139,7 +139,11 @@ def _shares(batches: Iterator[Batch], processes: Processes | None) -> Iterator[t
 
 @contextmanager
 def open_data(
-    path: str | Path, tokenizer: Tokenizer | None, vocab_size: int, folder: str | Path | None = None
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    folder: str | Path | None = None,
+    text_field: str = "text",
 ) -> Iterator[TokenDataset]:
     """Open the tokens that a path means, for as long as the block runs.
 
@@ -149,6 +153,7 @@ def open_data(
         tokenizer: the tokenizer of the model, for text. None: the model has none, and text is refused.
         vocab_size: vocabulary size of the model.
         folder: the model's folder, for messages.
+        text_field: field of a JSON line, or column of a table, that holds the text.
 
     Raises:
         ValueError: for any other path, and for data of another tokenizer than the model's.
@@ -174,7 +179,12 @@ def open_data(
         )
     with TemporaryDirectory(prefix="recurformer-") as temporary:
         made = prepare(
-            [path], Path(temporary) / "data", tokenizer, append_eos=tokenizer.eos_id is not None, progress=False
+            [path],
+            Path(temporary) / "data",
+            tokenizer,
+            append_eos=tokenizer.eos_id is not None,
+            text_field=text_field,
+            progress=False,
         )
         yield TokenDataset(made.folder)
 
