@@ -1,7 +1,7 @@
 """Cross-entropy of the output layer, with logits or without ever holding all of them.
 
 262,144 tokens by 32,128 logits are 17 GB in 16 bits. On NVIDIA GPUs liger-kernel's fused kernels compute a few thousand
-rows of logits at a time, take the gradient of each block at once, and keep only the gradients of hidden states and
+rows of logits at a time and take the gradient of each block at once. They keep only the gradients of hidden states and
 weight. Elsewhere plain operations compute blocks of logits, and compute them again in the backward pass.
 """
 
