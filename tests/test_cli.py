@@ -10,7 +10,10 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +22,11 @@ import click
 import pytest
 import torch
 from helpers import FIXTURES, commands_of, tiny
+from rich.console import Console
 
 import recurformer
 from recurformer import LanguageModel, ModelConfig, cli
+from recurformer.cli import common
 from recurformer.cli.options import SettingsCommand, chosen
 from recurformer.data import load_tokenizer, prepare
 from recurformer.scan.algorithms import SCANS
@@ -402,6 +407,33 @@ def test_eval_reads_the_field_that_holds_the_text(call, place: Path, tmp_path: P
         outcome = call("eval", place / "R", "--data", tmp_path / name, "--text-field", "boddy")
         assert (outcome.code, outcome.err.count("\n")) == (2, 1)
         assert "boddy" in outcome.err
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_lines_of_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "QUIET_SECONDS", 0.05)
+
+    def work(progress: Callable[[str, int, int], None]) -> str:
+        for n in range(2):
+            progress(f"task [{n}]", n, 2)
+            time.sleep(0.3)
+        return "done"
+
+    assert common.with_progress(work) == "done"
+    assert capsys.readouterr().err.splitlines() == ["task [0] (0 of 2 done)", "task [1] (1 of 2 done)"]
+    monkeypatch.setattr(common, "QUIET_SECONDS", 60.0)
+    assert common.with_progress(lambda progress: progress("quick", 0, 1)) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_with_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", partial(Console, file=buffer, force_terminal=True, width=100))
+    common.with_progress(lambda progress: progress("copa[bold] [/]", 3, 7))
+    assert "copa[bold] [/]" in buffer.getvalue()
+    assert "3/7" in buffer.getvalue()
 
 
 # --- streams, interrupts, errors of libraries ------------------------------------------------------------------------

@@ -96,12 +96,12 @@ def test_rows_ratios_and_the_fastest(monkeypatch: pytest.MonkeyPatch, text_of: C
     seconds = iter([4.0, 2.0, 10.0, 5.0, 3.0])  # of standard 1 and 4, recurrent 1 and 4, first:1 of 1
     real = model._measure
 
-    def measured(s: ModelSettings, config: Any, device: torch.device) -> dict[str, Any]:
+    def measured(s: ModelSettings, config: Any, device: torch.device, report: Callable[[int], None]) -> dict[str, Any]:
         if config.model.layers == "first:1" and config.micro_batch_size == 4:
             raise torch.OutOfMemoryError("no")
         times = Times((next(seconds),))
         monkeypatch.setattr(model, "time_runs", lambda *_, **__: times)
-        return real(s, config, device)
+        return real(s, config, device, report)
 
     monkeypatch.setattr(model, "_measure", measured)
     calls: list[tuple[int, int]] = []
@@ -116,7 +116,9 @@ def test_rows_ratios_and_the_fastest(monkeypatch: pytest.MonkeyPatch, text_of: C
     assert results["rows"][1]["tokens_per_s"] == 16
     assert results["rows"][0]["peak_bytes"] > 16 * results["rows"][0]["parameters"]  # weights, gradients, two moments
     assert results["rows"][-1]["failed"] == "no memory"
-    assert calls == [(n, 6) for n in range(6)]
+    steps = SMALL["warmup"] + SMALL["repeats"]
+    warmed = [n * steps + step for n in range(5) for step in range(SMALL["warmup"])]  # the last candidate has no memory
+    assert calls == [(done, 6 * steps) for done in warmed]
     assert json.loads(json.dumps(results))["rows"] == results["rows"]
     shown = text_of(model.show_model, results)
     assert "first:1 *" in shown

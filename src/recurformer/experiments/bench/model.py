@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -115,16 +115,21 @@ def bench_model(settings: ModelSettings, progress: Progress = silent) -> dict[st
     candidate that runs out of memory is a row that says so; each model's fastest candidate is marked.
 
     Args:
-        progress: called with what is being done, candidates done and candidates in all.
+        progress: called with the present work, steps done and steps in all.
     """
     s, device = settings, torch.device(settings.device)
     plan = [(preset, kind, one) for preset, kind in s.models() for one in s.candidates(kind)]
     rows: list[dict[str, Any]] = []
-    for done, (preset, kind, candidate) in enumerate(plan):
-        progress(f"{preset} {kind}, micro-batches of {candidate.micro_batch_size}", done, len(plan))
+    steps = s.warmup + s.repeats
+    for number, (preset, kind, candidate) in enumerate(plan):
+        work = f"{preset} {kind}, micro-batches of {candidate.micro_batch_size}"
+
+        def report(step: int, work: str = work, first: int = number * steps) -> None:
+            progress(f"{work}, step {step + 1} of {steps}", first + step, len(plan) * steps)
+
         row: dict[str, Any] = {"preset": preset, "layers": kind, **candidate._asdict()}
         try:
-            row |= _measure(s, s.training(preset, kind, candidate), device)
+            row |= _measure(s, s.training(preset, kind, candidate), device, report)
         except torch.OutOfMemoryError:
             row["failed"] = "no memory"
         release(device)
@@ -169,8 +174,10 @@ def scan_notes(s: ModelSettings, preset: str, device: torch.device, dtype: torch
     return notes
 
 
-def _measure(s: ModelSettings, config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """Entries of one row."""
+def _measure(
+    s: ModelSettings, config: TrainConfig, device: torch.device, report: Callable[[int], None]
+) -> dict[str, Any]:
+    """Return the entries of one row. `report` is called before each step with its number: a step may take minutes."""
     forget_compiled()
     torch.manual_seed(s.seed)
     with peak_memory_of(device) as peak:
@@ -184,12 +191,13 @@ def _measure(s: ModelSettings, config: TrainConfig, device: torch.device) -> dic
             gradient_step(model, optimizer, batch, config, device, OneProcess())
             optimizer.step()
 
-        def prepare(_: int) -> Work:
+        def prepare(number: int) -> Work:
+            report(number)
             return step
 
         for number in range(s.warmup):
             prepare(number)()
-    times = time_runs(prepare, device, s.repeats, warmup=0)
+    times = time_runs(lambda number: prepare(s.warmup + number), device, s.repeats, warmup=0)
     return {
         **times.to_dict("step"),
         "tokens_per_s": s.tokens / times.median,
