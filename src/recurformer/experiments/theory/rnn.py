@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -150,12 +151,7 @@ def emulate_rnn(
     Raises:
         ValueError: for shapes that do not fit the cell, or parameters out of range.
 
-    Attention is concentrated by rotary positions: with the query turned by one position, the score of distance d is a
-    sum of cos(frequency * (d - 1)) over the frequencies, largest at d = 1. ALiBi alone can't do it: its slopes are
-    fixed below 1, so that each position keeps more than 1/e of the next one's weight. The temporary pair, at distance
-    0, loses to the previous position's, except at the first position, where it is alone: its value is the cell's
-    initial state, which every token's embedding carries. An error made in one state is passed on by the cell: a cell
-    that contracts forgets it, one that is chaotic makes it grow.
+    The cell passes on an error in its state: a cell that contracts forgets the error, and a chaotic one makes it grow.
     """
     (S, U), M = cell.input_matrix.shape, cell.down.shape[-1]
     if inputs.dim() != 2 or readout.dim() != 2 or inputs.shape[1] != U or readout.shape != (inputs.shape[0], S):
@@ -167,52 +163,76 @@ def emulate_rnn(
         raise ValueError(
             f"sharpness is {sharpness}, large {large}, length {length}; they must be finite, above 0, 1 and 0"
         )
-    units = linear_units(cell.activation)
     width, head_dim = U + 2 * S + 1, max(8, S + S % 2)
+    hidden = M + len(linear_units(cell.activation)) * S
     config = ModelConfig(
-        vocab_size=inputs.shape[0], d_model=width, n_layers=1, n_heads=1, head_dim=head_dim, d_mlp=M + len(units) * S,
+        vocab_size=inputs.shape[0], d_model=width, n_layers=1, n_heads=1, head_dim=head_dim, d_mlp=hidden,
         activation=cell.activation, position="rope", qk_norm="none", norm_eps=1e-12, residual_scale="none",
         attention_bias=True, mlp_bias=True,
     )  # fmt: skip
     model = LanguageModel(config).double()
     for name, parameter in model.named_parameters():
         nn.init.constant_(parameter, 1.0 if "norm" in name else 0.0)
-    token, previous, state = slice(0, U), slice(U, U + S), slice(U + S, U + 2 * S)
-    model.embedding.weight[:, token] = inputs.double()
-    model.embedding.weight[:, state] = cell.initial.double()
+    stream = _Stream(slice(0, U), slice(U, U + S), slice(U + S, U + 2 * S), math.sqrt(width) / large)
+    model.embedding.weight[:, stream.token] = inputs.double()
+    model.embedding.weight[:, stream.state] = cell.initial.double()
     model.embedding.weight[:, -1] = large
-    gain = math.sqrt(width) / large  # of every norm
-    model.head.weight[:, state] = readout.double() / gain
-
+    model.head.weight[:, stream.state] = readout.double() / stream.gain
     layer = model.layers[0]
     assert isinstance(layer, Layer)
-    half = head_dim // 2
+    _attend_to_previous(layer, config, stream, _amplitude(rotary_frequencies(config), sharpness, length))
+    _compute_cell(layer, cell, stream)
+    return model.eval()
+
+
+class _Stream(NamedTuple):
+    """Coordinates of the residual stream's blocks, and the factor of every norm."""
+
+    token: slice
+    previous: slice
+    state: slice
+    gain: float
+
+
+def _attend_to_previous(layer: Layer, config: ModelConfig, stream: _Stream, amplitude: float) -> None:
+    """Make attention copy the previous position's state into the stream.
+
+    Rotary positions concentrate the weights: with the query turned by one position, the score of distance d is a sum of
+    cos(frequency * (d - 1)) over the frequencies, largest at d = 1. ALiBi alone cannot do this. Its slopes are below 1,
+    and each position keeps more than 1/e of the next one's weight. The temporary pair, at distance 0, loses to the
+    previous position's pair. At the first position it is alone: its value is the cell's initial state, which every
+    token's embedding carries.
+    """
+    S, half = stream.state.stop - stream.state.start, config.head_width // 2
     frequencies = rotary_frequencies(config)
     layer.k_proj.bias[:half] = 1.0
-    turned = torch.cat([frequencies.cos(), -frequencies.sin()])
-    layer.q_proj.bias.copy_(_amplitude(frequencies, sharpness, length) * turned)
-    layer.v_proj.weight[:S, state] = torch.eye(S, dtype=torch.float64) / gain
-    layer.o_proj.weight[previous, :S] = torch.eye(S, dtype=torch.float64)
+    layer.q_proj.bias.copy_(amplitude * torch.cat([frequencies.cos(), -frequencies.sin()]))
+    layer.v_proj.weight[:S, stream.state] = torch.eye(S, dtype=torch.float64) / stream.gain
+    layer.o_proj.weight[stream.previous, :S] = torch.eye(S, dtype=torch.float64)
+
+
+def _compute_cell(layer: Layer, cell: RecurrentCell, stream: _Stream) -> None:
+    """Make the MLP compute the cell's update from the token and the previous state, and write the state."""
+    S, M = cell.state_matrix.shape[0], cell.down.shape[-1]
 
     def write(rows: slice, projection: nn.Linear, of_state: Tensor, of_input: Tensor, bias: Tensor) -> None:
-        projection.weight[rows, previous] = of_state.double() / gain
-        projection.weight[rows, token] = of_input.double() / gain
+        projection.weight[rows, stream.previous] = of_state.double() / stream.gain
+        projection.weight[rows, stream.token] = of_input.double() / stream.gain
         projection.bias[rows] = bias.double()
 
     write(slice(0, M), layer.up_proj, cell.up_state, cell.up_input, cell.up_bias)
     if cell.gate_state is not None and cell.gate_input is not None and cell.gate_bias is not None:
         write(slice(0, M), layer.gate_proj, cell.gate_state, cell.gate_input, cell.gate_bias)
-    layer.down_proj.weight[state, :M] = cell.down.double()
-    # The affine part, through units that are linear; the stream holds the initial state already, which has to go.
+    layer.down_proj.weight[stream.state, :M] = cell.down.double()
+    # The affine part goes through linear units. The stream already holds the initial state, which is taken off.
     affine = cell.bias.double() - cell.initial.double()
-    for n, (inward, outward) in enumerate(units):
+    for n, (inward, outward) in enumerate(linear_units(cell.activation)):
         rows = slice(M + n * S, M + (n + 1) * S)
         write(rows, layer.up_proj, inward * cell.state_matrix, inward * cell.input_matrix, 0.0 * affine)
-        layer.down_proj.weight[state, rows] = outward * torch.eye(S, dtype=torch.float64)
+        layer.down_proj.weight[stream.state, rows] = outward * torch.eye(S, dtype=torch.float64)
         if cell.activation == "swiglu":
             layer.gate_proj.bias[rows] = 1.0
-    layer.down_proj.bias[state] = affine
-    return model.eval()
+    layer.down_proj.bias[stream.state] = affine
 
 
 def _amplitude(frequencies: Tensor, sharpness: float, length: int) -> float:
