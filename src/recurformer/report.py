@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recurformer.config import ModelConfig
+from recurformer.files import replacing
 from recurformer.reading import brief, read_table
 from recurformer.settings import suggest
+from recurformer.store.runs import METRICS, read_metrics
 from recurformer.units import short_number
 from recurformer.version import __version__
 
@@ -131,8 +133,6 @@ def printable(name: str) -> str:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from recurformer.store.runs import METRICS, read_metrics
-
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give a training run's folder")
     for name in ("config.json", METRICS):
@@ -589,7 +589,6 @@ def write_report(
         runs, title, samples, command: see `page`.
         out: the folder.
     """
-    from recurformer.files import replacing
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

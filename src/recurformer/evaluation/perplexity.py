@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from recurformer.data import TokenDataset, evaluation_batches, prepare
+from recurformer.data.sidecar import SIDECAR
+from recurformer.data.vocabulary import check_vocabulary
 from recurformer.generation.modes import evaluating
 from recurformer.loss import IGNORE
 from recurformer.model import LanguageModel
@@ -91,8 +94,6 @@ def evaluate(
         InterruptedEvaluationError: when `interrupted` has returned True.
         ValueError: for another vocabulary than the model's, or a size below 1.
     """
-    from recurformer.data import evaluation_batches
-    from recurformer.data.vocabulary import check_vocabulary
 
     for name, value in {"window": window, "batch_size": batch_size, "max_batches": max_batches}.items():
         if value is not None and value < 1:
@@ -158,9 +159,6 @@ def open_data(
     Raises:
         ValueError: for any other path, and for data of another tokenizer than the model's.
     """
-    from recurformer.data import TokenDataset, prepare
-    from recurformer.data.sidecar import SIDECAR
-    from recurformer.data.vocabulary import check_vocabulary
 
     path = Path(path)
     if not path.exists():

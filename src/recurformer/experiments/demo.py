@@ -13,6 +13,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from recurformer.data import TokenDataset, prepare
+from recurformer.generation.text import complete, open_model
+from recurformer.report import load_runs, show, write_report
+from recurformer.training import train
 from recurformer.training.config import TrainConfig
 from recurformer.training.config_file import read_train_config
 
@@ -55,7 +59,6 @@ def quickstart(name: str) -> str:
 
 def prepare_text(out: Path) -> None:
     """Write the package's text as tokens, its bytes, unless they are there already."""
-    from recurformer.data import TokenDataset, prepare
 
     for name in ("train", "validation"):
         try:
@@ -70,7 +73,6 @@ def train_all(out: Path, steps: int, settings: Sequence[str], say: Callable[[str
     Raises:
         ValueError: when a folder holds a run with other settings.
     """
-    from recurformer.training import train
 
     folders: list[Path] = []
     for name, model in MODELS.items():
@@ -105,7 +107,6 @@ def _shape(config: TrainConfig) -> str:
 
 def sample_all(folders: Sequence[Path], seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     """Return the name of each run -> pairs of a prompt and its continuation by that model."""
-    from recurformer.generation.text import complete, open_model
 
     texts: dict[str, list[tuple[str, str]]] = {}
     for folder in folders:
@@ -126,8 +127,6 @@ def run_demo(out: Path, steps: int = STEPS, settings: Sequence[str] = (), comman
         command: words of the command, for the page.
     """
     from rich.console import Console
-
-    from recurformer.report import load_runs, show, write_report
 
     def say(text: str) -> None:
         print(text, flush=True)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from recurformer.config import ModelConfig
+from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
 from recurformer.files import appearing
 from recurformer.interop.llama import layer_kinds, load_llama, save_llama
 from recurformer.interop.official import load_official, save_official
@@ -139,7 +140,6 @@ def with_layers(model: LanguageModel, layers: str) -> LanguageModel:
 
 def find_tokenizer(source: str | Path | None) -> Tokenizer | None:
     """Return the tokenizer that is named, or that lies in a folder; None when the folder has none."""
-    from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
 
     if source is None or (isinstance(source, Path) and not has_tokenizer(source)):
         return None

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recurformer.data.tokenizer import HF_SWITCHES
 from recurformer.files import replacing
 from recurformer.reading import LARGEST_LIST, read_table
 
@@ -33,7 +34,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, for_transformers: bool) 
     Raises:
         ValueError: Hugging Face's form would give other ids.
     """
-    from recurformer.data.tokenizer import HF_SWITCHES
 
     copied = read_table(folder / CONFIG, LARGEST_LIST) if (folder / CONFIG).is_file() else None
     tokenizer.save(folder)

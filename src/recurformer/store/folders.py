@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from recurformer.config import ModelConfig
+from recurformer.data.tokenizer import load_tokenizer as load_by_name
 from recurformer.files import replacing, write_json
 from recurformer.model import LanguageModel
 from recurformer.reading import check_format_version, read_table
@@ -155,6 +156,5 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Return the tokenizer saved beside a model or in a training run, or one named by file or as "bytes"."""
-    from recurformer.data.tokenizer import load_tokenizer as load_by_name
 
     return load_by_name(str(folder) if not Path(folder).is_dir() else str(resolve(folder)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 from pydantic import Field
 
 from recurformer.config import LATER_SETTINGS, PRESETS, ModelConfig
+from recurformer.data import TokenDataset
 from recurformer.data.windows import Packing
 from recurformer.settings import (
     Count,
@@ -28,6 +29,7 @@ from recurformer.settings import (
     shown,
     suggest,
 )
+from recurformer.store.folders import load_config
 
 if TYPE_CHECKING:
     from recurformer.data import TokenDataset
@@ -378,8 +380,6 @@ def _model_table(values: Mapping[str, Any], others: TrainConfig, data_may_be_mis
     if preset is not None:
         preset = check("model.preset", preset, Literal[tuple(PRESETS)])  # pyright: ignore[reportInvalidTypeForm]
     if others.init_from is not None and not _is_whole(table):
-        from recurformer.store.folders import load_config
-
         if preset is not None:
             raise ValueError(
                 f"model.preset is {preset!r}, but init_from {others.init_from!r} gives the shape; drop one of them"
@@ -413,7 +413,6 @@ def open_tokens(data: DataConfig, which: Literal["train", "validation"]) -> Toke
     Raises:
         ValueError: for data that are missing, damaged or no tokens; the message names the setting.
     """
-    from recurformer.data import TokenDataset
 
     source = getattr(data, which)
     assert source is not None

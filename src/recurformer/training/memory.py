@@ -10,7 +10,10 @@ import torch
 
 from recurformer.choose import choose_scan, gpu_scan, longest_stack
 from recurformer.config import ModelConfig
+from recurformer.loss import LOGITS_AT_ONCE
 from recurformer.scan.fused.memory import affordable_save, kept_values, total_memory
+from recurformer.scan.tiled.backward import POSITION_BLOCK
+from recurformer.scan.tiled.scan import KEEP_BYTES
 from recurformer.training.config import TrainConfig
 
 H100_BYTES = 79.1 * 2**30  # memory that is free on one
@@ -140,8 +143,6 @@ def _recurrent_layers(config: TrainConfig, sizes: _Sizes, gpu: bool, scan: str, 
         if save == "all":  # queries are made again
             loop += short * tokens * layers_at_once * Q
         return kept, loop
-    from recurformer.scan.tiled.backward import POSITION_BLOCK
-    from recurformer.scan.tiled.scan import KEEP_BYTES
 
     more = full * (2 * Q + 2 * P + sizes.inner)
     kept = count * tokens * (full * D + (more if tokens * more <= KEEP_BYTES else 0))
@@ -154,7 +155,6 @@ def _recurrent_layers(config: TrainConfig, sizes: _Sizes, gpu: bool, scan: str, 
 def loss_bytes(model: ModelConfig, tokens: int, full: int, gpu: bool) -> int:
     """Return the bytes of the loss: logits, log-probabilities and gradients of the rows that are made at once. The
     fused loss has blocks instead, and keeps two gradients."""
-    from recurformer.loss import LOGITS_AT_ONCE
 
     V, D = model.padded_vocab_size, model.d_model
     if gpu:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 import recurformer
+from recurformer.data import TrainingWindows
+from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
+from recurformer.data.vocabulary import check_vocabulary
 from recurformer.evaluation.perplexity import locate
 from recurformer.model import LanguageModel, Layer
 from recurformer.store.checkpoints import Checkpoint, TrainingState, checkpoint_at, newest_checkpoint, resolve
@@ -43,8 +46,6 @@ def open_data(config: TrainConfig, run: Path | None = None) -> RunData:
     Raises:
         ValueError: for data that are missing, damaged or of another tokenizer than the model, and for a missing logger.
     """
-    from recurformer.data import TrainingWindows
-    from recurformer.data.vocabulary import check_vocabulary
 
     data = config.data
     if run is not None:
@@ -65,7 +66,6 @@ def open_data(config: TrainConfig, run: Path | None = None) -> RunData:
 
 def starting_tokenizer(config: TrainConfig) -> tuple[Tokenizer | None, Path | None]:
     """Return the tokenizer beside the model that training starts from, and its folder; None where there is none."""
-    from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
 
     if config.init_from is None or not Path(config.init_from).is_dir():  # a resumed run no longer needs it
         return None, None

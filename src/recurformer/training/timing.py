@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from recurformer.data.windows import Batch
 from recurformer.hardware import is_out_of_memory
 from recurformer.training.config import TrainConfig
 from recurformer.training.distributed import OneProcess
@@ -96,7 +97,6 @@ def smaller(config: TrainConfig, sequences: int) -> TrainConfig:
 
 def time_steps(config: TrainConfig, device: torch.device, repeats: int = 2) -> float:
     """Return the mean seconds of whole optimizer steps on random tokens, without the first, which compiles."""
-    from recurformer.data.windows import Batch
 
     state = torch.random.get_rng_state()
     model = make_model(config, device, None, OneProcess())

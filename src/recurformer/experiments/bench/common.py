@@ -14,7 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from recurformer.report import plain_label
+from recurformer.files import replacing
+from recurformer.info import environment
+from recurformer.report import COLOURS, plain_label, png, short_tick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +39,6 @@ def silent(work: str, done: int, total: int) -> None:
 def machine() -> dict[str, Any]:
     """Return versions, processor, devices, threads and the time in UTC, ready for JSON."""
     import torch
-
-    from recurformer.info import environment
 
     facts = environment()
     versions = dict(facts["versions"])
@@ -150,8 +150,6 @@ def draw_bars(
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    from recurformer.report import COLOURS, png, short_tick
-
     rows = max(len(values) for _, values, _ in panels)
     figure = Figure(figsize=(4.5 * len(panels), 1.8 + 0.35 * rows), layout="constrained")
     axes = figure.subplots(
@@ -175,7 +173,6 @@ def draw_bars(
 
 def write(out: str | Path, name: str, results: dict[str, Any], picture: bytes) -> tuple[Path, Path]:
     """Write NAME.json and NAME.png into a folder, made if missing, and return their paths."""
-    from recurformer.files import replacing
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

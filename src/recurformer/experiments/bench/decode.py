@@ -15,6 +15,7 @@ from recurformer.experiments.bench.common import Dtype, Progress, record, remark
 from recurformer.experiments.bench.timing import DTYPES, Times, Work, build_model, copy_bandwidth, release, time_runs
 from recurformer.generation.engine import DecodeEngine
 from recurformer.model import LanguageModel
+from recurformer.report import COLOURS, MARKERS, png
 from recurformer.settings import Count, Counts, Seed, Settings, Text, Texts, setting
 from recurformer.units import bytes_text
 
@@ -279,8 +280,6 @@ def show_decode(results: dict[str, Any], console: Console) -> None:
 def draw_decode(results: dict[str, Any]) -> bytes:
     """Milliseconds a token over the context, one panel a batch size, the limits dashed; a PNG."""
     from matplotlib.figure import Figure
-
-    from recurformer.report import COLOURS, MARKERS, png
 
     s = results["settings"]
     rows = [row for row in results["rows"] if "step_s" in row]

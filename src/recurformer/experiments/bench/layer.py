@@ -24,6 +24,7 @@ from recurformer.experiments.bench.common import (
     silent,
     spread,
 )
+from recurformer.experiments.bench.official import load_block
 from recurformer.experiments.bench.timing import Work, build_model, forget_compiled, peak_memory_of, release, time_runs
 from recurformer.settings import Count, Seed, Settings, Text, setting
 from recurformer.units import bytes_text
@@ -223,8 +224,6 @@ def _ours(s: LayerSettings, name: str, device: torch.device) -> Subject:
 
 
 def _official(s: LayerSettings, kind: str, device: torch.device) -> Subject:
-    from recurformer.experiments.bench.official import load_block
-
     assert s.official is not None
     block = load_block(s.official, kind, s.batch_size, s.length, s.d_model, s.n_heads, device)
 

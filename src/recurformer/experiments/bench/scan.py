@@ -29,6 +29,7 @@ from recurformer.experiments.bench.common import (
 )
 from recurformer.experiments.bench.memory import peak_memory
 from recurformer.model import LanguageModel
+from recurformer.report import COLOURS, MARKERS, png
 from recurformer.settings import Count, Counts, Natural, Seed, Settings, Text, setting
 from recurformer.units import bytes_text
 
@@ -307,8 +308,6 @@ def draw_scan(results: dict[str, Any]) -> bytes:
         panels = [(label, {row["path"]: scale * row[name] for row in rows}, None) for name, scale, label in quantities]
         return draw_bars(panels, f"N {lengths[0]}, {_shape(s)}", results["machine"])
     from matplotlib.figure import Figure
-
-    from recurformer.report import COLOURS, MARKERS, png
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, (name, scale, label) in zip(figure.subplots(1, 2), quantities, strict=True):

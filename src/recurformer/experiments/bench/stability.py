@@ -25,6 +25,7 @@ from recurformer.experiments.tasks.training import Fit, fit
 from recurformer.experiments.theory.gradients import jacobian_gains, position_gradients
 from recurformer.loss import IGNORE
 from recurformer.model import LanguageModel, Layer, Output
+from recurformer.report import COLOURS, MARKERS, png
 from recurformer.scan.reference import attend
 from recurformer.settings import Count, Counts, Positive, Seed, Settings, setting
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
@@ -354,8 +355,6 @@ def draw_stability(results: dict[str, Any]) -> bytes:
     """Gains of one uniform layer with bounds, of whole models, and gradient norms of the training runs; a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
-
-    from recurformer.report import COLOURS, MARKERS, png
 
     s, gains = results["settings"], results["uniform"]["gains"]
     N = s["length"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from recurformer.experiments.bench.common import Progress, in_words, record, set_title, show_table, silent
+from recurformer.report import COLOURS, png
 from recurformer.scan.schedule import Schedule, attention_traffic, naive_schedule
 from recurformer.settings import Count, Counts, Positive, Settings, setting
 from recurformer.units import bytes_text
@@ -213,8 +214,6 @@ def draw_measured(results: dict[str, Any]) -> bytes:
     """Measured, fitted and modelled bytes against N; a PNG."""
     from matplotlib.figure import Figure
 
-    from recurformer.report import COLOURS, png
-
     rows = results["rows"]
     lengths = [row["length"] for row in rows]
     figure = Figure(figsize=(6.5, 4.4), layout="constrained")
@@ -267,8 +266,6 @@ def show_traffic(results: dict[str, Any], console: Console) -> None:
 def draw_traffic(results: dict[str, Any]) -> bytes:
     """Bytes with guides of N² and N log N, and arithmetic intensity, against N; a PNG."""
     from matplotlib.figure import Figure
-
-    from recurformer.report import COLOURS, png
 
     rows, s = results["rows"], results["settings"]
     lengths = [row["length"] for row in rows]

@@ -19,6 +19,7 @@ from recurformer.experiments.tasks.sweep import TEST_SEED, train_on_task
 from recurformer.experiments.tasks.text import VOCABULARY, held_out_loss, quickstart_bytes, random_windows
 from recurformer.experiments.tasks.training import Fit, accuracy, fit
 from recurformer.model import LanguageModel
+from recurformer.report import COLOURS, png
 from recurformer.settings import Count, Positive, Seeds, Settings, Text, setting, shown
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
 
@@ -198,8 +199,6 @@ def show_hybrids(results: dict[str, Any], console: Console) -> None:
 def draw_hybrids(results: dict[str, Any]) -> bytes:
     """Draw, for each placement, loss on text or accuracy beyond the training length, and its cost; return a PNG."""
     from matplotlib.figure import Figure
-
-    from recurformer.report import COLOURS, png
 
     s, entries = results["settings"], summary(results)
     text = s["on"] == TEXT

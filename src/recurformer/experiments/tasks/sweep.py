@@ -15,6 +15,7 @@ from recurformer.experiments.bench.common import Progress, ScanName, record, sho
 from recurformer.experiments.tasks.generators import Task, make_task
 from recurformer.experiments.tasks.training import Fit, accuracy, fit
 from recurformer.model import LanguageModel
+from recurformer.report import png
 from recurformer.settings import Count, Counts, Positive, Seeds, Settings, Text, Texts, setting
 from recurformer.training.config import OptimizerConfig, ScheduleConfig
 
@@ -256,8 +257,6 @@ def chance_of(task: str) -> float | None:
 def draw_tasks(results: dict[str, Any]) -> bytes:
     """Draw a heat map for each task, models downwards and test lengths to the right; return a PNG."""
     from matplotlib.figure import Figure
-
-    from recurformer.report import png
 
     entries = summary(results)
     tasks = list(dict.fromkeys(e["task"] for e in entries))
