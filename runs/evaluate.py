@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from recurformer.evaluation import zeroshot
-from recurformer.evaluation.perplexity import evaluate, open_data
+from recurformer import zeroshot
+from recurformer.evaluation import evaluate, open_data
 from recurformer.files import replacing
-from recurformer.generation.text import open_model
 from recurformer.store.checkpoints import newest_checkpoint
+from recurformer.text import open_model
 from recurformer.training.run import read_run_config
 from recurformer.units import short_number
 

@@ -9,7 +9,7 @@ import torch
 from helpers import random_tokens, tiny
 from torch import Tensor
 
-from recurformer.evaluation.perplexity import evaluating as evaluating_of_evaluation
+from recurformer.evaluation import evaluating as evaluating_of_evaluation
 from recurformer.generation.modes import evaluating
 
 

@@ -12,8 +12,7 @@ from recurformer import LanguageModel, ModelConfig
 from recurformer.cli import main
 from recurformer.data import TokenDataset, prepare
 from recurformer.data.tokenizer import JsonTokenizer, train_bpe
-from recurformer.evaluation import evaluate
-from recurformer.evaluation.perplexity import open_data
+from recurformer.evaluation import evaluate, open_data
 from recurformer.training import TrainConfig, train
 
 TEXT = "the cat sat on the mat and the dog ran after it. " * 60

@@ -38,7 +38,7 @@ def torch_device(name: str) -> str:
     Raises:
         ValueError: for a name of no device, or of one that is not here.
     """
-    from recurformer.generation.text import pick_device
+    from recurformer.text import pick_device
 
     return str(pick_device(name))
 

@@ -52,8 +52,8 @@ def evaluate(
     first of a document is predicted exactly once. With --tasks, the result is the share of the items whose right choice
     is the most probable one.
     """
-    from recurformer.evaluation.perplexity import evaluate, locate, open_data, run_of, run_setting
-    from recurformer.generation.text import open_model
+    from recurformer.evaluation import evaluate, locate, open_data, run_of, run_setting
+    from recurformer.text import open_model
 
     if tasks and (data or max_batches):
         raise ValueError("--tasks scores items, --data and --max-batches a text; run the two apart")
@@ -97,7 +97,7 @@ def _score(
     as_json: bool,
 ) -> None:
     """Score zero-shot items and print the accuracies."""
-    from recurformer.evaluation import zeroshot
+    from recurformer import zeroshot
 
     files = zeroshot.find_tasks(tasks)
     if tokenizer is None:

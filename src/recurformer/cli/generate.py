@@ -56,7 +56,7 @@ def generate(
     RUN is the folder of a training run, whose best checkpoint is taken, or of a model. A single continuation is printed
     piece by piece. Several are printed at the end, each under its number.
     """
-    from recurformer.generation.text import complete, open_model
+    from recurformer.text import complete, open_model
 
     prompts = (*prompts, *map(_prompt_of, prompt_files)) or ("",)
     _refuse_other_bytes("--prompt", prompts)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from recurformer.data import TokenDataset, prepare
-from recurformer.generation.text import complete, open_model
 from recurformer.report import load_runs, show, write_report
+from recurformer.text import complete, open_model
 from recurformer.training import train
 from recurformer.training.config import TrainConfig
 from recurformer.training.config_file import read_train_config

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from recurformer.evaluation.perplexity import InterruptedEvaluationError
+from recurformer.evaluation import InterruptedEvaluationError
 from recurformer.model import LanguageModel
 from recurformer.store.checkpoints import Checkpoint, TrainingState, remove_outdated
 from recurformer.training.config import TrainConfig

@@ -13,7 +13,7 @@ import recurformer
 from recurformer.data import TrainingWindows
 from recurformer.data.tokenizer import has_tokenizer, load_tokenizer
 from recurformer.data.vocabulary import check_vocabulary
-from recurformer.evaluation.perplexity import locate
+from recurformer.evaluation import locate
 from recurformer.model import LanguageModel, Layer
 from recurformer.store.checkpoints import Checkpoint, TrainingState, checkpoint_at, newest_checkpoint, resolve
 from recurformer.training.checkpoint import restore_rng

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from recurformer.generation.text import pick_device
+from recurformer.text import pick_device
 
 if TYPE_CHECKING:
     from recurformer.training.config import TrainConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from recurformer.evaluation.perplexity import Evaluation, InterruptedEvaluationError, evaluate
+from recurformer.evaluation import Evaluation, InterruptedEvaluationError, evaluate
 from recurformer.generation.modes import evaluating
 from recurformer.generation.rows import NonFiniteLogitsError
 from recurformer.model import LanguageModel

@@ -19,7 +19,7 @@ from recurformer import LanguageModel, ModelConfig, cli
 from recurformer.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from recurformer.generation import generate_rows, pad_prompts, prompt
 from recurformer.generation.rows import NonFiniteLogitsError
-from recurformer.generation.text import complete
+from recurformer.text import complete
 from recurformer.training.config import SampleConfig, TrainConfig
 from recurformer.training.distributed import OneProcess
 from recurformer.training.validation import sample_text

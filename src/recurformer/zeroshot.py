@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recurformer.evaluation.perplexity import counting
+from recurformer.evaluation import counting
 from recurformer.generation.modes import evaluating
 from recurformer.generation.prompt import pad_prompts
 from recurformer.layer import accumulation_dtype

@@ -13,7 +13,7 @@ from helpers import every_scan, tiny
 
 from recurformer import LanguageModel
 from recurformer.data import TokenDataset, load_tokenizer, prepare
-from recurformer.evaluation.perplexity import (
+from recurformer.evaluation import (
     Evaluation,
     InterruptedEvaluationError,
     evaluate,
@@ -186,6 +186,7 @@ def test_a_relative_path_of_a_run_holds_from_folders_above_it(tmp_path: Path, mo
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = run_of(tmp_path / "runs" / "a" / "checkpoints")
+    assert run is not None
     assert run == tmp_path / "runs" / "a"
     assert locate("data", run) == str(tmp_path / "data")
     (tmp_path / "elsewhere" / "data").mkdir()

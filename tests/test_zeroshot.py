@@ -16,7 +16,7 @@ from helpers import logits_of, tiny
 import recurformer
 from recurformer import cli
 from recurformer.data.tokenizer import BytesTokenizer, train_bpe
-from recurformer.evaluation.zeroshot import (
+from recurformer.zeroshot import (
     TaskResult,
     encode_pair,
     evaluate_task,
