@@ -1,5 +1,5 @@
 # make demo   train, compare and sample small models on real text (creates its own environment first)
-# make test   format check, lint, types and the whole test suite
+# make test   format check, lint, import contract, sentences, types and the whole test suite
 # make format rewrite the sources in the project's style
 # make figures  draw the pictures of the docs, from stored measurements; FRESH=1 measures all of them anew (half an hour)
 PYTHON ?= python3
@@ -22,12 +22,13 @@ demo: env
 lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell src tests docs benchmarks runs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell src tests docs benchmarks runs tools README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/prose.py
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 format: env
 	$(BIN)/ruff format .

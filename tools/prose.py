@@ -40,7 +40,8 @@ def docstring_parts(text: str) -> Iterator[str]:
         if (not stripped or entry or line.startswith("        ")) and part and (not stripped or entry):
             yield " ".join(part)
             part = []
-        if stripped and not line.startswith("    " * 4):
+        is_table = re.search(r"\S {2,}\S", line)  # columns of a listing are no sentence
+        if stripped and not is_table and not line.startswith("    " * 4):
             part.append(re.sub(r"^[\w, *./\[\]]+: ", "", stripped) if entry else stripped)
 
 

@@ -1,7 +1,7 @@
 """Makes the data of runs/results: `python runs/results/prepare.py CORPUS TOKENIZER [--out data/results]`.
 
 CORPUS holds train-*.jsonl.zst and validation.jsonl.zst, one {"text", "source", ...} a line; TOKENIZER is T5's
-tokenizer.json. What is there already is left as it is. Four folders are made:
+tokenizer.json. Folders that exist already are left as they are. It makes four folders:
 
     train           all training text, in three shards
     lr              the first of these shards by itself, for the short runs that choose learning rates

@@ -259,7 +259,7 @@ def compared(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 def differences(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """Of each run but BASE, its mean training loss less that of BASE in the same block of steps, by tokens."""
+    """Return, for each run but BASE, its mean training loss less that of BASE in the same block of steps, by tokens."""
     base = next((run["training"] for run in runs if run["name"] == BASE), [])
     return {
         run["name"]: {a["tokens"]: a["loss"] - b["loss"] for a, b in zip(run["training"], base, strict=False)}

@@ -4,8 +4,8 @@ Memory is arithmetic on the configuration. Time is measured: a few real steps on
 to the run. Where even one sequence takes too long or too much memory, time is computed from the measured rate of a
 matrix product, and the table says so.
 
-With several processes all numbers are those of one process, with its share of each step. What the processes exchange is
-not counted.
+With several processes all numbers are those of one process, with its share of each step. Their exchange is not
+counted.
 """
 
 from __future__ import annotations
