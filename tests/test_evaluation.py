@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from helpers import every_scan, tiny
 
-from recurformer import LanguageModel
+import recurformer
+from recurformer import LanguageModel, cli
 from recurformer.data import TokenDataset, load_tokenizer, prepare
 from recurformer.evaluation import (
     Evaluation,
@@ -196,3 +197,22 @@ def test_a_relative_path_of_a_run_holds_from_folders_above_it(tmp_path: Path, mo
         ValueError, match=r"names the data 'none', which are neither in .*elsewhere nor in a folder above"
     ):
         locate("none", run)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+def test_a_loss_that_is_no_number_is_an_error(
+    broken: float, more: tuple[str, ...], texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer("bytes")
+    model = tiny(vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        model.head.weight[5] = broken
+    recurformer.save(model, tmp_path / "model", tokenizer)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", str(tmp_path / "model"), "--data", str(texts / "0.txt"), *more])
+    shown = capsys.readouterr()
+    assert (stop.value.code, shown.out) == (2, "")
+    assert "its weights hold NaN or infinity" in shown.err
+    assert len(shown.err.split("recurformer: error: ")) == 2
+    assert len(shown.err.strip().splitlines()) == 1

@@ -496,7 +496,9 @@ def test_parts_that_do_not_fit_are_refused():
     model, tokens = tiny(n_layers=2), random_tokens(2, 9)
     x = model.embed(tokens)
     for first, stop in ((0, 3), (-1, 2), (2, 1)):
-        with pytest.raises(ValueError, match=f"layers {first} to {stop} were asked for; the model has layers 0 to 2"):
+        with pytest.raises(
+            ValueError, match=f"layers {first} to {stop} were asked for; 0 <= first <= stop <= 2 must hold"
+        ):
             model.run_layers(x, first, stop)
     with pytest.raises(ValueError, match=r"x has shape \(2, 9, 31\); it must be \(B, N, 32\)"):
         model.run_layers(x[..., 1:])

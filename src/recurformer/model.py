@@ -345,7 +345,7 @@ class LanguageModel(nn.Module):
     def _check_run(self, x: Tensor, first: int, stop: int, cache: KVCache | None) -> None:
         L, D = self.config.n_layers, self.config.d_model
         if not 0 <= first <= stop <= L:
-            raise ValueError(f"layers {first} to {stop} were asked for; the model has layers 0 to {L}")
+            raise ValueError(f"layers {first} to {stop} were asked for; 0 <= first <= stop <= {L} must hold")
         if x.dim() != 3 or x.shape[-1] != D:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {D})")
         if cache is not None and (first, stop) != (0, L):

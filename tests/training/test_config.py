@@ -89,6 +89,7 @@ def test_set_wins_over_the_file_and_reads_every_kind_of_value(tmp_path):
         ("optimizer.lr=-1", "optimizer.lr is -1; it must be a finite number above 0"),
         ("optimizer.lr=nan", "optimizer.lr is nan; it must be"),
         ("schedule.steps=1.5", "schedule.steps is 1.5; it must be a whole number of at least 1"),
+        ("schedule.steps=1000000000001", "schedule.steps is 1000000000001; it must be a whole number of at least 1"),
         ("schedule.steps=true", "schedule.steps is True; it must be a whole number of at least 1"),
         ("schedule.warmup_steps=2000", "schedule.warmup_steps is 2000; it must not exceed steps 1000"),
         ("schedule.final_fraction=1.5", "schedule.final_fraction is 1.5; it must be a number of at least 0"),

@@ -73,6 +73,11 @@ def evaluate(
         result = evaluate(
             model, dataset, window=window, batch_size=batch_size, max_batches=max_batches, progress=not as_json
         )
+    if not math.isfinite(result.loss):
+        raise ValueError(
+            f"the loss of {folder} is {result.loss}: its weights hold NaN or infinity, or its dtype overflows; use an "
+            "earlier checkpoint, or float32"
+        )
     if as_json:
         values = {"model": str(folder), "data": data, "window": window, **result.to_dict()}
         print(json.dumps(values))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 
 Timeout = Annotated[float, Field(gt=0, le=31_536_000)]  # a year
+Steps = Annotated[int, Field(ge=1, le=10**12)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -94,7 +95,7 @@ class OptimizerConfig(Settings):
 class ScheduleConfig(Settings):
     """Linear warm-up from start_fraction * lr to lr, then a cosine down to final_fraction * lr at the last step."""
 
-    steps: Count = setting(1000, "Optimizer steps of the whole run.")
+    steps: Steps = setting(1000, "Optimizer steps of the whole run.")
     warmup_fraction: Fraction = setting(0.1, "Part of the steps in which the learning rate rises.")
     warmup_steps: Natural | None = setting(
         None, "Steps of warm-up, instead of warmup_fraction; none: warmup_fraction decides."
