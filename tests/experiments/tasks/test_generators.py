@@ -11,6 +11,7 @@ import torch
 
 from recurformer.experiments.tasks import TASKS, make_task
 from recurformer.experiments.tasks.generators import DEEPEST, KEYS, permutations
+from recurformer.experiments.tasks.sweep import chance_of
 from recurformer.loss import IGNORE
 
 Labels = Callable[[list[int]], list[int]]
@@ -177,3 +178,14 @@ def test_lengths_that_hold_no_task_are_refused():
         make_task("recall").sample(3, 11, seed=0)
     with pytest.raises(ValueError, match="needs at least 1"):
         make_task("parity").sample(0, 11, seed=0)
+
+
+@pytest.mark.parametrize("name", ["parity", "modular:5", "s3", "a5", "s5"])
+def test_chance_is_one_over_the_number_of_answers(name: str) -> None:
+    _, labels = make_task(name).sample(400, 40, 0)
+    answers = labels[labels >= 0].unique()
+    assert chance_of(name) == pytest.approx(1 / len(answers))
+
+
+def test_tasks_with_unequal_answers_name_no_chance() -> None:
+    assert [chance_of(name) for name in ("dyck:2", "khop:2", "selective-copy:4", "recall:4")] == [None] * 4
